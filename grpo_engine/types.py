@@ -1,0 +1,125 @@
+"""The records that one stage hands to the next.
+
+P prompts, G answers per prompt, N = P*G sequences (row p*G + g), T packed tokens, R answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+RewardStatus = Literal["ok", "timeout", "crash", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One question with a known answer.
+
+    Example: Problem(uid="chain/7+8", prompt="7+8=", answer="15", domain="chain", reward="exact", grade=0)
+    """
+
+    uid: str  # stable and unique within its task
+    prompt: str  # text shown to the model, before any chat template
+    answer: str  # ground truth in the form that the scorer reads
+    domain: str  # task family, for instance "chain", "math", "code"
+    reward: str  # name of the scorer: "exact", "math", "code", "logic" or "choice"
+    grade: int | None = None  # difficulty level, None when ungraded
+    info: Mapping[str, object] = field(default_factory=dict)  # what the source said besides
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSet:
+    """Problems that are only ever evaluated."""
+
+    name: str
+    in_domain: bool  # same kind of problem as the training set
+    problems: Sequence[Problem]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a run trains on and what it is tested on; the two share no problem."""
+
+    name: str
+    train: Sequence[Problem]
+    evals: Mapping[str, EvalSet]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reward:
+    """The value of one answer, in [0, 1], and how it was obtained; anything but "ok" is worth 0."""
+
+    value: float
+    status: RewardStatus = "ok"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStats:
+    """Counts of one rollout, all in tokens but the last."""
+
+    prefill_tokens: int  # prompt tokens computed, each prompt once per group
+    recomputed_tokens: int  # tokens computed again after a preemption
+    decode_tokens: int
+    preemptions: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutBatch:
+    """G answers to each of P prompts, packed end to end without padding.
+
+    Example (P=1, G=2, prompt [5, 9], answers [2] and [7, 2]):
+        tokens = [5, 9, 2, 5, 9, 7, 2], cu_seqlens = [0, 3, 7], prompt_len = [2, 2], finish = ("stop", "stop")
+    """
+
+    tokens: Tensor  # [T] int64, prompt + answer of each sequence
+    cu_seqlens: Tensor  # [N+1] int32, start of each sequence in tokens
+    prompt_len: Tensor  # [N] int32, the answer starts here
+    logprob: Tensor  # [T] float32, natural log of p(tokens[t] | tokens before t); 0 at prompt tokens
+    entropy: Tensor  # [T] float32, nats, of the distribution that token t was drawn from; 0 at prompt tokens
+    finish: tuple[FinishReason, ...]  # N
+    group_size: int
+    stats: RolloutStats
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.finish)
+
+    def answers(self) -> list[list[int]]:
+        """The answer tokens of each sequence, stop token included when there is one."""
+        starts = (self.cu_seqlens[:-1] + self.prompt_len).tolist()
+        ends = self.cu_seqlens[1:].tolist()
+        tokens = self.tokens.tolist()
+        return [tokens[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainBatch:
+    """Packed sequences with what the loss needs for each of their R answer tokens.
+
+    Example (one sequence, prompt [5, 9], answer [7, 2]): tokens = [5, 9, 7], rows = [1, 2], target = [7, 2]
+    (the hidden state of row t predicts the token after t, so the last token of a sequence is not an input).
+    """
+
+    tokens: Tensor  # [T] int64, each sequence without its last token
+    positions: Tensor  # [T] int64, 0 at the start of each sequence
+    cu_seqlens: Tensor  # [N+1] int32 in tokens
+    rows: Tensor  # [R] int64, row of tokens whose hidden state predicts target
+    target: Tensor  # [R] int64
+    cu_answers: Tensor  # [N+1] int32, start of each sequence's answer tokens in rows
+    old_logprob: Tensor  # [R] float32, of the policy that sampled
+    ref_logprob: Tensor | None  # [R] float32, of the reference; None when the KL coefficient is 0
+    advantage: Tensor  # [R] float32
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return self.target.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
