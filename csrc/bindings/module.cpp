@@ -1,0 +1,21 @@
+// The Python module grpo_engine._C. Loading it registers the ops (TORCH_LIBRARY blocks of csrc/ops);
+// pybind11 carries the objects that are not tensors.
+#include <pybind11/pybind11.h>
+
+#include "bindings/rollout.h"
+#include "core/cpu_dispatch.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native half of grpo_engine.";
+  m.def("cpu_isa", [] { return grpo_engine::cpu_isa_name(grpo_engine::cpu_isa()); },
+        "The instruction set that the CPU kernels use: generic, avx2 or avx512.");
+  m.def("cpu_isas", [] {
+    using grpo_engine::CpuIsa;
+    pybind11::list names;
+    for (CpuIsa isa : {CpuIsa::generic, CpuIsa::avx2, CpuIsa::avx512}) {
+      if (grpo_engine::cpu_has(isa)) names.append(grpo_engine::cpu_isa_name(isa));
+    }
+    return names;
+  }, "Every instruction set of this CPU that the kernels are compiled for.");
+  bind_rollout(m);
+}

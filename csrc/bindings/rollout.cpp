@@ -1,0 +1,2 @@
+#include "bindings/rollout.h"
+void bind_rollout(pybind11::module_&) {}

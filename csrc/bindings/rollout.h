@@ -1,0 +1,3 @@
+#pragma once
+#include <pybind11/pybind11.h>
+void bind_rollout(pybind11::module_& m);

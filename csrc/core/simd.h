@@ -1,0 +1,373 @@
+// simd.h -- sixteen lanes on every CPU.
+//
+// Vec16<T> is one zmm, two ymm or an array of 16, whatever the instruction set, so a kernel is
+// written once and its sums are grouped the same way everywhere: AVX2 and AVX-512 give the same
+// bits. (The generic build has no fused multiply-add and may differ from them in the last bit.)
+//
+//   T = float    arithmetic of float32 and bfloat16 storage
+//   T = double   arithmetic of float64 storage (gradcheck); plain loops
+//
+// This header is compiled once per instruction set, each copy into its own namespace GE_ISA, and
+// every function is internal to its translation unit: an AVX-512 copy must never be the one that
+// the linker keeps for a machine without AVX-512. For the same reason it uses no std:: templates.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "core/dtype.h"
+
+#ifndef GE_ISA
+#error "simd.h belongs in kernels that are compiled per instruction set (GE_ISA is set by CMake)"
+#endif
+#define GE_INLINE static inline __attribute__((always_inline))
+#define GE_MEMBER inline __attribute__((always_inline))
+
+namespace grpo_engine::GE_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+
+GE_INLINE float bf16_to_float(bfloat16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+GE_INLINE bfloat16 float_to_bf16(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  if (f != f) return {static_cast<uint16_t>((u >> 16) | 0x40)};
+  return {static_cast<uint16_t>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16)};
+}
+
+GE_INLINE float to_arith(float x) { return x; }
+GE_INLINE float to_arith(bfloat16 x) { return bf16_to_float(x); }
+GE_INLINE double to_arith(double x) { return x; }
+GE_INLINE void from_arith(float x, float* p) { *p = x; }
+GE_INLINE void from_arith(float x, bfloat16* p) { *p = float_to_bf16(x); }
+GE_INLINE void from_arith(double x, double* p) { *p = x; }
+
+// Arithmetic type of a storage type.
+template <typename S>
+struct ArithOf {
+  using type = float;
+};
+template <>
+struct ArithOf<double> {
+  using type = double;
+};
+template <typename S>
+using Arith = typename ArithOf<S>::type;
+
+// ---------------------------------------------------------------- array of 16 (any T)
+
+template <typename T>
+struct Vec16 {
+  T v[kLanes];
+
+  static GE_MEMBER Vec16 set1(T x) {
+    Vec16 r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = x;
+    return r;
+  }
+  static GE_MEMBER Vec16 zero() { return set1(T(0)); }
+  template <typename S>
+  static GE_MEMBER Vec16 load(const S* p) {
+    Vec16 r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = to_arith(p[i]);
+    return r;
+  }
+  // Lanes >= n are `fill`; memory past p[n-1] is not touched. 0 <= n <= 16.
+  template <typename S>
+  static GE_MEMBER Vec16 load_n(const S* p, int n, T fill = T(0)) {
+    Vec16 r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = i < n ? to_arith(p[i]) : fill;
+    return r;
+  }
+  template <typename S>
+  GE_MEMBER void store(S* p) const {
+    for (int i = 0; i < kLanes; ++i) from_arith(v[i], p + i);
+  }
+  template <typename S>
+  GE_MEMBER void store_n(S* p, int n) const {
+    for (int i = 0; i < n; ++i) from_arith(v[i], p + i);
+  }
+};
+
+#define GE_LANEWISE(expr)                       \
+  Vec16<T> r;                                   \
+  for (int i = 0; i < kLanes; ++i) r.v[i] = (expr); \
+  return r
+template <typename T>
+GE_INLINE Vec16<T> operator+(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] + b.v[i]); }
+template <typename T>
+GE_INLINE Vec16<T> operator-(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] - b.v[i]); }
+template <typename T>
+GE_INLINE Vec16<T> operator*(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] * b.v[i]); }
+template <typename T>
+GE_INLINE Vec16<T> operator/(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] / b.v[i]); }
+// a * b + c; one rounding where the instruction set has it.
+template <typename T>
+GE_INLINE Vec16<T> fma(Vec16<T> a, Vec16<T> b, Vec16<T> c) { GE_LANEWISE(a.v[i] * b.v[i] + c.v[i]); }
+// The second argument when either is NaN.
+template <typename T>
+GE_INLINE Vec16<T> vmax(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+template <typename T>
+GE_INLINE Vec16<T> vmin(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+#undef GE_LANEWISE
+
+// ((0+8)+(4+12)) + ... : the same tree on every instruction set.
+template <typename T>
+GE_INLINE T sum(Vec16<T> a) {
+  for (int i = 0; i < 8; ++i) a.v[i] += a.v[i + 8];
+  for (int i = 0; i < 4; ++i) a.v[i] += a.v[i + 4];
+  for (int i = 0; i < 2; ++i) a.v[i] += a.v[i + 2];
+  return a.v[0] + a.v[1];
+}
+template <typename T>
+GE_INLINE T max_lane(Vec16<T> a) {
+  T m = a.v[0];
+  for (int i = 1; i < kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+
+// ---------------------------------------------------------------- float on AVX-512 / AVX2
+
+#if defined(__AVX512F__)
+template <>
+struct Vec16<float> {
+  __m512 v;
+
+  static GE_MEMBER Vec16 set1(float x) { return {_mm512_set1_ps(x)}; }
+  static GE_MEMBER Vec16 zero() { return {_mm512_setzero_ps()}; }
+  static GE_MEMBER Vec16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static GE_MEMBER Vec16 load(const bfloat16* p) {
+    const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16))};
+  }
+  static GE_MEMBER __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static GE_MEMBER Vec16 load_n(const float* p, int n, float fill = 0.f) {
+    return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)};
+  }
+  static GE_MEMBER Vec16 load_n(const bfloat16* p, int n, float fill = 0.f) {
+    const __m256i u = _mm256_maskz_loadu_epi16(first(n), p);
+    const __m512 f = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16));
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), f)};
+  }
+  GE_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
+  GE_MEMBER void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  GE_MEMBER __m256i to_bf16() const {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+  }
+  GE_MEMBER void store(bfloat16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16());
+  }
+  GE_MEMBER void store_n(bfloat16* p, int n) const {
+    _mm256_mask_storeu_epi16(p, first(n), to_bf16());
+  }
+};
+using VecF = Vec16<float>;
+GE_INLINE VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+GE_INLINE VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+GE_INLINE VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+GE_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
+GE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
+GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+GE_INLINE float sum8(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(y) + _mm_cvtss_f32(_mm_shuffle_ps(y, y, 1));
+}
+GE_INLINE float sum(VecF a) {
+  return sum8(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
+GE_INLINE float max_lane(VecF a) { return _mm512_reduce_max_ps(a.v); }
+
+#elif defined(__AVX2__)
+template <>
+struct Vec16<float> {
+  __m256 lo, hi;
+
+  static GE_MEMBER Vec16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static GE_MEMBER Vec16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static GE_MEMBER Vec16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static GE_MEMBER __m256 widen(__m128i u) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16));
+  }
+  static GE_MEMBER Vec16 load(const bfloat16* p) {
+    const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {widen(_mm256_castsi256_si128(u)), widen(_mm256_extracti128_si256(u, 1))};
+  }
+  template <typename S>
+  static GE_MEMBER Vec16 load_n(const S* p, int n, float fill = 0.f) {
+    float buffer[kLanes];
+    for (int i = 0; i < kLanes; ++i) buffer[i] = i < n ? to_arith(p[i]) : fill;
+    return load(buffer);
+  }
+  GE_MEMBER void store(float* p) const {
+    _mm256_storeu_ps(p, lo);
+    _mm256_storeu_ps(p + 8, hi);
+  }
+  static GE_MEMBER __m256i narrow(__m256 f) {  // bf16 bits in the low half of each 32-bit lane
+    const __m256i u = _mm256_castps_si256(f);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
+  }
+  GE_MEMBER void store(bfloat16* p) const {
+    const __m256i packed = _mm256_packus_epi32(narrow(lo), narrow(hi));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+  }
+  template <typename S>
+  GE_MEMBER void store_n(S* p, int n) const {
+    S buffer[kLanes];
+    store(buffer);
+    for (int i = 0; i < n; ++i) p[i] = buffer[i];
+  }
+};
+using VecF = Vec16<float>;
+GE_INLINE VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+GE_INLINE VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+GE_INLINE VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+GE_INLINE VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+GE_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+GE_INLINE float sum8(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(y) + _mm_cvtss_f32(_mm_shuffle_ps(y, y, 1));
+}
+GE_INLINE float sum(VecF a) { return sum8(_mm256_add_ps(a.lo, a.hi)); }
+GE_INLINE float max_lane(VecF a) {
+  const __m256 x = _mm256_max_ps(a.lo, a.hi);
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
+#else
+using VecF = Vec16<float>;
+#endif
+using VecD = Vec16<double>;
+
+// ---------------------------------------------------------------- exp
+
+// exp(x) within 1 ulp (Cody and Waite reduction, degree-6 polynomial of Cephes expf).
+// 0 below -87.33 (no subnormal results), +inf above 88.72, NaN stays NaN, exp(0) = 1 exactly.
+struct ExpConstants {
+  static constexpr float kLow = -87.33f, kHigh = 88.72f, kLog2e = 1.44269504088896341f,
+                         kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  static constexpr float c[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+
+GE_INLINE VecF exp_polynomial(VecF r) {
+  VecF p = VecF::set1(ExpConstants::c[0]);
+  for (int i = 1; i < 6; ++i) p = fma(p, r, VecF::set1(ExpConstants::c[i]));
+  return fma(p, r * r, r) + VecF::set1(1.f);
+}
+
+#if defined(__AVX512F__)
+GE_INLINE VecF vexp(VecF x) {
+  const VecF low = VecF::set1(ExpConstants::kLow), high = VecF::set1(ExpConstants::kHigh);
+  const VecF y = vmin(high, vmax(low, x));  // NaN passes through: it is the second operand
+  const VecF n = {_mm512_roundscale_ps((y * VecF::set1(ExpConstants::kLog2e)).v, 8)};
+  VecF r = fma(n, VecF::set1(-ExpConstants::kLn2Hi), y);
+  r = fma(n, VecF::set1(-ExpConstants::kLn2Lo), r);
+  __m512 e = _mm512_scalef_ps(exp_polynomial(r).v, n.v);
+  e = _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(x.v, low.v, _CMP_LT_OQ), _mm512_setzero_ps());
+  e = _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(x.v, high.v, _CMP_GT_OQ),
+                         _mm512_set1_ps(__builtin_inff()));
+  return {e};
+}
+#elif defined(__AVX2__)
+GE_INLINE __m256 exp2_int(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+GE_INLINE __m256 scale_by_exp2(__m256 p, __m256 n) {  // in two factors: 2^128 is no float
+  const __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
+  return _mm256_mul_ps(_mm256_mul_ps(p, exp2_int(half)), exp2_int(_mm256_sub_epi32(i, half)));
+}
+GE_INLINE __m256 clip_exp(__m256 e, __m256 x) {
+  e = _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(ExpConstants::kLow), _CMP_LT_OQ), e);
+  return _mm256_blendv_ps(e, _mm256_set1_ps(__builtin_inff()),
+                          _mm256_cmp_ps(x, _mm256_set1_ps(ExpConstants::kHigh), _CMP_GT_OQ));
+}
+GE_INLINE VecF vexp(VecF x) {
+  const VecF y = vmin(VecF::set1(ExpConstants::kHigh), vmax(VecF::set1(ExpConstants::kLow), x));
+  const VecF t = y * VecF::set1(ExpConstants::kLog2e);
+  const VecF n = {_mm256_round_ps(t.lo, 8), _mm256_round_ps(t.hi, 8)};
+  VecF r = fma(n, VecF::set1(-ExpConstants::kLn2Hi), y);
+  r = fma(n, VecF::set1(-ExpConstants::kLn2Lo), r);
+  const VecF p = exp_polynomial(r);
+  const VecF e = {scale_by_exp2(p.lo, n.lo), scale_by_exp2(p.hi, n.hi)};
+  // a NaN exponent is not an integer: restore it from x
+  VecF c = {clip_exp(e.lo, x.lo), clip_exp(e.hi, x.hi)};
+  c.lo = _mm256_blendv_ps(c.lo, x.lo, _mm256_cmp_ps(x.lo, x.lo, _CMP_UNORD_Q));
+  c.hi = _mm256_blendv_ps(c.hi, x.hi, _mm256_cmp_ps(x.hi, x.hi, _CMP_UNORD_Q));
+  return c;
+}
+#else
+GE_INLINE VecF vexp(VecF x) {
+  VecF r;
+  for (int i = 0; i < kLanes; ++i) {
+    r.v[i] = x.v[i] < ExpConstants::kLow ? 0.f : static_cast<float>(::exp(x.v[i]));
+  }
+  return r;
+}
+#endif
+GE_INLINE VecD vexp(VecD x) {
+  VecD r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = ::exp(x.v[i]);
+  return r;
+}
+
+// ---------------------------------------------------------------- loops over a row
+
+// Calls body(i, count) for each run of count <= 16 elements from i.
+template <typename Body>
+GE_INLINE void each_vector(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+template <typename V, typename S>
+GE_INLINE V load(const S* p, int n) { return n == kLanes ? V::load(p) : V::load_n(p, n); }
+template <typename V, typename S>
+GE_INLINE void store(V v, S* p, int n) { n == kLanes ? v.store(p) : v.store_n(p, n); }
+
+// What storing in S and loading again makes of v.
+template <typename S, typename V>
+GE_INLINE V round_to(V v) {
+  S buffer[kLanes];
+  v.store(buffer);
+  return V::load(buffer);
+}
+
+}  // namespace
+}  // namespace grpo_engine::GE_ISA
+
+// A kernel body `function<S>(args, begin, end)` for the storage type that args.dtype names.
+#define GE_FOR_DTYPE(function)                        \
+  switch (args.dtype) {                               \
+    case DType::f32: return function<float>(args, begin, end);     \
+    case DType::bf16: return function<bfloat16>(args, begin, end); \
+    case DType::f64: return function<double>(args, begin, end);    \
+  }

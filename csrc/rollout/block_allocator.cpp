@@ -1,0 +1,1 @@
+namespace grpo_engine {}

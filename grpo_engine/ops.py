@@ -1,0 +1,148 @@
+"""The public ops: each a thin function over one ``torch.ops.grpo_engine`` op.
+
+Importing this module loads the native extension and needs torch and nothing else. Every op is
+deterministic and batch-invariant: the bits of a row depend on that row alone, not on the batch, its
+order or the number of threads. float64 tensors are accepted where a docstring says so, for gradcheck.
+
+Letters: P prompts, G answers per prompt, N sequences, T packed tokens, R answer tokens, B rows,
+V vocabulary, D width, F feed-forward width, H query heads, K key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_engine import _C  # noqa: F401  loading it registers the ops
+
+__all__ = [
+    "gather_logprob",
+    "group_advantages",
+    "kv_write",
+    "linear",
+    "paged_attention",
+    "policy_loss",
+    "ragged_attention",
+    "rms_norm",
+    "rope",
+    "sample_token",
+    "swiglu",
+    "token_logprob",
+]
+
+_ops = torch.ops.grpo_engine
+
+
+def _register_autograd(name: str, setup_context, backward) -> None:
+    torch.library.register_autograd(
+        f"grpo_engine::{name}", backward, setup_context=setup_context
+    )
+
+
+# ---------------------------------------------------------------- sample_token
+
+
+# ---------------------------------------------------------------- gather_logprob
+
+
+# ---------------------------------------------------------------- token_logprob
+
+
+# ---------------------------------------------------------------- group_advantages
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    std: Literal["unbiased", "population", "none"] = "unbiased",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Turn the rewards of G sampled answers per prompt into group-relative advantages.
+
+    ``A[p,g] = (r[p,g] - mean_g r[p,:]) / (std_g r[p,:] + eps)``, or with ``std="none"`` only the
+    numerator.
+
+    Args:
+        rewards: [P, G] float32 or float64, contiguous; P prompts, G >= 2 answers.  Unit: reward.
+        std: the standard deviation divides by G-1 ("unbiased"), by G ("population"), or the
+            advantage is not divided at all ("none", as in Dr. GRPO).
+        eps: added to the standard deviation.  Unit: reward.  Finite and >= 0.
+
+    Returns:
+        [P, G] of the dtype and device of ``rewards``; dimensionless, or in reward units when
+        ``std="none"``.  A group of equal rewards gives exactly 0; a non-finite reward makes its own
+        group NaN.  No gradient.
+
+    Raises:
+        ValueError: wrong rank, G < 2, eps < 0 or not finite, unknown ``std``, or not contiguous.
+        TypeError: neither float32 nor float64.
+
+    Source:
+        Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2; without std: Liu et al. 2025,
+        arXiv:2503.20783.
+    """
+    return _ops.group_advantages(rewards, std, eps)
+
+
+# ---------------------------------------------------------------- policy_loss
+
+
+# ---------------------------------------------------------------- rms_norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Root-mean-square normalisation of each row: ``x / sqrt(mean_d x^2 + eps) * weight``.
+
+    float32 arithmetic; for bfloat16 the normalised row is rounded before the product with
+    ``weight``, as Hugging Face models do.
+
+    Args:
+        x: [T, D] float32, bfloat16 or float64, contiguous.  T = 0 is allowed; D >= 1.
+        weight: [D], dtype of ``x``.
+        eps: added to the mean square; finite and >= 0.
+
+    Returns:
+        [T, D], dtype and device of ``x``.  Differentiable in ``x`` and ``weight``.  A row of zeros
+        gives zeros (eps > 0); a NaN stays in its row.
+
+    Raises:
+        ValueError: wrong shape, not contiguous, or bad eps.
+        TypeError: wrong dtype.
+
+    Source:
+        Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    return _ops.rms_norm(x, weight, eps)[0]
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _rms_norm_backward(ctx, dy, _drstd):
+    dx, dweight = _ops.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors)
+    return dx, dweight, None
+
+
+_register_autograd("rms_norm", _rms_norm_setup, _rms_norm_backward)
+
+
+# ---------------------------------------------------------------- rope
+
+
+# ---------------------------------------------------------------- swiglu
+
+
+# ---------------------------------------------------------------- linear
+
+
+# ---------------------------------------------------------------- kv_write
+
+
+# ---------------------------------------------------------------- paged_attention
+
+
+# ---------------------------------------------------------------- ragged_attention

@@ -1,0 +1,89 @@
+"""rms_norm: float64 reference, gradients, invariance, contract, registration."""
+
+import pytest
+import reference
+import torch
+from bars import assert_as_good_as_torch
+
+from grpo_engine.ops import rms_norm
+
+# one vector, a ragged tail, one column, Qwen2.5-0.5B's width, no rows
+SHAPES = [(1, 16), (5, 33), (3, 1), (7, 896), (0, 8)]
+
+
+def make(T, D, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed + 1000 * T + D)
+    return torch.randn(T, D, generator=g).to(dtype), torch.randn(D, generator=g).to(dtype)
+
+
+def plain(x, weight, eps):  # the Hugging Face order of roundings
+    f = x.float()
+    n = f * torch.rsqrt((f * f).mean(-1, keepdim=True) + eps)
+    return weight * n.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T,D", SHAPES)
+def test_forward_and_backward_are_as_good_as_torch(T, D, dtype):
+    x, weight = make(T, D, dtype)
+    dy = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got, torchs, exact = [], [], []
+    for fn, out, cast in ((rms_norm, got, False), (plain, torchs, False), (None, exact, True)):
+        a, w = x.clone(), weight.clone()
+        if cast:
+            a, w = a.double(), w.double()
+        a.requires_grad_(), w.requires_grad_()
+        y = reference.rms_norm(a, w, 1e-6) if fn is None else fn(a, w, eps=1e-6)
+        y.backward(dy.to(y.dtype))
+        out += [y.detach(), a.grad, w.grad]
+    for ours, theirs, truth in zip(got, torchs, exact, strict=True):
+        assert ours.dtype == dtype
+        assert_as_good_as_torch(ours, theirs, truth, floor=2.0**-22)
+
+
+
+def test_gradcheck():
+    x, weight = make(3, 19, torch.float64)
+    x.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, w: rms_norm(a, w, eps=1e-6), (x, weight))
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(one_and_two_threads):
+    x, weight = make(300, 97, torch.float32)
+    one, two = one_and_two_threads(lambda: rms_norm(x, weight, eps=1e-6))
+    assert torch.equal(one, two)
+    for t in (0, 1, 150, 299):
+        assert torch.equal(rms_norm(x[t : t + 1], weight, eps=1e-6)[0], one[t])
+
+
+def test_zeros_huge_and_nan_rows():
+    x = torch.zeros(4, 20)
+    x[1], x[2, 3] = 1e18, float("nan")
+    y = rms_norm(x, torch.ones(20), eps=1e-6)
+    assert torch.equal(y[0], torch.zeros(20)) and torch.equal(y[3], torch.zeros(20))
+    torch.testing.assert_close(y[1], torch.ones(20))
+    assert y[2].isnan().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "shape,weight,dtype,error,says",
+    [
+        ((4,), (4,), torch.float32, ValueError, r"x must be \[T, D\].*got \[4\]"),
+        ((2, 4), (3,), torch.float32, ValueError, r"weight must be \[D\] = \[4\], got \[3\]"),
+        ((2, 4), (4,), torch.int32, TypeError, "x must be Float, BFloat16 or Double, got Int"),
+        ((2, 0), (0,), torch.float32, ValueError, "D >= 1"),
+    ],
+)
+def test_a_bad_input_is_told_what_was_wanted_and_what_came(
+    device, shape, weight, dtype, error, says
+):
+    x = torch.zeros(shape, dtype=dtype, device=device)
+    with pytest.raises(error, match="rms_norm: .*" + says):
+        rms_norm(x, torch.zeros(weight, dtype=dtype, device=device), eps=1e-6)
+
+
+def test_registration():
+    x, weight = make(3, 19, torch.float32)
+    x.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(torch.ops.grpo_engine.rms_norm.default, (x, weight, 1e-6))

@@ -1,0 +1,47 @@
+"""Float64 textbook versions of every op.  Imports nothing from grpo_engine and shares no line with it.
+
+Inputs may have any floating dtype; everything is computed and returned in float64, and gradients come
+from torch autograd on these functions.
+"""
+
+import torch
+
+# ---------------------------------------------------------------- sample_token
+
+
+# ---------------------------------------------------------------- gather_logprob and token_logprob
+
+
+# ---------------------------------------------------------------- group_advantages
+
+
+def group_advantages(rewards, std, eps):
+    r = rewards.double()
+    centred = r - r.mean(dim=1, keepdim=True)
+    if std == "none":
+        return centred
+    correction = 1 if std == "unbiased" else 0
+    return centred / (r.std(dim=1, keepdim=True, correction=correction) + eps)
+
+
+# ---------------------------------------------------------------- policy_loss
+
+
+# ---------------------------------------------------------------- rms_norm
+
+
+def rms_norm(x, weight, eps):
+    x, weight = x.double(), weight.double()
+    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight
+
+
+# ---------------------------------------------------------------- rope
+
+
+# ---------------------------------------------------------------- swiglu
+
+
+# ---------------------------------------------------------------- linear
+
+
+# ---------------------------------------------------------------- kv_write, paged_attention, ragged_attention
