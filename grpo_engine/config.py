@@ -1,0 +1,297 @@
+"""Configuration: one small frozen model per stage, gathered in `RunConfig`.
+
+A wrong key or value is an error that names it. Presets are YAML files inside the package; a dotted override
+(``optimizer.lr=1e-4``) changes one value. The resolved configuration is the first thing a run writes, and its
+hash is the run's id.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+PRESETS = Path(__file__).parent / "presets"
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Config(pydantic.BaseModel):
+    """What all configurations share: frozen, unknown keys refused."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(Config):
+    """Which weights a run starts from: a Hugging Face folder, or a model of the embedded ladder."""
+
+    path: str | None = None  # folder with config.json and safetensors
+    size: str | None = None  # size of the embedded ladder, for instance "s"; exclusive with path
+    kind: Literal["base", "instruct"] = "base"  # instruct models get their prompts through the chat template
+    params_nominal: float | None = None  # what the model's name says, for instance 0.5e9; only recorded
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> ModelSource:
+        if (self.path is None) == (self.size is None):
+            raise ValueError("give either path (a Hugging Face folder) or size (embedded ladder), and not both")
+        return self
+
+
+class TaskConfig(Config):
+    """Problems to train on and to be tested on."""
+
+    name: Literal["micro", "parquet"] = "micro"
+    train: str | None = None  # parquet only: file in verl's format
+    evals: dict[str, str] = {}  # parquet only: name -> file
+    train_problems: Positive | None = None  # how many different training problems; None: all, or as many as needed
+    eval_problems: Positive | None = 500  # problems an evaluation set is cut to; None: all
+    shuffle: bool = True  # False: the file's own order (a curriculum, in the paper's files)
+
+    @pydantic.model_validator(mode="after")
+    def _files(self) -> TaskConfig:
+        if self.name == "parquet" and self.train is None:
+            raise ValueError("task.train must name a parquet file when task.name is parquet")
+        if self.name == "micro" and (self.train is not None or self.evals):
+            raise ValueError("task.train and task.evals belong to task.name=parquet, not to micro")
+        return self
+
+
+class RolloutConfig(Config):
+    """How answers are sampled."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    top_k: Positive | None = None  # None: off
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_new_tokens: Positive = 16
+    max_prompt_tokens: Positive | None = None  # longer prompts are left out, and counted
+    num_pages: Positive | None = None  # KV pages; None: enough for max_running sequences
+    page_size: Annotated[int, Field(ge=16, multiple_of=16)] = 16  # tokens a KV page
+    max_running: Positive = 512  # sequences decoded at once
+    max_step_tokens: Positive = 8192  # tokens a forward pass of the rollout
+
+
+class RewardConfig(Config):
+    """How answers are scored."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0  # wall-clock limit of one answer
+    workers: Positive = 2  # killable processes; none are started when every scorer is harmless
+
+
+class AdvantageConfig(Config):
+    """Group-relative advantages (`ops.group_advantages`)."""
+
+    std: Literal["unbiased", "population", "none"] = "unbiased"
+    eps: NonNegative = 1e-6
+
+
+class LossConfig(Config):
+    """The policy loss (`ops.policy_loss`)."""
+
+    objective: Literal["clip", "cispo"] = "clip"
+    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    clip_high: NonNegative = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_coef: NonNegative = 0.001  # 0 loads no reference model
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    constant_length: Positive | None = None  # tokens; aggregation=constant divides by N * this
+
+    @pydantic.model_validator(mode="after")
+    def _constant(self) -> LossConfig:
+        if (self.aggregation == "constant") != (self.constant_length is not None):
+            raise ValueError("loss.constant_length goes with loss.aggregation=constant, and only with it")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW with a constant learning rate after a linear warm-up."""
+
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
+
+
+class BatchConfig(Config):
+    """How many answers a step samples and how they are cut for training."""
+
+    prompts: Positive = 64  # P
+    group_size: Annotated[int, Field(ge=2)] = 8  # G
+    minibatches: Positive = 1  # optimizer steps a GRPO step; prompts must divide by it
+    tokens_per_micro_batch: Positive = 16384  # forward and backward at once; changes memory, not results
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self) -> BatchConfig:
+        if self.prompts % self.minibatches:
+            raise ValueError(f"batch.prompts={self.prompts} must divide by batch.minibatches={self.minibatches}")
+        return self
+
+
+class EvalConfig(Config):
+    """When and how held-out problems are answered."""
+
+    count: Annotated[int, Field(ge=0)] = 12  # evaluations of a run, spaced evenly in log(step), step 0 and last included
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
+    samples: Positive = 4  # answers to each problem at that temperature
+    greedy: bool = True  # and one greedy answer besides
+    others_every: Positive = 4  # sets besides the first: at the first, the last and each others_every-th evaluation
+
+
+class RunConfig(Config):
+    """Everything that decides what a run computes."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    steps: Positive = 100
+    method: Literal["grpo", "pretrain"] = "grpo"  # pretrain: the control, plain language modelling of the same length
+    model: ModelSource = ModelSource(size="s")
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint_every: Positive = 20  # steps; how much a kill can cost, and nothing else
+
+
+def load_yaml(source: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the preset of that name.
+
+    Args:
+        source: a path that ends in .yaml or .yml, or the name of a preset ("smoke").
+
+    Returns:
+        The parsed mapping; an empty file gives {}.
+
+    Raises:
+        ValueError: no such preset, not YAML, or not a mapping at the top level; the message names the file.
+        FileNotFoundError: no such file.
+    """
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PRESETS / f"{source}.yaml"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+            raise ValueError(f"no preset {str(source)!r}: presets are {known}; a file must end in .yaml")
+    if not path.exists():
+        raise FileNotFoundError(f"no configuration file {path}")
+    try:
+        data = yaml.load(path.read_text(), Loader=_YamlLoader)
+    except yaml.YAMLError as e:
+        raise ValueError(f"{path}: not YAML: {e}") from e
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: the top level must be a mapping, got {type(data).__name__}")
+    return data
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number: 1e-4 is one (YAML 1.1 wants 1.0e-4)."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a nested mapping with dotted overrides applied.
+
+    Args:
+        data: nested mapping.
+        overrides: "a.b.c=value" each; the value is read as YAML (numbers, booleans, null, [lists]).
+
+    Returns:
+        The new mapping; keys on the way are made where absent (validation then says whether they exist).
+
+    Raises:
+        ValueError: an override without "=" or a path through a value that is no mapping.
+    """
+    out: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+    for item in overrides:
+        key, eq, text = item.partition("=")
+        if not eq or not key:
+            raise ValueError(f"an override must be key.path=value, got {item!r}")
+        *parents, last = key.split(".")
+        node = out
+        for name in parents:
+            child = node.get(name)
+            if child is not None and not isinstance(child, Mapping):
+                raise ValueError(f"override {item!r}: {name} is a value, not a group of settings")
+            node[name] = dict(child or {})
+            node = node[name]
+        node[last] = yaml.load(text, Loader=_YamlLoader)
+    return out
+
+
+def validate(model: type[Config], data: Mapping[str, Any], *, where: str = "configuration") -> Any:
+    """Builds a configuration and turns pydantic's report into one line per fault.
+
+    Args:
+        model: the class to build.
+        data: nested mapping.
+        where: the name of the source, for messages.
+
+    Returns:
+        An instance of `model`.
+
+    Raises:
+        ValueError: one line per wrong key or value: its dotted path, what was wanted, what came.
+    """
+    try:
+        return model.model_validate(dict(data))
+    except pydantic.ValidationError as e:
+        lines = []
+        for fault in e.errors():
+            path = ".".join(str(p) for p in fault["loc"]) or model.__name__
+            if fault["type"] == "extra_forbidden":
+                known = ", ".join(sorted(_fields_at(model, fault["loc"][:-1])))
+                lines.append(f"{path}: unknown key; known keys here: {known}")
+            else:
+                message = fault["msg"].removeprefix("Value error, ")
+                got = "" if fault["type"] == "value_error" else f", got {fault['input']!r}"
+                lines.append(f"{path}: {message}{got}")
+        raise ValueError(f"{where}:\n  " + "\n  ".join(lines)) from None
+
+
+def _fields_at(model: type[pydantic.BaseModel], path: Sequence[int | str]) -> set[str]:
+    for name in path:
+        field = model.model_fields.get(str(name))
+        nested = field.annotation if field else None
+        if not (isinstance(nested, type) and issubclass(nested, pydantic.BaseModel)):
+            return set()
+        model = nested
+    return set(model.model_fields)
+
+
+def load_run_config(source: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run configuration of a YAML file with dotted overrides, or of overrides alone.
+
+    Args:
+        source: path or preset name of a *run* configuration (see `load_yaml`); None for the defaults.
+        overrides: see `apply_overrides`.
+
+    Returns:
+        A validated `RunConfig`.
+
+    Raises:
+        ValueError: see `validate`, `load_yaml` and `apply_overrides`.
+    """
+    data = {} if source is None else load_yaml(source)
+    return validate(RunConfig, apply_overrides(data, overrides), where=str(source or "overrides"))
