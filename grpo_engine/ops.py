@@ -44,7 +44,112 @@ def _register_autograd(name: str, setup_context, backward) -> None:
 # ---------------------------------------------------------------- sample_token
 
 
+class SampledToken(NamedTuple):
+    """What `sample_token` returns, one entry a row."""
+
+    token: Tensor  # [B] int64; -1 for a row that cannot be sampled
+    logprob: Tensor  # [B] float32, of the distribution that was sampled, filters included
+    full_logprob: Tensor  # [B] float32, of softmax(logits / temperature)
+    entropy: Tensor  # [B] float32, nats, of softmax(logits / temperature)
+
+
+def _per_row(value: float | Tensor, B: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full((B,), value, dtype=dtype, device=device)
+
+
+def sample_token(
+    logits: Tensor,
+    *,
+    seed: Tensor,
+    position: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+) -> SampledToken:
+    """Draw one token a row, with its log-prob and the row's entropy, in one pass over the logits.
+
+    The uniform of a row is Philox4x32-10 of (seed, position): the same seed and position give the same
+    token whatever the batch. Filters apply in the order top-k, top-p (of what top-k left, renormalised),
+    min-p. Ties at the top-k boundary go to the lowest ids; top-p keeps every token that ties.
+
+    Args:
+        logits: [B, V] float32 or bfloat16, rows contiguous (the batch may be strided).  B = 0 is
+            allowed.  -inf means probability 0.
+        seed: [B] int64, one for each request.
+        position: [B] int64, the place in its sequence of the token to be drawn.
+        temperature: divides the logits; number or [B] float32; finite, >= 0.  0 takes the lowest id
+            among the largest logits, with log-prob 0; the other outputs are then those of temperature 1.
+        top_k: keep the k largest; number or [B] int64; None, <= 0 or >= V is off.
+        top_p: keep the smallest set of this mass; number or [B] float32 in [0, 1]; None or 1 is off,
+            0 keeps the largest.
+        min_p: keep tokens with at least this share of the largest probability; number or [B] float32 in
+            [0, 1]; None or 0 is off.
+
+    Returns:
+        `SampledToken`.  A row that holds NaN or +inf, or -inf only, gives token -1 and NaN; the other
+        rows keep their bits.
+
+    Raises:
+        ValueError: wrong shape, or a temperature, top_p or min_p outside its range (the row is named).
+        TypeError: wrong dtype.
+
+    Source:
+        Salmon et al. 2011, SC'11 (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al.
+        2024, arXiv:2407.01082 (min-p).
+    """
+    B, device = logits.shape[0] if logits.dim() else 0, logits.device
+    optional = [
+        None if value is None else _per_row(value, B, dtype, device)
+        for value, dtype in ((top_k, torch.int64), (top_p, torch.float32), (min_p, torch.float32))
+    ]
+    temperatures = _per_row(temperature, B, torch.float32, device)
+    return SampledToken(*_ops.sample_token(logits, seed, position, temperatures, *optional))
+
+
 # ---------------------------------------------------------------- gather_logprob
+
+
+def gather_logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob of one token and entropy of each row of given logits.
+
+    ``logprob[t] = z[t, target[t]] - log sum_v exp z[t, v]`` with ``z = logits / temperature``. When the
+    logits come from a head that is at hand, `token_logprob` does without them.
+
+    Args:
+        logits: [T, V] float32, bfloat16 or float64, contiguous.  T = 0 is allowed.
+        target: [T] int64 in [0, V).
+        temperature: divides the logits; finite, > 0.
+
+    Returns:
+        (logprob [T], entropy [T]), float32 (float64 for float64 logits), natural log and nats; both
+        differentiable in ``logits``.  A -inf logit has probability 0; a NaN or +inf makes its row NaN.
+
+    Raises:
+        ValueError: wrong shape, not contiguous, a target outside [0, V) (the row is named), or a bad
+            temperature.
+        TypeError: wrong dtype.
+
+    Source:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3 (the log-probs of the policy ratio).
+    """
+    return _ops.gather_logprob(logits, target, temperature)[:2]
+
+
+def _gather_logprob_setup(ctx, inputs, output):
+    logits, target, ctx.temperature = inputs
+    ctx.save_for_backward(logits, target, output[2])
+
+
+def _gather_logprob_backward(ctx, g_logprob, g_entropy, _g_saved):
+    logits, target, saved = ctx.saved_tensors
+    dlogits = _ops.gather_logprob_backward(
+        g_logprob.contiguous(), g_entropy.contiguous(), logits, target, saved, ctx.temperature
+    )
+    return dlogits, None, None
+
+
+_register_autograd("gather_logprob", _gather_logprob_setup, _gather_logprob_backward)
 
 
 # ---------------------------------------------------------------- token_logprob
@@ -134,6 +239,40 @@ _register_autograd("rms_norm", _rms_norm_setup, _rms_norm_backward)
 
 
 # ---------------------------------------------------------------- swiglu
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """The gated activation of the feed-forward block: ``silu(gate) * up``.
+
+    float32 arithmetic; for bfloat16 ``silu(gate)`` is rounded before the product, as Hugging Face
+    models do.
+
+    Args:
+        gate_up: [T, 2F] float32, bfloat16 or float64, contiguous; columns 0..F-1 are the gate, the rest
+            up.  T = 0 is allowed.
+
+    Returns:
+        [T, F], dtype and device of ``gate_up``; differentiable.
+
+    Raises:
+        ValueError: wrong rank, an odd number of columns, or not contiguous.
+        TypeError: wrong dtype.
+
+    Source:
+        Shazeer 2020, arXiv:2002.05202.
+    """
+    return _ops.swiglu(gate_up)
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, dy):
+    return _ops.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+
+
+_register_autograd("swiglu", _swiglu_setup, _swiglu_backward)
 
 
 # ---------------------------------------------------------------- linear
