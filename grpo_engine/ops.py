@@ -44,7 +44,112 @@ def _register_autograd(name: str, setup_context, backward) -> None:
 # ---------------------------------------------------------------- sample_token
 
 
+class SampledToken(NamedTuple):
+    """What `sample_token` returns, one entry a row."""
+
+    token: Tensor  # [B] int64; -1 for a row that cannot be sampled
+    logprob: Tensor  # [B] float32, of the distribution that was sampled, filters included
+    full_logprob: Tensor  # [B] float32, of softmax(logits / temperature)
+    entropy: Tensor  # [B] float32, nats, of softmax(logits / temperature)
+
+
+def _per_row(value: float | Tensor, B: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full((B,), value, dtype=dtype, device=device)
+
+
+def sample_token(
+    logits: Tensor,
+    *,
+    seed: Tensor,
+    position: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+) -> SampledToken:
+    """Draw one token a row, with its log-prob and the row's entropy, in one pass over the logits.
+
+    The uniform of a row is Philox4x32-10 of (seed, position): the same seed and position give the same
+    token whatever the batch. Filters apply in the order top-k, top-p (of what top-k left, renormalised),
+    min-p. Ties at the top-k boundary go to the lowest ids; top-p keeps every token that ties.
+
+    Args:
+        logits: [B, V] float32 or bfloat16, rows contiguous (the batch may be strided).  B = 0 is
+            allowed.  -inf means probability 0.
+        seed: [B] int64, one for each request.
+        position: [B] int64, the place in its sequence of the token to be drawn.
+        temperature: divides the logits; number or [B] float32; finite, >= 0.  0 takes the lowest id
+            among the largest logits, with log-prob 0; the other outputs are then those of temperature 1.
+        top_k: keep the k largest; number or [B] int64; None, <= 0 or >= V is off.
+        top_p: keep the smallest set of this mass; number or [B] float32 in [0, 1]; None or 1 is off,
+            0 keeps the largest.
+        min_p: keep tokens with at least this share of the largest probability; number or [B] float32 in
+            [0, 1]; None or 0 is off.
+
+    Returns:
+        `SampledToken`.  A row that holds NaN or +inf, or -inf only, gives token -1 and NaN; the other
+        rows keep their bits.
+
+    Raises:
+        ValueError: wrong shape, or a temperature, top_p or min_p outside its range (the row is named).
+        TypeError: wrong dtype.
+
+    Source:
+        Salmon et al. 2011, SC'11 (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al.
+        2024, arXiv:2407.01082 (min-p).
+    """
+    B, device = logits.shape[0] if logits.dim() else 0, logits.device
+    optional = [
+        None if value is None else _per_row(value, B, dtype, device)
+        for value, dtype in ((top_k, torch.int64), (top_p, torch.float32), (min_p, torch.float32))
+    ]
+    temperatures = _per_row(temperature, B, torch.float32, device)
+    return SampledToken(*_ops.sample_token(logits, seed, position, temperatures, *optional))
+
+
 # ---------------------------------------------------------------- gather_logprob
+
+
+def gather_logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob of one token and entropy of each row of given logits.
+
+    ``logprob[t] = z[t, target[t]] - log sum_v exp z[t, v]`` with ``z = logits / temperature``. When the
+    logits come from a head that is at hand, `token_logprob` does without them.
+
+    Args:
+        logits: [T, V] float32, bfloat16 or float64, contiguous.  T = 0 is allowed.
+        target: [T] int64 in [0, V).
+        temperature: divides the logits; finite, > 0.
+
+    Returns:
+        (logprob [T], entropy [T]), float32 (float64 for float64 logits), natural log and nats; both
+        differentiable in ``logits``.  A -inf logit has probability 0; a NaN or +inf makes its row NaN.
+
+    Raises:
+        ValueError: wrong shape, not contiguous, a target outside [0, V) (the row is named), or a bad
+            temperature.
+        TypeError: wrong dtype.
+
+    Source:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3 (the log-probs of the policy ratio).
+    """
+    return _ops.gather_logprob(logits, target, temperature)[:2]
+
+
+def _gather_logprob_setup(ctx, inputs, output):
+    logits, target, ctx.temperature = inputs
+    ctx.save_for_backward(logits, target, output[2])
+
+
+def _gather_logprob_backward(ctx, g_logprob, g_entropy, _g_saved):
+    logits, target, saved = ctx.saved_tensors
+    dlogits = _ops.gather_logprob_backward(
+        g_logprob.contiguous(), g_entropy.contiguous(), logits, target, saved, ctx.temperature
+    )
+    return dlogits, None, None
+
+
+_register_autograd("gather_logprob", _gather_logprob_setup, _gather_logprob_backward)
 
 
 # ---------------------------------------------------------------- token_logprob
@@ -87,6 +192,138 @@ def group_advantages(
 
 
 # ---------------------------------------------------------------- policy_loss
+
+
+class PolicyStats(NamedTuple):
+    """Raw sums and maxima over the kept tokens of one call; add up calls with `merge`."""
+
+    tokens: float  # kept tokens
+    policy_loss: float  # the loss without its KL term
+    kl_loss: float  # the KL term of the loss, coefficient included
+    kl: float  # sum of the KL estimates
+    ratio: float  # sum of the ratios
+    ratio_max: float
+    clip_low: float  # tokens clipped from below: A < 0 and ratio < 1 - clip_low
+    clip_high: float  # tokens clipped from above: A > 0 and ratio > 1 + clip_high
+    dual_clip: float  # tokens where the dual clip binds
+    mismatch_max: float  # max |logprob - old_logprob|
+
+    def merge(self, other: PolicyStats) -> PolicyStats:
+        """The statistics of both calls together."""
+        joined = {
+            name: max(a, b) if name.endswith("_max") else a + b
+            for name, a, b in zip(self._fields, self, other, strict=True)
+        }
+        return PolicyStats(**joined)
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_loss` returns."""
+
+    loss: Tensor  # scalar, differentiable in logprob
+    stats: Tensor  # [10] float64, the fields of PolicyStats in order
+
+
+def policy_loss(
+    logprob: Tensor,
+    *,
+    advantage: Tensor,
+    cu_seqlens: Tensor,
+    old_logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    mask: Tensor | None = None,
+    ratio: Literal["token", "sequence"] = "token",
+    objective: Literal["clip", "cispo"] = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    kl: Literal["k1", "k2", "k3"] = "k3",
+    kl_coef: float = 0.0,
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean",
+    num_tokens: int | None = None,
+    num_sequences: int | None = None,
+    constant_length: int | None = None,
+) -> PolicyLoss:
+    """The clipped policy-gradient loss of answer tokens, its gradient and its statistics, in one pass.
+
+    ``loss = sum_t w_t (f_t + kl_coef KL_t)`` over kept tokens, where f is
+    ``max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))`` ("clip"; where A < 0 at most
+    ``-A dual_clip``) or ``-A stop_gradient(clamp(r, ...)) logprob`` ("cispo"), and the weight w is
+    ``1 / num_tokens``, ``1 / (num_sequences * kept tokens of the sequence)`` or
+    ``1 / (num_sequences * constant_length)``.
+
+    =========  =====================================================================
+    GRPO       ratio="token", aggregation="sequence_mean" (the paper's formula)
+    DAPO       ratio="token", aggregation="token_mean", clip_high > clip_low
+    Dr. GRPO   aggregation="constant", and advantages without their std
+    GSPO       ratio="sequence", aggregation="sequence_mean"
+    CISPO      objective="cispo", aggregation="token_mean"
+    =========  =====================================================================
+
+    Args:
+        logprob: [R] float32 or float64, contiguous: log-probs under the policy that is trained.
+        advantage: [R], dtype of ``logprob``.
+        cu_seqlens: [N+1] int32, start of each sequence's answer tokens; from 0 to R.
+        old_logprob: [R], of the policy that sampled; None means equal to ``logprob``: every ratio is
+            1 and the gradient flows.
+        ref_logprob: [R], of the reference policy; None when ``kl_coef`` is 0.
+        mask: [R] bool, tokens to keep; None keeps all.  A masked token is skipped whatever it holds.
+        ratio: of each token, or one for the sequence: exp of its mean log-ratio.
+        objective: "clip" (PPO, GRPO) or "cispo".
+        clip_low: in [0, 1].
+        clip_high: finite, >= 0.
+        dual_clip: > 1, or None for off.
+        kl: estimator of the KL to the reference.
+        kl_coef: finite, >= 0.
+        aggregation: what the weights divide by.
+        num_tokens: kept tokens of the whole optimizer step, for "token_mean"; None: of this call.
+        num_sequences: sequences of the whole optimizer step, for the others; None: N.
+        constant_length: tokens, for "constant".
+
+    Returns:
+        `PolicyLoss`: the loss (0 for R = 0) and the statistics.  Log-ratios are clamped to +-20, with
+        gradient 0 beyond.  NaN in a kept token reaches the loss.
+
+    Raises:
+        ValueError: wrong shape or value, the argument named.
+        TypeError: wrong dtype.
+
+    Source:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4; Yu et al. 2025, arXiv:2503.14476 (DAPO); Liu et
+        al. 2025, arXiv:2503.20783 (Dr. GRPO); Zheng et al. 2025, arXiv:2507.18071 (GSPO); MiniMax 2025,
+        arXiv:2506.13585 (CISPO); Ye et al. 2020, arXiv:1912.09729 (dual clip); Schulman 2020 (k1-k3).
+    """
+    if (aggregation == "constant") != (constant_length is not None):
+        raise ValueError(
+            "policy_loss: constant_length goes with aggregation='constant', and only with it, "
+            f"got aggregation={aggregation!r}, constant_length={constant_length}"
+        )
+    if aggregation == "token_mean":
+        kept = num_tokens
+        if kept is None:
+            kept = logprob.numel() if mask is None else int(mask.sum())
+        denominator = float(kept if num_tokens is not None else max(kept, 1))
+    else:
+        sequences = num_sequences if num_sequences is not None else max(cu_seqlens.numel() - 1, 1)
+        denominator = float(sequences * (constant_length if constant_length is not None else 1))
+    loss, _, stats = _ops.policy_loss(
+        logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective,
+        clip_low, clip_high, dual_clip, kl, kl_coef, aggregation, denominator,
+    )  # fmt: skip
+    return PolicyLoss(loss, stats)
+
+
+def _policy_loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.num_inputs = len(inputs)
+
+
+def _policy_loss_backward(ctx, dloss, _ddlogprob, _dstats):
+    return dloss * ctx.saved_tensors[0], *([None] * (ctx.num_inputs - 1))
+
+
+_register_autograd("policy_loss", _policy_loss_setup, _policy_loss_backward)
 
 
 # ---------------------------------------------------------------- rms_norm
@@ -134,6 +371,40 @@ _register_autograd("rms_norm", _rms_norm_setup, _rms_norm_backward)
 
 
 # ---------------------------------------------------------------- swiglu
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """The gated activation of the feed-forward block: ``silu(gate) * up``.
+
+    float32 arithmetic; for bfloat16 ``silu(gate)`` is rounded before the product, as Hugging Face
+    models do.
+
+    Args:
+        gate_up: [T, 2F] float32, bfloat16 or float64, contiguous; columns 0..F-1 are the gate, the rest
+            up.  T = 0 is allowed.
+
+    Returns:
+        [T, F], dtype and device of ``gate_up``; differentiable.
+
+    Raises:
+        ValueError: wrong rank, an odd number of columns, or not contiguous.
+        TypeError: wrong dtype.
+
+    Source:
+        Shazeer 2020, arXiv:2002.05202.
+    """
+    return _ops.swiglu(gate_up)
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, dy):
+    return _ops.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+
+
+_register_autograd("swiglu", _swiglu_setup, _swiglu_backward)
 
 
 # ---------------------------------------------------------------- linear

@@ -20,8 +20,9 @@ struct BlockStats {
   float max, sum, weighted;  // relative to the block's own max
 };
 
-// n logits (1 <= n <= kRowBlock), already the whole block; lanes past n count as -inf.
-GE_INLINE BlockStats block_stats(const float* x, int64_t n, float inv_temperature) {
+// n logits (1 <= n <= kRowBlock) of S = float or bfloat16, the whole block; lanes past n count as -inf.
+template <typename S>
+GE_INLINE BlockStats block_stats(const S* x, int64_t n, float inv_temperature) {
   const VecF scale = VecF::set1(inv_temperature);
   const float neg_inf = -__builtin_inff();
   VecF m = VecF::set1(neg_inf);
@@ -73,7 +74,8 @@ struct RowStats {
   }
 };
 
-GE_INLINE RowStats row_stats(const float* x, int64_t n, float inv_temperature) {
+template <typename S>
+GE_INLINE RowStats row_stats(const S* x, int64_t n, float inv_temperature) {
   RowStats r;
   for (int64_t i = 0; i < n; i += kRowBlock) {
     r.add(block_stats(x + i, n - i < kRowBlock ? n - i : kRowBlock, inv_temperature));

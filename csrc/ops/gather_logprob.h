@@ -1,0 +1,36 @@
+// gather_logprob -- log-prob of one token and entropy of each row of logits, and their gradient.
+//
+//   z = logits / temperature,   logprob[t] = z[t, target[t]] - log sum_v exp z[t,v]
+//   entropy[t] = -sum_v p log p,  p = softmax(z[t])                      nats
+//   dlogits[t,v] = (g_logprob (1[v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
+//
+// The row is reduced by core/row_stats.h, so the log-prob equals that of sample_token bit for bit.
+// -inf logits are tokens of probability 0; a NaN or +inf logit makes its row NaN and no other.
+//
+//   logits, dlogits [T, V] float32, bfloat16 or float64     target [T] int64 in [0, V)
+//   logprob, entropy, g_logprob, g_entropy [T] float32 (float64 for float64 logits)
+//   saved [T, 3] float64: max of z, log of the centred sum, entropy
+#pragma once
+#include "core/cpu_dispatch.h"
+#include "core/dtype.h"
+
+namespace grpo_engine {
+
+struct GatherLogprobArgs {
+  DType dtype;
+  int64_t T, V;
+  double inv_temperature;
+  const void* logits;      // [T, V]
+  const int64_t* target;   // [T]
+  const void* g_logprob;   // [T]; backward only
+  const void* g_entropy;   // [T]; backward only
+  void* logprob;           // [T]; forward only
+  void* entropy;           // [T]; forward only
+  double* saved;           // [T, 3]; written by forward, read by backward
+  void* dlogits;           // [T, V]; backward only
+};
+
+GE_CPU_KERNEL(gather_logprob_forward, GatherLogprobArgs)   // items: rows
+GE_CPU_KERNEL(gather_logprob_backward, GatherLogprobArgs)  // items: rows
+
+}  // namespace grpo_engine
