@@ -1,0 +1,112 @@
+// sequence.h -- one answer in the making: its tokens, and the KV pages that hold them.
+//
+// A Request is one prompt with its G answers; a Sequence is one of those answers. The tokens of a
+// sequence are the prompt's followed by its own, so the prompt is stored once per group.
+//
+//   positions  0 ......... computed-1 | computed ........ length-1 | length
+//              key and value in pages | still to be computed       | the token to be drawn next
+//
+//   The key and value of position p lie in pages()[p / page_size] at offset p % page_size.
+//   invariants: computed < length while unfinished; pages cover computed; no pages when finished.
+//
+// A page is shared only for prompt positions. Sharing never writes: whoever is to write into a page
+// with refs > 1 takes a copy of it first (Scheduler).
+// Torch-free; the memory that answers and page lists need is reserved ahead, so that no member but
+// the constructor and reserve_token() can fail for lack of memory.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "rollout/block_allocator.h"
+
+namespace grpo_engine {
+
+struct Request {
+  int64_t id;                      // also the id of its first sequence; the others follow it
+  std::vector<int64_t> prompt;     // token ids, at least one
+  std::vector<int64_t> seeds;      // [G]
+  std::vector<int64_t> stop_ids;   // an answer ends with the first of these
+  int64_t max_new_tokens;          // or here, stop token included
+
+  int64_t group_size() const { return static_cast<int64_t>(seeds.size()); }
+  int64_t prompt_length() const { return static_cast<int64_t>(prompt.size()); }
+};
+
+enum class Finish : uint8_t { none, stop, length, cancelled };
+
+// "stop", "length", "cancelled", or nullptr while the answer is unfinished.
+const char* finish_name(Finish finish);
+
+// Tokens whose key and value were computed, each counted in one of three ways.
+struct TokenCounts {
+  int64_t prefill = 0;     // prompt tokens, the first time
+  int64_t decode = 0;      // answer tokens, the first time
+  int64_t recomputed = 0;  // either, again after a preemption
+
+  int64_t total() const { return prefill + decode + recomputed; }
+  TokenCounts& operator+=(const TokenCounts& other);
+};
+
+class Sequence {
+ public:
+  // Answer `index` of `request`, in pages of `page_size` tokens.
+  Sequence(std::shared_ptr<const Request> request, int64_t index, int32_t page_size);
+
+  const Request& request() const { return *request_; }
+  int64_t id() const { return request_->id + index_; }
+  int64_t index() const { return index_; }  // g of the group
+  int64_t seed() const { return request_->seeds[index_]; }
+  Finish finish() const { return finish_; }
+  bool finished() const { return finish_ != Finish::none; }
+
+  int64_t length() const {
+    return request_->prompt_length() + static_cast<int64_t>(answer_.size());
+  }
+  int64_t token(int64_t position) const;  // position in [0, length)
+  const std::vector<int64_t>& answer() const { return answer_; }
+
+  int64_t computed() const { return computed_; }
+  int64_t pending() const { return length() - computed_; }  // tokens still to be computed
+  const std::vector<int32_t>& pages() const { return pages_; }
+  int64_t slot(int64_t position) const;   // page * page_size + offset, of a position within pages
+
+  // How the next `count` pending tokens will be counted.
+  TokenCounts classify(int64_t count) const;
+  // Marks the next `count` pending tokens as computed; throws std::logic_error past the pages.
+  TokenCounts advance(int64_t count);
+
+  // Makes room for one more token, so that append() needs no memory.
+  void reserve_token();
+  // Adds a drawn token and finishes the answer on a stop id or at max_new_tokens.
+  // Throws std::logic_error when it is finished already.
+  void append(int64_t token);
+  void cancel();
+
+  // Takes over a page that the caller acquired, behind the last one.
+  void add_page(int32_t page);
+  // Puts a fresh copy in place of the shared page at `index`, and gives that one up.
+  void replace_page(size_t index, int32_t page, BlockAllocator& allocator);
+  // Holds the pages of the first num_tokens tokens of `from` too; they count as computed.
+  // Throws std::logic_error when this one has pages, or `from` has not computed so much.
+  void share_prefix(const Sequence& from, int64_t num_tokens, BlockAllocator& allocator);
+  // Gives up every page; what was computed is forgotten, the tokens are kept.
+  void release_pages(BlockAllocator& allocator);
+
+ private:
+  std::shared_ptr<const Request> request_;
+  int64_t index_;
+  int32_t page_size_;
+  Finish finish_ = Finish::none;
+  int64_t computed_ = 0;
+  int64_t ever_computed_ = 0;    // largest computed_ so far: below it, tokens are recomputed
+  std::vector<int64_t> answer_;
+  std::vector<int32_t> pages_;
+};
+
+// Pages of `page_size` tokens that hold `num_tokens`.
+inline int64_t pages_for(int64_t num_tokens, int32_t page_size) {
+  return (num_tokens + page_size - 1) / page_size;
+}
+
+}  // namespace grpo_engine

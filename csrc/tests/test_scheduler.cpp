@@ -1,0 +1,706 @@
+// Scheduler: plans, sharing, preemption, refusals, and a model that proves what every query sees.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <new>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rollout/scheduler.h"
+
+// Allocations that still succeed before one fails; negative: all succeed.
+static int64_t g_allocations_left = -1;
+
+// Not inlined: GCC 12 would see free() beside a call of new and warn of a mismatch.
+[[gnu::noinline]] void* operator new(std::size_t size) {
+  if (g_allocations_left == 0) throw std::bad_alloc();
+  if (g_allocations_left > 0) --g_allocations_left;
+  if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+namespace grpo_engine {
+namespace {
+
+using Tokens = std::vector<int64_t>;
+
+constexpr uint64_t kEmptyPrefix = 0x9e3779b97f4a7c15u;
+
+uint64_t mix(uint64_t state, uint64_t value) {
+  state ^= value + 0x9e3779b97f4a7c15u + (state << 6) + (state >> 2);
+  state *= 0xbf58476d1ce4e5b9u;
+  return state ^ (state >> 29);
+}
+
+struct Ask {
+  Tokens prompt, seeds, stop_ids;
+  int64_t max_new_tokens;
+};
+
+int64_t draw(uint64_t prefix, int64_t seed, int64_t position) {
+  return static_cast<int64_t>(mix(mix(prefix, seed), position) % 23);
+}
+
+// What answer g of a request must be: the same draws, with no scheduler and no pages.
+Tokens expected_answer(const Ask& ask, size_t g) {
+  uint64_t prefix = kEmptyPrefix;
+  for (int64_t token : ask.prompt) prefix = mix(prefix, token);
+  Tokens answer;
+  while (static_cast<int64_t>(answer.size()) < ask.max_new_tokens) {
+    const auto position = static_cast<int64_t>(ask.prompt.size() + answer.size());
+    answer.push_back(draw(prefix, ask.seeds[g], position));
+    prefix = mix(prefix, answer.back());
+    if (std::count(ask.stop_ids.begin(), ask.stop_ids.end(), answer.back())) break;
+  }
+  return answer;
+}
+
+// A model whose hidden state at position p is a hash of tokens 0..p, kept in KV slots as a real one
+// keeps keys and values. It reads the past only through the page table, so a wrong page, a missing
+// copy, or a slot that two sequences write changes what it draws, and verify() names it.
+class FakeModel {
+ public:
+  FakeModel(int64_t num_pages, int64_t page_size)
+      : page_size_(page_size), cells_(num_pages * page_size) {}
+
+  // The drawn tokens of a plan; `truth` holds what each sequence consists of so far.
+  Tokens step(const StepPlan& plan, const std::map<int64_t, Tokens>& truth) {
+    const size_t N = plan.kv_len.size();
+    EXPECT_EQ(plan.cu_query.size(), N + 1);
+    EXPECT_EQ(plan.page_table.size(), N * plan.page_table_width);
+    EXPECT_EQ(plan.counts.total(), static_cast<int64_t>(plan.tokens.size()));
+    poison_unused(plan);
+    copy_pages(plan);
+    write(plan);
+    std::vector<bool> verified(N, false);
+    Tokens drawn;
+    for (size_t s = 0; s < plan.sample_row.size(); ++s) {
+      const auto after = std::upper_bound(plan.cu_query.begin(), plan.cu_query.end(),
+                                          static_cast<int32_t>(plan.sample_row[s]));
+      const auto n = static_cast<size_t>(after - plan.cu_query.begin()) - 1;
+      EXPECT_EQ(plan.sample_row[s], plan.cu_query[n + 1] - 1) << "not the last row";
+      EXPECT_EQ(plan.sample_position[s], plan.kv_len[n]);
+      const Tokens& tokens = truth.at(plan.sample_seq[s]);
+      EXPECT_EQ(plan.kv_len[n], static_cast<int64_t>(tokens.size()));
+      verify(plan, n, tokens);
+      verified[n] = true;
+      drawn.push_back(draw(cell(plan, n, plan.kv_len[n] - 1).prefix, plan.sample_seed[s],
+                           plan.sample_position[s]));
+    }
+    // Rows without a sample are chunks of one long prompt, which is checked when it is complete.
+    EXPECT_LE(std::count(verified.begin(), verified.end(), false), 1);
+    return drawn;
+  }
+
+ private:
+  struct Cell {
+    int64_t token = -1, position = -1;
+    uint64_t prefix = 0;
+  };
+
+  Cell& cell(const StepPlan& plan, size_t n, int64_t position) {
+    const int32_t page = plan.page_table.at(n * plan.page_table_width + position / page_size_);
+    return cells_.at(page * page_size_ + position % page_size_);
+  }
+
+  // Every running sequence is in every plan, so a page in no table may hold anything.
+  void poison_unused(const StepPlan& plan) {
+    std::set<int64_t> used(plan.page_table.begin(), plan.page_table.end());
+    for (size_t c = 0; c < plan.page_copies.size(); c += 2) used.insert(plan.page_copies[c]);
+    for (size_t i = 0; i < cells_.size(); ++i) {
+      if (!used.contains(static_cast<int64_t>(i) / page_size_)) cells_[i] = {-7, -7, 7};
+    }
+  }
+
+  void copy_pages(const StepPlan& plan) {
+    std::set<int32_t> sources, destinations;
+    for (size_t c = 0; c < plan.page_copies.size(); c += 2) {
+      const int32_t from = plan.page_copies[c], to = plan.page_copies[c + 1];
+      sources.insert(from);
+      EXPECT_TRUE(destinations.insert(to).second) << "two copies into page " << to;
+      std::copy_n(cells_.begin() + from * page_size_, page_size_, cells_.begin() + to * page_size_);
+    }
+    for (int32_t page : sources) EXPECT_FALSE(destinations.contains(page)) << "order matters";
+  }
+
+  void write(const StepPlan& plan) {
+    std::set<int64_t> written;
+    for (size_t n = 0; n < plan.kv_len.size(); ++n) {
+      for (int32_t t = plan.cu_query[n]; t < plan.cu_query[n + 1]; ++t) {
+        const int64_t position = plan.positions[t];
+        EXPECT_EQ(position, plan.kv_len[n] - plan.cu_query[n + 1] + t);
+        EXPECT_TRUE(written.insert(plan.slots[t]).second) << "slot written twice";
+        const uint64_t before = position == 0 ? kEmptyPrefix : cell(plan, n, position - 1).prefix;
+        cells_.at(plan.slots[t]) = {plan.tokens[t], position, mix(before, plan.tokens[t])};
+        EXPECT_EQ(&cell(plan, n, position), &cells_.at(plan.slots[t])) << "slot not in the table";
+      }
+    }
+  }
+
+  // After all writes of the step: row n's table leads to exactly its own tokens.
+  void verify(const StepPlan& plan, size_t n, const Tokens& tokens) {
+    uint64_t prefix = kEmptyPrefix;
+    for (int64_t position = 0; position < plan.kv_len[n]; ++position) {
+      const Cell& seen = cell(plan, n, position);
+      prefix = mix(prefix, tokens[position]);
+      ASSERT_EQ(seen.token, tokens[position]) << "row " << n << " position " << position;
+      ASSERT_EQ(seen.position, position) << "row " << n;
+      ASSERT_EQ(seen.prefix, prefix) << "row " << n << " position " << position;
+    }
+    const int64_t width = plan.page_table_width;
+    for (int64_t i = pages_for(plan.kv_len[n], page_size_); i < width; ++i) {
+      ASSERT_EQ(plan.page_table[n * width + i], -1) << "past the end of row " << n;
+    }
+  }
+
+  int64_t page_size_;
+  std::vector<Cell> cells_;
+};
+
+// A scheduler with its model and the book that both are checked against.
+class Engine {
+ public:
+  Engine(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens)
+      : scheduler(num_pages, page_size, max_running, max_step_tokens),
+        model_(num_pages, page_size) {}
+
+  int64_t add(const Ask& ask) {
+    const int64_t id = scheduler.add_group(ask.prompt, ask.seeds.size(), ask.max_new_tokens,
+                                           ask.seeds, ask.stop_ids);
+    asks[id] = ask;
+    for (size_t g = 0; g < ask.seeds.size(); ++g) truth_[id + g] = ask.prompt;
+    return id;
+  }
+
+  StepPlan schedule() {
+    StepPlan plan = scheduler.schedule();
+    drawn_ = model_.step(plan, truth_);
+    sampled_ = plan.sample_seq;
+    return plan;
+  }
+
+  Tokens commit() {
+    const Tokens finished = scheduler.commit(drawn_);
+    for (size_t s = 0; s < drawn_.size(); ++s) truth_[sampled_[s]].push_back(drawn_[s]);
+    for (int64_t id : finished) {
+      const Sequence& sequence = scheduler.sequence(id);
+      const Ask& ask = asks.at(sequence.request().id);
+      EXPECT_EQ(sequence.answer(), expected_answer(ask, sequence.index())) << "answer " << id;
+    }
+    return finished;
+  }
+
+  StepPlan step() {
+    StepPlan plan = schedule();
+    scheduler.check();
+    commit();
+    scheduler.check();
+    return plan;
+  }
+
+  // Runs to the end and checks every answer.
+  void finish() {
+    while (scheduler.has_work() && !testing::Test::HasFatalFailure()) step();
+    EXPECT_EQ(scheduler.num_free_pages(), scheduler.num_pages());
+    for (const auto& [id, ask] : asks) {
+      for (size_t g = 0; g < ask.seeds.size(); ++g) {
+        const Sequence& sequence = scheduler.sequence(id + g);
+        if (sequence.finish() != Finish::cancelled) {
+          EXPECT_EQ(sequence.answer(), expected_answer(ask, g)) << "answer " << id + g;
+        }
+      }
+    }
+  }
+
+  Scheduler scheduler;
+  std::map<int64_t, Ask> asks;
+
+ private:
+  FakeModel model_;
+  std::map<int64_t, Tokens> truth_;
+  Tokens drawn_, sampled_;
+};
+
+// Seeds and prompts differ by `salt`, so that no two requests look alike.
+Ask ask_of(int64_t prompt_length, int64_t group_size, int64_t max_new_tokens, int64_t salt = 0,
+           Tokens stop_ids = {}) {
+  Ask ask{{}, {}, std::move(stop_ids), max_new_tokens};
+  for (int64_t i = 0; i < prompt_length; ++i) ask.prompt.push_back((i * 7 + salt) % 101);
+  for (int64_t g = 0; g < group_size; ++g) ask.seeds.push_back(1000 * salt + g - 3);
+  return ask;
+}
+
+template <typename Error, typename Call>
+std::string message_of(Call call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+bool same(const StepPlan& a, const StepPlan& b) {
+  return a.tokens == b.tokens && a.positions == b.positions && a.slots == b.slots &&
+         a.cu_query == b.cu_query && a.kv_len == b.kv_len && a.page_table == b.page_table &&
+         a.page_copies == b.page_copies && a.sample_row == b.sample_row &&
+         a.sample_seq == b.sample_seq && a.sample_seed == b.sample_seed &&
+         a.sample_position == b.sample_position && a.preemptions == b.preemptions;
+}
+
+// ---- plans ------------------------------------------------------------------------------------
+
+TEST(Scheduler, TheExampleOfTheHeader) {
+  Scheduler scheduler(4, 4, 8, 16);
+  EXPECT_EQ(scheduler.add_group(Tokens{5, 9}, 2, 4, Tokens{70, 71}, Tokens{}), 0);
+  StepPlan plan = scheduler.schedule();
+  EXPECT_EQ(plan.tokens, (Tokens{5, 9}));
+  EXPECT_EQ(plan.positions, (Tokens{0, 1}));
+  EXPECT_EQ(plan.slots, (Tokens{0, 1}));
+  EXPECT_EQ(plan.cu_query, (std::vector<int32_t>{0, 2}));
+  EXPECT_EQ(plan.kv_len, (std::vector<int32_t>{2}));
+  EXPECT_EQ(plan.page_table, (std::vector<int32_t>{0}));
+  EXPECT_EQ(plan.sample_row, (Tokens{1, 1}));
+  EXPECT_EQ(plan.sample_seq, (Tokens{0, 1}));
+  EXPECT_EQ(plan.sample_seed, (Tokens{70, 71}));
+  EXPECT_EQ(plan.sample_position, (Tokens{2, 2}));
+  EXPECT_TRUE(scheduler.commit(Tokens{3, 4}).empty());
+  plan = scheduler.schedule();
+  EXPECT_EQ(plan.tokens, (Tokens{3, 4}));
+  EXPECT_EQ(plan.positions, (Tokens{2, 2}));
+  EXPECT_EQ(plan.slots, (Tokens{6, 2}));
+  EXPECT_EQ(plan.cu_query, (std::vector<int32_t>{0, 1, 2}));
+  EXPECT_EQ(plan.kv_len, (std::vector<int32_t>{3, 3}));
+  EXPECT_EQ(plan.page_table, (std::vector<int32_t>{1, 0}));
+  EXPECT_EQ(plan.page_table_width, 1);
+  EXPECT_EQ(plan.page_copies, (std::vector<int32_t>{0, 1}));
+  EXPECT_EQ(plan.sample_row, (Tokens{0, 1}));
+  EXPECT_EQ(plan.sample_position, (Tokens{3, 3}));
+}
+
+TEST(Scheduler, AGroupSharesItsPromptAroundEveryPageBoundary) {
+  constexpr int64_t kPage = 4;
+  for (int64_t group_size : {1, 2, 5}) {
+    for (int64_t prompt_length : {1, 3, 4, 5, 7, 8, 9, 12}) {
+      SCOPED_TRACE("G " + std::to_string(group_size) + " prompt " + std::to_string(prompt_length));
+      Engine engine(64, kPage, 8, 64);
+      engine.add(ask_of(prompt_length, group_size, 9));
+      StepPlan plan = engine.step();
+      EXPECT_EQ(plan.counts.prefill, prompt_length);  // once, not G times
+      EXPECT_EQ(plan.sample_row, Tokens(group_size, prompt_length - 1));
+      plan = engine.step();
+      const bool partial = prompt_length % kPage != 0;
+      EXPECT_EQ(static_cast<int64_t>(plan.page_copies.size()), partial ? 2 * (group_size - 1) : 0);
+      EXPECT_EQ(plan.counts.decode, group_size);
+      EXPECT_EQ(64 - engine.scheduler.num_free_pages(), prompt_length / kPage + group_size);
+      engine.finish();
+      const SchedulerTotals& totals = engine.scheduler.totals();
+      EXPECT_EQ(totals.tokens.prefill, prompt_length);
+      EXPECT_EQ(totals.tokens.decode, group_size * 8);  // the ninth is drawn, never computed
+      EXPECT_EQ(totals.tokens.recomputed, 0);
+      EXPECT_EQ(totals.shared_page_hits, (group_size - 1) * (prompt_length / kPage));
+    }
+  }
+}
+
+TEST(Scheduler, ALongPromptIsComputedInChunksBesideDecoding) {
+  Engine engine(64, 4, 4, 10);
+  engine.add(ask_of(2, 2, 20, 1));
+  EXPECT_EQ(engine.step().tokens.size(), 2u);
+  engine.add(ask_of(21, 2, 3, 2));
+  const std::vector<std::pair<int64_t, size_t>> want = {{8, 2}, {8, 2}, {5, 4}};
+  for (const auto& [prefill, samples] : want) {
+    const StepPlan plan = engine.step();
+    EXPECT_EQ(plan.counts.decode, 2);
+    EXPECT_EQ(plan.counts.prefill, prefill);
+    EXPECT_EQ(plan.sample_seq.size(), samples);
+  }
+  EXPECT_EQ(engine.step().counts.decode, 4);
+  engine.finish();
+}
+
+TEST(Scheduler, AStepWhereEveryAnswerStopsLeavesNothingBehind) {
+  Scheduler scheduler(64, 4, 8, 64);
+  for (int i = 0; i < 2; ++i) {
+    scheduler.add_group(Tokens{1, 2, 3, 4, 5}, 4, 10, Tokens{1, 2, 3, 4}, Tokens{9});
+  }
+  const StepPlan plan = scheduler.schedule();
+  ASSERT_EQ(plan.sample_seq.size(), 8u);
+  EXPECT_EQ(scheduler.commit(Tokens(8, 9)), (Tokens{0, 1, 2, 3, 4, 5, 6, 7}));
+  scheduler.check();
+  EXPECT_FALSE(scheduler.has_work());
+  EXPECT_EQ(scheduler.num_free_pages(), 64);
+  EXPECT_EQ(scheduler.totals().page_copies, 0);
+  EXPECT_EQ(scheduler.sequence(5).answer(), Tokens{9});
+  EXPECT_STREQ(finish_name(scheduler.sequence(5).finish()), "stop");
+}
+
+TEST(Scheduler, TheFirstAnswerMayStopAtOnceAndItsSiblingsKeepThePrompt) {
+  Scheduler scheduler(16, 4, 8, 64);
+  scheduler.add_group(Tokens{1, 2, 3, 4, 5}, 3, 10, Tokens{1, 2, 3}, Tokens{9});
+  scheduler.schedule();
+  EXPECT_EQ(scheduler.commit(Tokens{9, 6, 7}), Tokens{0});
+  scheduler.check();
+  EXPECT_EQ(scheduler.num_free_pages(), 14);
+  const StepPlan plan = scheduler.schedule();
+  EXPECT_EQ(plan.page_copies, (std::vector<int32_t>{1, 2}));
+  EXPECT_EQ(plan.sample_seq, (Tokens{1, 2}));
+}
+
+TEST(Scheduler, OneTokenAnswersNeverDecode) {
+  Engine engine(8, 4, 8, 64);
+  engine.add(ask_of(6, 3, 1));
+  engine.step();
+  EXPECT_FALSE(engine.scheduler.has_work());
+  EXPECT_STREQ(finish_name(engine.scheduler.sequence(2).finish()), "length");
+  engine.finish();
+}
+
+TEST(Scheduler, SeedsKeepAll64Bits) {
+  Scheduler scheduler(4, 4, 4, 4);
+  const Tokens seeds = {INT64_MIN, -1, INT64_MAX};
+  scheduler.add_group(Tokens{1}, 3, 2, seeds, Tokens{});
+  EXPECT_EQ(scheduler.schedule().sample_seed, seeds);
+}
+
+// ---- order ------------------------------------------------------------------------------------
+
+TEST(Scheduler, AdmissionFollowsArrivalAndNobodyIsOvertaken) {
+  Engine engine(8, 4, 8, 64);
+  engine.add(ask_of(8, 1, 12, 1));            // runs, and leaves 6 pages less what it may grow by
+  engine.add(ask_of(20, 1, 4, 2));            // does not fit beside it
+  engine.add(ask_of(1, 1, 1, 3));             // would fit, and waits
+  EXPECT_EQ(engine.step().sample_seq, Tokens{0});
+  EXPECT_EQ(engine.scheduler.num_waiting(), 2);
+  while (!engine.scheduler.sequence(0).finished()) EXPECT_EQ(engine.step().sample_seq, Tokens{0});
+  EXPECT_EQ(engine.step().sample_seq, (Tokens{1, 2}));
+  engine.finish();
+}
+
+TEST(Scheduler, MaxRunningCountsEveryAnswerOfAGroup) {
+  Engine engine(64, 4, 5, 64);
+  engine.add(ask_of(3, 2, 3, 1));
+  engine.add(ask_of(3, 3, 3, 2));
+  engine.add(ask_of(3, 1, 3, 3));
+  EXPECT_EQ(engine.step().sample_seq.size(), 5u);
+  EXPECT_EQ(engine.scheduler.num_running(), 5);
+  EXPECT_EQ(engine.scheduler.num_waiting(), 1);
+  engine.finish();
+}
+
+TEST(Scheduler, TheYoungestIsPreemptedAndComesBackFirst) {
+  // Four answers of one group write 1 + 12 tokens each: 4 pages each where the pool has 8.
+  Engine engine(8, 4, 8, 64);
+  engine.add(ask_of(1, 4, 13, 1));
+  engine.add(ask_of(1, 1, 2, 2));  // arrives later: must wait for all of them
+  std::vector<std::vector<int64_t>> ran;
+  int64_t preemptions = 0;
+  while (engine.scheduler.has_work()) {
+    const StepPlan plan = engine.step();
+    preemptions += plan.preemptions;
+    if (ran.empty() || ran.back() != plan.sample_seq) ran.push_back(plan.sample_seq);
+  }
+  // With 3 pages each only two fit; those run to the end, then the next two, then the latecomer.
+  EXPECT_EQ(ran[0], (Tokens{0, 1, 2, 3}));
+  EXPECT_EQ(ran[1], (Tokens{0, 1}));
+  EXPECT_EQ(ran[2], (Tokens{2, 3}));
+  EXPECT_EQ(ran[3], Tokens{4});
+  EXPECT_EQ(preemptions, 2);
+  EXPECT_EQ(engine.scheduler.totals().preemptions, 2);
+  engine.finish();
+}
+
+TEST(Scheduler, APreemptedAnswerTakesThePromptPagesThatASiblingStillHolds) {
+  // A prompt of 4 pages and a bit; the three answers would need 4 + 3 * 3 pages and find 12.
+  Scheduler scheduler(12, 4, 3, 64);
+  scheduler.add_group(Tokens(17, 6), 3, 12, Tokens{1, 2, 3}, Tokens{9});
+  while (scheduler.schedule().preemptions == 0) scheduler.commit(Tokens(3, 5));
+  scheduler.commit(Tokens{9, 5});  // after that step, without the third, the first answer stops
+  scheduler.check();
+  EXPECT_EQ(scheduler.sequence(2).length(), 25);
+  EXPECT_EQ(scheduler.totals().shared_page_hits, 8);
+  const StepPlan plan = scheduler.schedule();
+  scheduler.check();
+  EXPECT_EQ(plan.sample_seq, (Tokens{1, 2}));
+  EXPECT_EQ(plan.cu_query, (std::vector<int32_t>{0, 1, 10}));
+  EXPECT_EQ(plan.positions[1], 16);  // computes what lies behind the four shared pages
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(plan.page_table[i], plan.page_table[plan.page_table_width + i]);
+  }
+  EXPECT_EQ(plan.counts.recomputed, 8);  // positions 16 to 23
+  EXPECT_EQ(plan.counts.decode, 2);
+  EXPECT_EQ(scheduler.totals().shared_page_hits, 12);
+}
+
+TEST(Scheduler, AGroupWhoseAnswersNeverFitTogetherStillFinishes) {
+  // 16 answers of 3 pages in a pool of 3 pages: one at a time.
+  Engine engine(3, 4, 16, 16);
+  engine.add(ask_of(5, 16, 7, 1));
+  engine.add(ask_of(11, 1, 1, 2));
+  engine.finish();
+}
+
+// ---- recomputation, failure, cancellation -------------------------------------------------------
+
+TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoAnswer) {
+  std::vector<Ask> asks;
+  for (int64_t i = 0; i < 12; ++i) {
+    asks.push_back(ask_of(1 + (i * 5) % 19, 1 + i % 4, 1 + i * 2, i, {0, 5}));
+  }
+  for (int64_t page_size : {1, 3, 4, 16}) {
+    const int64_t smallest = (19 + 23 + page_size - 1) / page_size;  // the largest single request
+    int64_t preempted_when_scarce = 0;
+    for (int64_t num_pages : {smallest, smallest + 2, 2 * smallest, 20 * smallest}) {
+      for (int64_t max_step_tokens : {4, 7, 256}) {
+        SCOPED_TRACE("page_size " + std::to_string(page_size) + " num_pages " +
+                     std::to_string(num_pages) + " budget " + std::to_string(max_step_tokens));
+        const int64_t max_running = std::min<int64_t>(max_step_tokens, 24);
+        Engine engine(num_pages, page_size, max_running, max_step_tokens);
+        for (const Ask& ask : asks) engine.add(ask);
+        engine.finish();
+        if (num_pages == smallest) {
+          preempted_when_scarce += engine.scheduler.totals().preemptions;
+        } else if (num_pages == 20 * smallest) {
+          EXPECT_EQ(engine.scheduler.totals().preemptions, 0);
+        }
+      }
+    }
+    EXPECT_GT(preempted_when_scarce, 0);
+  }
+}
+
+TEST(Scheduler, PreemptAllRecomputesTheSameAnswers) {
+  Engine engine(32, 4, 8, 12);
+  engine.add(ask_of(9, 3, 12, 1));
+  engine.add(ask_of(17, 2, 12, 2));
+  for (int step = 0; engine.scheduler.has_work(); ++step) {
+    if (step % 3 == 1) engine.schedule();  // given up half-way
+    if (step % 3 != 0) {
+      engine.scheduler.preempt_all();
+      engine.scheduler.check();
+      EXPECT_EQ(engine.scheduler.num_free_pages(), 32);
+      EXPECT_EQ(engine.scheduler.num_running(), 0);
+    }
+    for (int i = 0; i < 4 && engine.scheduler.has_work(); ++i) engine.step();
+  }
+  engine.finish();
+  EXPECT_GT(engine.scheduler.totals().tokens.recomputed, 0);
+  EXPECT_EQ(engine.scheduler.totals().tokens.prefill, 26);
+}
+
+// Each call is made to fail at its first, second, third ... allocation before it is let through;
+// a twin that never failed shows that the failures left no trace.
+TEST(Scheduler, RunningOutOfMemoryChangesNothing) {
+  const auto until_it_succeeds = [](Scheduler& scheduler, auto&& call) {
+    int64_t failures = 0;
+    for (int64_t allowed = 0;; ++allowed) {
+      try {
+        g_allocations_left = allowed;
+        call();
+        g_allocations_left = -1;
+        return failures;
+      } catch (const std::bad_alloc&) {
+        g_allocations_left = -1;
+        ++failures;
+        scheduler.check();
+      }
+    }
+  };
+  Scheduler twin(10, 4, 8, 16), scheduler(10, 4, 8, 16);
+  int64_t failures[3] = {0, 0, 0};
+  int64_t token = 1;
+  for (int step = 0; step < 60; ++step) {
+    if (step % 12 == 0) {
+      const Ask ask = ask_of(1 + step % 17, 1 + step / 12 % 4, 16, step);
+      const auto add = [&](Scheduler& to) {
+        return to.add_group(ask.prompt, ask.seeds.size(), 16, ask.seeds, ask.stop_ids);
+      };
+      int64_t id = -1;
+      failures[0] += until_it_succeeds(scheduler, [&] { id = add(scheduler); });
+      EXPECT_EQ(id, add(twin));
+    }
+    if (!twin.has_work()) continue;
+    const StepPlan want = twin.schedule();
+    StepPlan plan;
+    failures[1] += until_it_succeeds(scheduler, [&] { plan = scheduler.schedule(); });
+    ASSERT_TRUE(same(plan, want)) << "step " << step;
+    Tokens drawn;
+    for (size_t s = 0; s < plan.sample_seq.size(); ++s) drawn.push_back(token++ % 50);
+    const Tokens finished = twin.commit(drawn);
+    Tokens also;
+    failures[2] += until_it_succeeds(scheduler, [&] { also = scheduler.commit(drawn); });
+    ASSERT_EQ(also, finished);
+    scheduler.check();
+  }
+  EXPECT_GT(twin.totals().preemptions, 0);
+  for (int64_t count : failures) EXPECT_GT(count, 10);
+}
+
+TEST(Scheduler, AnInvalidTokenNamesItsSequenceAndLeavesTheStepOpen) {
+  Scheduler scheduler(16, 4, 8, 64);
+  scheduler.add_group(Tokens{1, 2, 3}, 2, 5, Tokens{1, 2}, Tokens{});
+  scheduler.add_group(Tokens{4, 5}, 2, 5, Tokens{3, 4}, Tokens{});
+  scheduler.schedule();
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.commit(Tokens{1, 1, 1, -1}); }),
+            "commit: tokens must be >= 0, got -1 for sequence 3 (group 2, answer 1) at position 2: "
+            "its logits held nothing to draw from (NaN, or every token excluded)");
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.commit(Tokens{1}); }),
+            "commit: tokens must hold one token for each of the plan's 4 samples, got 1");
+  scheduler.check();
+  EXPECT_TRUE(scheduler.step_open());
+  EXPECT_EQ(scheduler.sequence(0).length(), 3);
+  EXPECT_TRUE(scheduler.commit(Tokens{1, 1, 1, 1}).empty());
+  scheduler.check();
+}
+
+TEST(Scheduler, CallsOutOfOrderAreRefusedWithASentence) {
+  Scheduler scheduler(16, 4, 8, 64);
+  EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.schedule(); }),
+            "Scheduler: schedule() without work; ask has_work() first");
+  EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.commit(Tokens{}); }),
+            "Scheduler: commit() without schedule(); each plan is committed once");
+  const int64_t group = scheduler.add_group(Tokens{1, 2, 3}, 2, 5, Tokens{1, 2}, Tokens{});
+  scheduler.schedule();
+  EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.schedule(); }),
+            "Scheduler: schedule() was called twice; commit() the tokens of the first plan, or "
+            "call preempt_all() to give its step up");
+  EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.cancel(group); }),
+            "Scheduler: cancel() between schedule() and commit(); commit the step first");
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.drop(group); }),
+            "drop: every answer of group 0 must be finished, got sequence 0 (group 0, answer 0) "
+            "unfinished; cancel the group first");
+  scheduler.commit(Tokens{1, 1});
+  EXPECT_THROW(scheduler.commit(Tokens{1, 1}), std::logic_error);
+  scheduler.check();
+}
+
+TEST(Scheduler, CancelFreesEveryStageOfAGroup) {
+  Engine engine(32, 4, 6, 8);
+  const int64_t done = engine.add(ask_of(3, 1, 1, 1));
+  const int64_t decoding = engine.add(ask_of(5, 2, 20, 2));
+  const int64_t in_prompt = engine.add(ask_of(30, 2, 20, 3));
+  const int64_t waiting = engine.add(ask_of(3, 2, 20, 4));
+  for (int i = 0; i < 3; ++i) engine.step();
+  EXPECT_EQ(engine.scheduler.cancel(done), 0);
+  for (int64_t group : {waiting, in_prompt, decoding}) {
+    EXPECT_EQ(engine.scheduler.sequence(group).pages().empty(), group == waiting);
+    EXPECT_EQ(engine.scheduler.cancel(group), 2);
+    engine.scheduler.check();
+    EXPECT_STREQ(finish_name(engine.scheduler.sequence(group + 1).finish()), "cancelled");
+    EXPECT_EQ(engine.scheduler.cancel(group), 0);
+  }
+  EXPECT_FALSE(engine.scheduler.has_work());
+  EXPECT_EQ(engine.scheduler.num_free_pages(), 32);
+  EXPECT_GE(engine.scheduler.sequence(decoding).answer().size(), 1u);  // what it had is kept
+  engine.scheduler.drop(decoding);
+  engine.scheduler.check();
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { engine.scheduler.sequence(decoding + 1); }),
+            "Scheduler: no sequence has id 2; it was never given out, or its group was dropped");
+  EXPECT_THROW(engine.scheduler.cancel(decoding), std::invalid_argument);
+  EXPECT_THROW(engine.scheduler.sequence(-1), std::invalid_argument);
+}
+
+TEST(Scheduler, BadRequestsAreToldWhatWasWantedAndWhatCame) {
+  Scheduler scheduler(4, 4, 3, 8);
+  const auto refusal = [&](Tokens prompt, int64_t group_size, int64_t max_new, Tokens seeds) {
+    return message_of<std::invalid_argument>(
+        [&] { scheduler.add_group(prompt, group_size, max_new, seeds, Tokens{}); });
+  };
+  EXPECT_EQ(refusal({}, 1, 1, {1}), "add_group: prompt must hold at least one token, got none");
+  EXPECT_EQ(refusal({1, -2}, 1, 1, {1}),
+            "add_group: prompt must hold token ids >= 0, got -2 at position 1");
+  EXPECT_EQ(refusal({1}, 0, 1, {}), "add_group: group_size must be at least 1, got 0");
+  EXPECT_EQ(refusal({1}, 4, 1, {1, 2, 3, 4}),
+            "add_group: group_size must be at most max_running = 3, as the answers of a group "
+            "start together, got 4");
+  EXPECT_EQ(refusal({1}, 2, 1, {1}),
+            "add_group: seeds must hold one seed for each of the 2 answers, got 1");
+  EXPECT_EQ(refusal({1}, 1, 0, {1}), "add_group: max_new_tokens must be at least 1, got 0");
+  EXPECT_EQ(refusal({1, 2, 3}, 1, 14, {1}),
+            "add_group: one sequence must fit into num_pages = 4 pages of 4 tokens, got a prompt "
+            "of 3 tokens and max_new_tokens = 14, which take 5 pages");
+  EXPECT_EQ(refusal({1}, 1, INT64_MAX, {1}),
+            "add_group: prompt and answer must be at most 2147483647 tokens long, got 1 and "
+            "max_new_tokens = 9223372036854775807");
+  EXPECT_FALSE(scheduler.has_work());
+  scheduler.check();
+  EXPECT_EQ(scheduler.add_group(Tokens{1, 2, 3}, 1, 13, Tokens{1}, Tokens{}), 0);  // just fits
+}
+
+TEST(Scheduler, BadSizesAreRefused) {
+  const auto refusal = [](int64_t pages, int64_t size, int64_t running, int64_t tokens) {
+    return message_of<std::invalid_argument>([&] { Scheduler s(pages, size, running, tokens); });
+  };
+  EXPECT_EQ(refusal(0, 4, 1, 1), "Scheduler: num_pages must be in [1, 2147483647], got 0");
+  EXPECT_EQ(refusal(1, -4, 1, 1), "Scheduler: page_size must be in [1, 2147483647], got -4");
+  EXPECT_EQ(refusal(1, 4, 0, 1), "Scheduler: max_running must be in [1, 2147483647], got 0");
+  EXPECT_EQ(refusal(1, 4, 8, 7),
+            "Scheduler: max_step_tokens must be at least max_running = 8, so that every running "
+            "sequence gets a token in every step, got 7");
+}
+
+// ---- random operations ------------------------------------------------------------------------
+
+TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
+  std::mt19937_64 random(20260923);
+  const auto pick = [&](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  };
+  int64_t operations = 0, preemptions = 0, shared = 0, copies = 0, cancelled = 0, finished = 0;
+  for (int round = 0; operations < 10000; ++round) {
+    const int64_t page_size = pick(1, 6), max_running = pick(1, 12);
+    const int64_t num_pages = pick(4, 40), max_step_tokens = pick(max_running, max_running + 30);
+    SCOPED_TRACE("round " + std::to_string(round));
+    Engine engine(num_pages, page_size, max_running, max_step_tokens);
+    Scheduler& scheduler = engine.scheduler;
+    for (int i = 0; i < 250; ++i, ++operations) {
+      const int64_t what = pick(0, 99);
+      if (what < 12) {
+        const int64_t room = std::min<int64_t>(num_pages * page_size, 60);
+        const int64_t prompt_length = pick(1, room - 1);
+        Ask ask = ask_of(prompt_length, pick(1, std::min<int64_t>(max_running, 5)),
+                         pick(1, std::min<int64_t>(room - prompt_length, 24)), pick(0, 1 << 20));
+        if (pick(0, 1)) ask.stop_ids = {pick(0, 22), pick(0, 22)};
+        engine.add(ask);
+      } else if (what < 15 && !engine.asks.empty() && !scheduler.step_open()) {
+        auto it = std::next(engine.asks.begin(), pick(0, engine.asks.size() - 1));
+        cancelled += scheduler.cancel(it->first);
+      } else if (what < 16 && !engine.asks.empty() && !scheduler.step_open()) {
+        auto it = std::next(engine.asks.begin(), pick(0, engine.asks.size() - 1));
+        scheduler.cancel(it->first);
+        scheduler.drop(it->first);
+        engine.asks.erase(it);
+      } else if (what < 17) {
+        scheduler.preempt_all();
+      } else if (scheduler.step_open()) {
+        finished += engine.commit().size();
+      } else if (scheduler.has_work()) {
+        engine.schedule();
+      }
+      scheduler.check();
+      if (HasFailure()) return;
+    }
+    if (scheduler.step_open()) engine.commit();
+    engine.finish();
+    if (HasFailure()) return;
+    preemptions += scheduler.totals().preemptions;
+    shared += scheduler.totals().shared_page_hits;
+    copies += scheduler.totals().page_copies;
+  }
+  // The walk must have been where it is interesting.
+  EXPECT_GT(preemptions, 300);
+  EXPECT_GT(shared, 300);
+  EXPECT_GT(copies, 100);
+  EXPECT_GT(cancelled, 30);
+  EXPECT_GT(finished, 300);
+}
+
+}  // namespace
+}  // namespace grpo_engine
