@@ -643,9 +643,9 @@ def runs_table(
         allow_incomplete: whether runs without a summary take part with what they have.
 
     Returns:
-        A table with `table_schema()`, one row an evaluation record. `study`, `cell` and `tau` come from the
-        study's `cell.json`; for a run outside a study `study` is null, `cell` is the folder's name and `tau` is
-        prompts seen over unique prompts at the end.
+        A table with `table_schema()`, one row an evaluation record. `study`, `cell`, `kind`, `size` and `tau`
+        come from the study's `cell.json`; for a run outside a study `study` is null, `cell` is the folder's name,
+        kind and size are those of `run.json`, and `tau` is prompts seen over unique prompts at the end.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: as `read_run`.
@@ -663,8 +663,8 @@ def runs_table(
                 "cell": (run.cell or {}).get("cell", run.path.name),
                 "run_id": run.header["run_id"],
                 "method": run.header["method"],
-                "kind": model["kind"],
-                "size": model["size"],
+                "kind": (run.cell or {}).get("kind", model["kind"]),
+                "size": (run.cell or {}).get("size", model["size"]),
                 "params_non_embedding": model["params_non_embedding"],
                 "params_nominal": model.get("params_nominal"),
                 "seed": config.get("seed"),

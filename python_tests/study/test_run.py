@@ -1,0 +1,309 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from grpo_engine import records
+from grpo_engine.study import run
+from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan
+from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
+
+STUDY = StudyConfig(
+    name="demo",
+    run={"steps": 4, "batch": {"prompts": 8, "group_size": 2}, "evaluation": {"count": 0}},
+    sizes={"xs": SizeConfig(), "s": SizeConfig()},
+    axes=(AxesConfig(kinds=("base", "instruct"), seeds=(0, 1)),),
+)
+NAMES = [c.name for c in plan(STUDY).cells]
+
+
+def finish(cell, folder):
+    records.write_json_atomic(folder / "run.json", {"run_id": cell.id, "method": cell.method, "config": {}, "model": {}})
+    with records.JsonlWriter(folder / "steps.jsonl") as out:
+        out.write({"step": cell.config.steps, "reward_mean": 0.5})
+    records.write_json_atomic(folder / "summary.json", {"steps": cell.config.steps})
+
+
+class FakeExecutor:
+    """Does a job's work the second time it is asked about it; fails those whose name is in `fails`."""
+
+    def __init__(self, folder, fails=(), at_poll=None, silent=()):
+        self.folder, self.fails, self.silent, self.at_poll = folder, set(fails), set(silent), at_poll
+        self.order, self.running, self.most, self.stopped = [], set(), 0, []
+
+    def start(self, job):
+        assert not any(name in self.running for name in job.after)
+        self.order.append(job.name)
+        self.running.add(job.name)
+        self.most = max(self.most, len(self.running))
+        job.log.write_text(f"one\ntwo of {job.name}\n")
+        return {"job": job, "polls": 0}
+
+    def poll(self, handle):
+        job = handle["job"]
+        handle["polls"] += 1
+        if self.at_poll:
+            self.at_poll()
+        if handle["polls"] < 2:
+            return None
+        self.running.discard(job.name)
+        if job.name in self.fails:
+            return 3
+        if job.cell and job.name not in self.silent:
+            finish(job.cell, self.folder / job.cell.folder)
+        return 0
+
+    def stop(self, handles):
+        self.stopped += [h["job"].name for h in handles]
+
+
+@pytest.fixture(autouse=True)
+def no_cached_models(monkeypatch):
+    monkeypatch.setattr(run, "model_ready", lambda need: False)
+
+
+def run_it(folder, executor, **more):
+    text = io.StringIO()
+    console = Console(file=text, width=200)
+    result = run_study(folder, study=STUDY, jobs=2, console=console, executor=executor, poll_s=0.0, **more)
+    return result, text.getvalue()
+
+
+def test_every_cell_runs_once_after_its_model(tmp_path):
+    executor = FakeExecutor(tmp_path)
+    result, text = run_it(tmp_path, executor)
+    assert result.exit_code == 0 and sorted(result.done) == sorted(NAMES) and result.skipped == ()
+    assert len(executor.order) == len(set(executor.order)) == len(NAMES) + 4
+    at = executor.order.index
+    for size in ("xs", "s"):
+        assert at(f"model {size}-base") < at(f"model {size}-instruct") < at(f"{size}-instruct-seed0")
+        assert at(f"model {size}-base") < at(f"{size}-base-seed0")
+    assert executor.most == 2
+    assert at("model s-base") == 0  # the longest chain first
+    assert "8 of 8 cells done" in text
+
+
+def test_a_second_run_does_nothing(tmp_path):
+    run_it(tmp_path, FakeExecutor(tmp_path))
+    executor = FakeExecutor(tmp_path)
+    result, text = run_it(tmp_path, executor)
+    assert executor.order == [] and sorted(result.skipped) == sorted(NAMES) and result.exit_code == 0
+    assert "8 done before" in text
+
+
+def test_a_failure_names_the_cell_and_shows_its_log_and_the_others_go_on(tmp_path):
+    result, text = run_it(tmp_path, FakeExecutor(tmp_path, fails=["s-base-seed1"]))
+    assert result.exit_code == 1 and [f.name for f in result.failures] == ["s-base-seed1"]
+    assert sorted(result.done) == sorted(set(NAMES) - {"s-base-seed1"})
+    assert "s-base-seed1 failed (exit code 3)" in text and "    two of s-base-seed1" in text
+    again, _ = run_it(tmp_path, second := FakeExecutor(tmp_path))
+    assert again.exit_code == 0 and [n for n in second.order if not n.startswith("model")] == ["s-base-seed1"]
+
+
+def test_a_failed_model_blocks_what_needs_it_and_nothing_else(tmp_path):
+    result, text = run_it(tmp_path, FakeExecutor(tmp_path, fails=["model s-base"]))
+    assert result.exit_code == 1 and [f.name for f in result.failures] == ["model s-base"]
+    assert sorted(result.blocked) == sorted(n for n in NAMES if n.startswith("s-"))
+    assert sorted(result.done) == sorted(n for n in NAMES if n.startswith("xs-"))
+    assert "not started for want of their model" in text
+
+
+def test_a_cell_that_ends_without_a_summary_has_failed(tmp_path):
+    result, _ = run_it(tmp_path, FakeExecutor(tmp_path, silent=["xs-base-seed0"]))
+    assert [f.reason for f in result.failures] == ["it ended without writing summary.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_what_runs_and_keeps_the_rest(tmp_path, number):
+    polls = []
+
+    def at_poll():
+        polls.append(1)
+        if len(polls) == 9:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    executor = FakeExecutor(tmp_path, at_poll=at_poll)
+    result, text = run_it(tmp_path, executor)
+    assert result.interrupted == number and result.exit_code == 128 + number
+    assert set(executor.stopped) == executor.running and executor.running
+    assert result.missing and "the same command goes on from here" in text
+    assert signal.getsignal(number) == before
+    again, _ = run_it(tmp_path, FakeExecutor(tmp_path))
+    assert again.exit_code == 0 and sorted(again.done + again.skipped) == sorted(NAMES)
+
+
+def test_two_runs_in_one_folder_refuse(tmp_path):
+    seen = []
+
+    def at_poll():
+        if not seen:
+            with pytest.raises(StudyLocked, match=f"another process runs this study .process {os.getpid()}"):
+                run_it(tmp_path, FakeExecutor(tmp_path))
+            seen.append(1)
+
+    result, _ = run_it(tmp_path, FakeExecutor(tmp_path, at_poll=at_poll))
+    assert seen and result.exit_code == 0
+    assert run_it(tmp_path, FakeExecutor(tmp_path))[0].exit_code == 0  # and the lock is gone
+
+
+def test_a_folder_describes_its_study(tmp_path):
+    run_it(tmp_path, FakeExecutor(tmp_path))
+    rows = records.read_json(tmp_path / "plan.json")["cells"]
+    assert [r["name"] for r in rows] == NAMES
+    for cell in plan(STUDY).cells:
+        described = records.read_json(tmp_path / cell.folder / "cell.json")
+        assert (described["study"], described["cell"], described["tau"]) == ("demo", cell.id, 1.0)
+    without_argument = run_study(tmp_path, jobs=1, console=Console(file=io.StringIO()), executor=FakeExecutor(tmp_path))
+    assert sorted(without_argument.skipped) == sorted(NAMES)
+
+
+def test_a_folder_without_a_study_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="study.yaml"):
+        run_study(tmp_path / "none")
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        run_study(tmp_path, study=STUDY, jobs=0)
+
+
+def test_status_tells_done_running_partial_and_missing(tmp_path):
+    run_it(tmp_path, FakeExecutor(tmp_path, fails=NAMES))
+    cells = plan(STUDY).cells
+    finish(cells[0], tmp_path / cells[0].folder)
+    for cell in cells[1:3]:
+        with records.JsonlWriter(tmp_path / cell.folder / "steps.jsonl") as out:
+            out.write({"step": 2, "reward_mean": 0.25})
+    with run._locked(tmp_path / cells[1].folder / run.LOCK_FILE, "held"):
+        states = [str(s) for s in study_status(tmp_path)]
+    assert states[:4] == ["done", "running 2 of 4", "partial 2 of 4", "missing"]
+
+
+def test_progress_is_read_from_a_file_that_is_being_written(tmp_path):
+    assert run.read_progress(tmp_path) == {}
+    with records.JsonlWriter(tmp_path / "steps.jsonl") as out:
+        for step in range(1, 400):
+            out.write({"step": step, "reward_mean": step / 400, "padding": "x" * 100})
+    with open(tmp_path / "steps.jsonl", "ab") as out:
+        out.write(b'{"schema":1,"step":40')
+    with records.JsonlWriter(tmp_path / "evals.jsonl") as out:
+        for name, inside, mode, loss in (("chain", True, "sample", 0.5), ("chain", True, "greedy", 0.1),
+                                         ("word", True, "sample", 0.6), ("code", False, "sample", 0.9)):  # fmt: skip
+            out.write({"eval_set": name, "in_domain": inside, "mode": mode, "loss": loss})
+    progress = run.read_progress(tmp_path)
+    assert (progress["step"], progress["reward"], progress["loss"]) == (399, 399 / 400, 0.5)
+
+
+def test_a_terminal_gets_a_live_table(tmp_path):
+    text = io.StringIO()
+    console = Console(file=text, width=120, height=40, force_terminal=True, color_system=None)
+    run_study(tmp_path, study=STUDY, jobs=2, console=console, executor=FakeExecutor(tmp_path), poll_s=0.0)
+    assert "time left" in text.getvalue() and "s-base-seed1" in text.getvalue()
+
+
+# ------------------------------------------------------------------------------- real processes
+
+
+def job(tmp_path, code):
+    return Job(name="job", command=(sys.executable, "-c", textwrap.dedent(code)), log=tmp_path / "log.txt", after=(),
+               seconds=1.0)  # fmt: skip
+
+
+def wait_for(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+GRANDCHILD = """
+    import os, signal, subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print(child.pid, flush=True)
+    signal.signal(signal.SIGTERM, {handler})
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("handler", ["signal.SIG_DFL", "signal.SIG_IGN"])
+def test_stopping_ends_the_whole_group_even_when_it_will_not(tmp_path, handler):
+    executor = LocalExecutor(grace_s=0.3)
+    handle = executor.start(job(tmp_path, GRANDCHILD.format(handler=handler)))
+    log = tmp_path / "log.txt"
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 7)
+    child = int(log.read_text().split()[-1])
+    assert executor.poll(handle) is None and alive(child)
+    executor.stop([handle])
+    assert executor.poll(handle) < 0
+    wait_for(lambda: not alive(child))
+
+
+def test_the_log_and_the_threads_of_a_process(tmp_path):
+    executor = LocalExecutor(threads=3)
+    handle = executor.start(
+        job(tmp_path, "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('to stderr')")
+    )
+    wait_for(lambda: executor.poll(handle) is not None)
+    assert executor.poll(handle) == 1
+    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["3", "to stderr"]
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        LocalExecutor(threads=0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
+def test_processes_end_with_a_study_that_is_killed(tmp_path):
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from grpo_engine.study.run import Job, LocalExecutor
+        child = "from grpo_engine.study.run import _end_with_parent as e; import os, time; e(); print(os.getpid(), flush=True); time.sleep(60)"
+        LocalExecutor().start(Job(name="x", command=(sys.executable, "-c", child), log=Path({str(tmp_path / "c.txt")!r}),
+                                  after=(), seconds=1.0))
+        time.sleep(60)
+    """  # noqa: E501
+    log = tmp_path / "c.txt"
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    wait_for(lambda: log.exists() and log.read_text().strip().split("\n")[-1].isdigit(), 30)
+    child = int(log.read_text().split("\n")[-2])
+    assert alive(child)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_for(lambda: not alive(child))
+
+
+def test_main_refuses_other_words():
+    with pytest.raises(ValueError, match="expected 'model SIZE KIND' or 'cell FOLDER', got 'dance'"):
+        main(["dance"])
+
+
+def test_a_cell_waits_for_its_predecessor_to_be_gone(tmp_path):
+    lock = tmp_path / run.LOCK_FILE
+    holding = threading.Event()
+
+    def hold():
+        with run._locked(lock, "held"):
+            holding.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    with pytest.raises(StudyLocked, match="cell is busy"):
+        with run._locked(lock, "cell is busy"):
+            pass
+    with run._locked(lock, "cell is busy", wait_s=5.0):
+        pass
+    thread.join()
