@@ -410,6 +410,52 @@ _register_autograd("swiglu", _swiglu_setup, _swiglu_backward)
 # ---------------------------------------------------------------- linear
 
 
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Matrix product of each row with the rows of ``weight``: ``y = x @ weight.T + bias``.
+
+    Each output element is one chain of float32 fused multiply-adds in ascending i (float64 for
+    float64), so a row has the same bits in a batch of any size.  The bias is added once at the end
+    and the result is rounded once, to nearest even.
+
+    Args:
+        x: [T, I] float32, bfloat16 or float64; columns adjacent, rows may be strided.  T = 0 and
+            I = 0 are allowed.
+        weight: [O, I], dtype of ``x``, contiguous.
+        bias: [O], dtype of ``x``, or None.
+        out_dtype: dtype of the result; that of ``x`` by default.  float32 is allowed for bfloat16
+            ``x`` (unrounded logits).
+
+    Returns:
+        [T, O] of ``out_dtype`` on the device of ``x``.  Differentiable in ``x``, ``weight`` and
+        ``bias``; the gradient of one that needs none is not computed.
+
+    Raises:
+        ValueError: wrong shape, columns of ``x`` not adjacent, or an ``out_dtype`` not listed.
+        TypeError: wrong dtype, or dtypes of ``x``, ``weight`` and ``bias`` that differ.
+
+    Source:
+        Goto and van de Geijn 2008, ACM TOMS 34(3):12 (the blocking); the fixed order of each sum is
+        that of He et al. 2025, "Defeating Nondeterminism in LLM Inference", Thinking Machines Lab.
+    """
+    return _ops.linear(x, weight, bias, out_dtype)
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_backward(ctx, dy):
+    need = ctx.needs_input_grad[:3]
+    grads = _ops.linear_backward(dy.contiguous(), *ctx.saved_tensors, *need)
+    return *(g if n else None for g, n in zip(grads, need, strict=True)), None
+
+
+_register_autograd("linear", _linear_setup, _linear_backward)
+
+
 # ---------------------------------------------------------------- kv_write
 
 

@@ -44,4 +44,9 @@ def rms_norm(x, weight, eps):
 # ---------------------------------------------------------------- linear
 
 
+def linear(x, weight, bias=None):
+    y = x.double() @ weight.double().T
+    return y if bias is None else y + bias.double()
+
+
 # ---------------------------------------------------------------- kv_write, paged_attention, ragged_attention

@@ -1,0 +1,49 @@
+// linear -- y = x W^T + bias, and its gradients.
+//
+//   y[t,o] = sum_i x[t,i] weight[o,i] + bias[o]
+//   dx[t,i] = sum_o dy[t,o] weight[o,i]    dweight[o,i] = sum_t dy[t,o] x[t,i]    dbias[o] = sum_t dy[t,o]
+//
+// All three products are core/gemm.h: each output element is one chain of fused multiply-adds in
+// ascending index, in float32 for float32 and bfloat16, so that a row of y has the same bits in a batch
+// of any size, on any number of threads. bfloat16 is widened as it is read and results are rounded once,
+// to nearest even; subnormals are kept. NaN and inf travel as IEEE arithmetic has it.
+//
+//   x, dx [T, I]   weight, dweight [O, I]   bias, dbias [O]   y, dy [T, O]      T, I = 0 are allowed
+#pragma once
+#include "core/cpu_dispatch.h"
+#include "core/dtype.h"
+
+namespace grpo_engine {
+
+// C[m,n] = sum_k A[m,k] B[k,n] + bias[n]; strides in elements, one of each pair is 1.
+struct GemmArgs {
+  DType a_dtype, b_dtype, c_dtype;  // all f64, or any of f32 and bf16
+  int64_t M, N, K;
+  const void* a;
+  int64_t a_row, a_col;
+  const void* b;
+  int64_t b_row, b_col;
+  const void* bias;  // [N] of b_dtype, or null
+  void* c;           // [M, N], rows adjacent
+  int64_t c_row;
+  bool accumulate;   // add to C; c_dtype f32 or f64
+  int64_t block_m, block_n;  // size of a work item; gemm() chooses it
+};
+
+GE_CPU_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
+
+// Runs the whole product over the thread pool.
+void gemm(GemmArgs args);
+
+struct ColumnSumArgs {
+  DType dtype;
+  int64_t T, O;
+  const void* dy;  // [T, O]
+  void* dbias;     // [O] of dtype's arithmetic type
+};
+
+inline constexpr int64_t kColumnSumColumns = 64;  // columns in one work item
+
+GE_CPU_KERNEL(column_sum, ColumnSumArgs)  // items: blocks of kColumnSumColumns columns
+
+}  // namespace grpo_engine
