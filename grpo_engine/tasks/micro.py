@@ -1,0 +1,452 @@
+"""Generated problems small enough that a model of 20 thousand parameters can learn them in seconds.
+
+Four families, each with a difficulty grade:
+
+    chain   "7 +8 -3 ="             in domain; grade = terms; values stay in [0, LIMIT)
+    word    "ann has 7 +8 -3 now ?" in domain; the same sums in another template
+    code    "max 3 7 2 :"           out of domain; grade = length of the list
+    logic   "b > a , c > b ; top ?" out of domain; grade = number of names
+
+An answer to a sum is *direct* ("12") or *worked* ("15 12": every partial value); only its last word counts. The
+corpus that the embedded models are pretrained on mixes both and gets some values wrong, so a pretrained model knows
+how to work a sum out but often does not, and copies the mistakes. That is what GRPO can honestly improve.
+
+Test problems are chosen by a hash of the sum itself, whatever its template: they are in no training set and in no
+corpus, which `check_disjoint` asserts wherever problems or documents are made. Sums of two terms are the facts that
+everything else is made of; there are too few to hold any out, so none is ever tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from grpo_engine.types import EvalSet, Problem, Task
+
+LIMIT = 30  # values of sums lie in [0, LIMIT)
+OPERAND = 9  # operands lie in [1, OPERAND]
+CORPUS_TERMS = (2, 3, 4, 5, 6, 8)
+TERMS = (3, 4, 5, 6, 8)  # of the problems that are trained and tested on
+LIST_LENGTHS = (3, 4, 5, 6)
+NAME_COUNTS = (2, 3, 4)
+FUNCTIONS = ("first", "second", "last", "max", "min")
+LETTERS = tuple("abcdef")
+PEOPLE = ("ann", "ben", "cleo", "dan")
+TEST_SHARE = 1 / 8
+IN_DOMAIN = ("chain", "word")
+OUT_OF_DOMAIN = ("code", "logic")
+DOMAINS = IN_DOMAIN + OUT_OF_DOMAIN
+EVAL_SEED = 2024  # evaluation sets are the same in every run
+_TRIES = 200  # draws before a grade counts as used up
+
+
+# ------------------------------------------------------------------------------------------- tokenizer
+
+PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
+SPECIAL = (PAD, EOS, USER, ASSISTANT)
+_NUMBERS = tuple(str(v) for v in range(LIMIT))
+VOCABULARY = (
+    *SPECIAL,
+    *_NUMBERS,
+    *(f"{sign}{k}" for sign in "+-" for k in range(1, OPERAND + 1)),
+    *("=", "?", ":", ";", ",", ">", "has", "now", "top", "low"),
+    *FUNCTIONS,
+    *LETTERS,
+    *PEOPLE,
+)
+
+
+class MicroTokenizer:
+    """One token a word; words are separated by single spaces.
+
+    Example: encode("7 +8 =") gives three ids, and decode of them gives the text back. Special tokens are never
+    decoded: decode of an answer with its stop token is the answer's text.
+    """
+
+    name = "micro"
+
+    def __init__(self) -> None:
+        self._ids = {word: i for i, word in enumerate(VOCABULARY)}
+        self.eos_id = self._ids[EOS]
+        self.stop_ids = (self.eos_id,)
+        self.vocab_size = len(VOCABULARY)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text's words.
+
+        Args:
+            text: words of `VOCABULARY`, separated by spaces; "" gives [].
+
+        Returns:
+            One id a word.
+
+        Raises:
+            ValueError: a word outside the vocabulary, named.
+        """
+        try:
+            return [self._ids[word] for word in text.split()]
+        except KeyError as e:
+            raise ValueError(
+                f"MicroTokenizer.encode: {e.args[0]!r} in {text!r} is no word of the micro tasks"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words of some ids, special tokens left out.
+
+        Args:
+            ids: each in [0, vocab_size).
+
+        Returns:
+            The words joined by single spaces.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        words = []
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"MicroTokenizer.decode: ids must be in [0, {self.vocab_size}), got {i}")
+            if i >= len(SPECIAL):
+                words.append(VOCABULARY[i])
+        return " ".join(words)
+
+    def encode_prompt(self, text: str, chat: bool) -> list[int]:
+        """What a model is given to answer a problem.
+
+        Args:
+            text: the problem's prompt.
+            chat: as a user's turn, for instruct models, instead of the bare text.
+
+        Returns:
+            Ids; with `chat` two special tokens more.
+
+        Raises:
+            ValueError: as for `encode`.
+        """
+        ids = self.encode(text)
+        return [self._ids[USER], *ids, self._ids[ASSISTANT]] if chat else ids
+
+
+# -------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A problem before it gets a template: `key` names it for the split."""
+
+    key: str
+    prompt: str
+    values: tuple[str, ...]  # worked answer; the last is the answer
+    grade: int
+
+
+def is_test(key: str) -> bool:
+    """Whether a problem belongs to the test pool.
+
+    Args:
+        key: what names the problem whatever its template: a sum in the chain template, the prompt otherwise.
+
+    Returns:
+        True for about `TEST_SHARE` of all keys; the same on every machine and in every run.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") < TEST_SHARE * 2**32
+
+
+def key_of(prompt: str) -> str:
+    """The key of a problem, read back from its prompt alone, so that a leak cannot hide behind its own generator.
+
+    Args:
+        prompt: text in any of the four templates, without chat tokens.
+
+    Returns:
+        See `is_test`; both templates of a sum have one key.
+    """
+    words = prompt.split()
+    if words[0] in PEOPLE:
+        words = [*words[2:-2], "="]
+    return " ".join(words)
+
+
+def is_fact(key: str) -> bool:
+    """Whether a key is a sum of two terms, which every corpus may hold and no test does."""
+    words = key.split()
+    return len(words) == 3 and words[-1] == "="
+
+
+def check_disjoint(prompts: Iterable[str], held_out: Collection[str], *, what: str) -> None:
+    """Asserts that nothing to be trained on is held out.
+
+    Args:
+        prompts: texts of problems or documents' problems.
+        held_out: keys of the problems of all evaluation sets.
+        what: name of the prompts, for the message.
+
+    Raises:
+        RuntimeError: a prompt whose key is in `held_out`, or in the pool that `held_out` was drawn from.
+    """
+    for prompt in prompts:
+        key = key_of(prompt)
+        if key in held_out or (is_test(key) and not is_fact(key)):
+            raise RuntimeError(f"{what}: problem {prompt!r} is held out for testing and must not be trained on")
+
+
+def _sum(rng: random.Random, terms: int) -> tuple[int, list[int]]:
+    """Start and signed operands of a sum whose partial values all lie in [0, LIMIT)."""
+    start = value = int(rng.random() * LIMIT)  # random() is several times as fast as randrange, and corpora are long
+    operands = []
+    for _ in range(terms - 1):
+        while True:
+            k = int(rng.random() * 2 * OPERAND) - OPERAND  # -OPERAND .. OPERAND - 1
+            k += k >= 0  # no zero
+            if 0 <= value + k < LIMIT:
+                break
+        operands.append(k)
+        value += k
+    return start, operands
+
+
+def _sum_item(rng: random.Random, terms: int, domain: str) -> Item:
+    start, operands = _sum(rng, terms)
+    text = " ".join([str(start), *(f"{k:+d}" for k in operands)])
+    key = f"{text} ="
+    prompt = key if domain == "chain" else f"{rng.choice(PEOPLE)} has {text} now ?"
+    value, values = start, []
+    for k in operands:
+        value += k
+        values.append(str(value))
+    return Item(key, prompt, tuple(values), terms)
+
+
+def _code_item(rng: random.Random, length: int) -> Item:
+    values = [rng.randrange(LIMIT) for _ in range(length)]
+    function = rng.choice(FUNCTIONS)
+    answer = {"first": values[0], "second": values[1], "last": values[-1], "max": max(values), "min": min(values)}
+    prompt = " ".join([function, *map(str, values), ":"])
+    return Item(prompt, prompt, (str(answer[function]),), length)
+
+
+def _logic_item(rng: random.Random, names: int) -> Item:
+    order = rng.sample(LETTERS, names)  # from top to low
+    pairs = [f"{a} > {b}" for a, b in zip(order, order[1:], strict=False)]
+    rng.shuffle(pairs)
+    question = rng.choice(("top", "low"))
+    prompt = f"{' , '.join(pairs)} ; {question} ?"
+    return Item(prompt, prompt, (order[0] if question == "top" else order[-1],), names)
+
+
+def _item(rng: random.Random, domain: str, grade: int) -> Item:
+    if domain == "code":
+        return _code_item(rng, grade)
+    if domain == "logic":
+        return _logic_item(rng, grade)
+    return _sum_item(rng, grade, domain)
+
+
+def _grades(domain: str) -> tuple[int, ...]:
+    return {"code": LIST_LENGTHS, "logic": NAME_COUNTS}.get(domain, TERMS)
+
+
+def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]:
+    """Different problems of one family, the grades in turn.
+
+    Args:
+        domain: "chain", "word", "code" or "logic".
+        count: how many.
+        seed: of the draw.
+        test: from the test pool, or from all others.
+
+    Returns:
+        `count` problems with different keys. A grade whose pool is used up leaves its place to the next.
+
+    Raises:
+        ValueError: an unknown domain, or more problems than there are; the message says how many.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"problems: domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
+    rng = random.Random(f"{domain}/{seed}/{test}")
+    grades = list(_grades(domain))
+    found: dict[str, Problem] = {}
+    turn = 0
+    while len(found) < count:
+        if not grades:
+            raise ValueError(f"problems: no more than about {len(found)} {domain} problems exist, wanted {count}")
+        grade = grades[turn % len(grades)]
+        for _ in range(_TRIES):
+            item = _item(rng, domain, grade)
+            if item.key not in found and is_test(item.key) == test:
+                found[item.key] = Problem(
+                    uid=f"{domain}/{item.key}",
+                    prompt=item.prompt,
+                    answer=item.values[-1],
+                    domain=domain,
+                    reward="exact",
+                    grade=item.grade,
+                )
+                turn += 1
+                break
+        else:
+            grades.remove(grade)
+    return list(found.values())
+
+
+def grade_answer(response: str, problem: Problem) -> float:
+    """1.0 when the last word of a response is the answer, else 0.0; what comes before is the model's own affair.
+
+    Args:
+        response: decoded answer, special tokens left out; "" is wrong.
+        problem: of a micro task.
+
+    Returns:
+        0.0 or 1.0.
+    """
+    words = response.split()
+    return float(bool(words) and words[-1] == problem.answer)
+
+
+def eval_sets(eval_problems: int | None = 500) -> dict[str, EvalSet]:
+    """The four evaluation sets, the same in every run and for every model.
+
+    Args:
+        eval_problems: problems of each; None: 500.
+
+    Returns:
+        {"chain", "word", "code", "logic"} in this order.
+
+    Raises:
+        ValueError: fewer than one problem, or more than a family has.
+    """
+    count = 500 if eval_problems is None else eval_problems
+    if count < 1:
+        raise ValueError(f"eval_sets: eval_problems must be at least 1, got {eval_problems}")
+    return {
+        d: EvalSet(name=d, in_domain=d in IN_DOMAIN, problems=problems(d, count, seed=EVAL_SEED, test=True))
+        for d in DOMAINS
+    }
+
+
+def held_out_keys(sets: Iterable[EvalSet]) -> frozenset[str]:
+    """The keys of all problems of some evaluation sets."""
+    return frozenset(key_of(p.prompt) for s in sets for p in s.problems)
+
+
+def micro_task(*, train_problems: int, eval_problems: int | None = 500, seed: int = 0) -> Task:
+    """Chain problems to train on and four sets to be tested on.
+
+    Args:
+        train_problems: how many different training problems.
+        eval_problems: problems of each evaluation set; None: 500.
+        seed: of the training problems; the evaluation sets do not depend on it.
+
+    Returns:
+        A `Task` named "micro" whose training and test problems are disjoint.
+
+    Raises:
+        ValueError: counts that no pool carries.
+        RuntimeError: a training problem is held out (never, unless this module is broken).
+    """
+    if train_problems < 1:
+        raise ValueError(f"micro_task: train_problems must be at least 1, got {train_problems}")
+    evals = eval_sets(eval_problems)
+    train = problems("chain", train_problems, seed=seed, test=False)
+    check_disjoint((p.prompt for p in train), held_out_keys(evals.values()), what="training set")
+    return Task(name="micro", train=train, evals=evals)
+
+
+# ---------------------------------------------------------------------------------------------- corpus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """What the embedded models read before any RL."""
+
+    chain: float = 0.6  # shares of documents
+    word: float = 0.15
+    code: float = 0.125
+    logic: float = 0.125
+    direct: float = 0.5  # share of sums that are answered without working
+    error: float = 0.1  # chance that a written value is wrong; the working goes on from the wrong value
+    chat: float = 0.15  # share of documents that are a user's turn and its answer
+    prompt_weight: float = 0.1  # loss weight of a prompt token; answer tokens weigh 1
+
+    def __post_init__(self) -> None:
+        for name in ("direct", "error", "chat", "prompt_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"CorpusConfig.{name} must be in [0, 1], got {getattr(self, name)}")
+        if abs(self.chain + self.word + self.code + self.logic - 1) > 1e-9:
+            raise ValueError("CorpusConfig: chain + word + code + logic must be 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A problem and an answer to it, as one sequence of tokens."""
+
+    prompt: str
+    tokens: list[int]
+    weights: list[float]  # loss weight of each token; the first token's is never used
+
+
+def _document(rng: random.Random, config: CorpusConfig, tokenizer: MicroTokenizer) -> Document:
+    domain = rng.choices(DOMAINS, (config.chain, config.word, config.code, config.logic))[0]
+    while True:
+        item = _item(rng, domain, rng.choice(CORPUS_TERMS if domain in IN_DOMAIN else _grades(domain)))
+        if not is_test(item.key) or is_fact(item.key):
+            break
+    answer = _written(rng, config, domain, item)
+    prompt = tokenizer.encode_prompt(item.prompt, rng.random() < config.chat)
+    ids = [*tokenizer.encode(" ".join(answer)), tokenizer.eos_id]
+    return Document(item.prompt, prompt + ids, [config.prompt_weight] * len(prompt) + [1.0] * len(ids))
+
+
+def _written(rng: random.Random, config: CorpusConfig, domain: str, item: Item) -> list[str]:
+    """The answer as somebody wrote it down: direct or worked, with slips."""
+    if domain not in IN_DOMAIN:
+        wrong = LETTERS if domain == "logic" else _NUMBERS
+        return [rng.choice(wrong) if rng.random() < config.error else item.values[-1]]
+    written, drift, before = [], 0, 0
+    for value in map(int, item.values):
+        true = min(max(value + drift, 0), LIMIT - 1)
+        before = rng.randrange(LIMIT) if rng.random() < config.error else true
+        drift = before - value
+        written.append(str(before))
+    return written if rng.random() >= config.direct else written[-1:]
+
+
+def corpus(seed: str, *, config: CorpusConfig | None = None, held_out: Collection[str] = ()) -> Iterator[Document]:
+    """Documents without end.
+
+    Args:
+        seed: names the stream; the same name gives the same documents on every machine.
+        config: shares, noise and weights.
+        held_out: keys that must not appear (see `held_out_keys`); every document is checked against them and
+            against the test pool.
+
+    Yields:
+        `Document`s.
+
+    Raises:
+        RuntimeError: a document holds a test problem (never, unless this module is broken).
+    """
+    config = config or CorpusConfig()
+    rng, tokenizer = random.Random(seed), MicroTokenizer()
+    while True:
+        document = _document(rng, config, tokenizer)
+        check_disjoint([document.prompt], held_out, what="corpus")
+        yield document
+
+
+def tokens_per_worked_answer(*, chat: bool) -> float:
+    """Tokens of a chain problem and its fully worked answer that a training pass reads, averaged over grades.
+
+    An upper estimate of what GRPO trains on for one answer; the plain-pretraining control spends as much.
+
+    Args:
+        chat: with the two tokens of the chat template.
+
+    Returns:
+        Prompt and answer with its stop token, less the last token, which is never read.
+    """
+    lengths = [(terms + 1) + (terms - 1) + 1 - 1 for terms in TERMS]
+    return sum(lengths) / len(lengths) + (2 if chat else 0)

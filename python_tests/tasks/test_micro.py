@@ -1,0 +1,174 @@
+import itertools
+import random
+
+import pytest
+
+from grpo_engine.tasks import micro
+from grpo_engine.tasks.micro import CorpusConfig, MicroTokenizer
+
+
+def solve(prompt: str) -> str:
+    """The answer to a prompt, from its text alone and by other means than the generator's."""
+    words = prompt.split()
+    if words[0] in micro.PEOPLE:
+        words = words[2:-1]
+    if words[0] in micro.FUNCTIONS:
+        values = sorted(map(int, words[1:-1])) if words[0] in ("max", "min") else list(map(int, words[1:-1]))
+        return str(values[{"first": 0, "second": 1, "last": -1, "max": -1, "min": 0}[words[0]]])
+    if ";" in words:
+        above = {w for i, w in enumerate(words) if words[i + 1 : i + 2] == [">"]}
+        below = {w for i, w in enumerate(words) if i and words[i - 1] == ">"}
+        return (above - below if "top" in words else below - above).pop()
+    return str(eval(" ".join(words[:-1])))
+
+
+@pytest.mark.parametrize("domain", micro.DOMAINS)
+@pytest.mark.parametrize("test", [False, True])
+def test_answers_are_right_and_in_the_vocabulary(domain, test):
+    tokenizer = MicroTokenizer()
+    for p in micro.problems(domain, 300, seed=5, test=test):
+        assert p.answer == solve(p.prompt)
+        assert tokenizer.decode(tokenizer.encode(p.prompt)) == p.prompt
+        assert tokenizer.decode(tokenizer.encode(p.answer)) == p.answer
+        assert micro.is_test(micro.key_of(p.prompt)) == test
+        assert micro.grade_answer(f"1 2 {p.answer}", p) == 1.0
+        assert micro.grade_answer(f"{p.answer} ;", p) == 0.0
+        assert micro.grade_answer("", p) == 0.0
+
+
+def test_partial_values_stay_in_range():
+    for p in micro.problems("chain", 500, seed=0, test=False):
+        words = p.prompt.split()[:-1]
+        for end in range(1, len(words) + 1):
+            assert 0 <= eval(" ".join(words[:end])) < micro.LIMIT
+
+
+def test_same_seed_same_problems_other_seed_others():
+    assert micro.problems("chain", 50, seed=1, test=False) == micro.problems("chain", 50, seed=1, test=False)
+    assert micro.problems("chain", 50, seed=1, test=False) != micro.problems("chain", 50, seed=2, test=False)
+
+
+def test_grades_are_balanced_and_problems_differ():
+    found = micro.problems("chain", 500, seed=0, test=True)
+    assert len({p.uid for p in found}) == 500
+    for terms in micro.TERMS:
+        assert sum(p.grade == terms for p in found) == 100
+        assert all(len(p.prompt.split()) == terms + 1 for p in found if p.grade == terms)
+
+
+def test_task_is_disjoint_from_its_tests_and_evals_do_not_depend_on_the_seed():
+    a = micro.micro_task(train_problems=6400, eval_problems=200, seed=0)
+    b = micro.micro_task(train_problems=64, eval_problems=200, seed=9)
+    held_out = micro.held_out_keys(a.evals.values())
+    assert len(held_out) >= 4 * 200 - 5  # a sum may be in both templates' sets
+    assert not held_out & {micro.key_of(p.prompt) for p in a.train}
+    assert a.evals == b.evals
+    assert {n: s.in_domain for n, s in a.evals.items()} == {"chain": True, "word": True, "code": False, "logic": False}
+    assert all(len(s.problems) == 200 for s in a.evals.values())
+    # a smaller set is the start of a larger one, so studies of different sizes share their problems
+    assert micro.eval_sets(50)["chain"].problems == a.evals["chain"].problems[:50]
+
+
+def test_key_is_the_same_in_both_templates():
+    assert micro.key_of("ann has 7 +8 -3 now ?") == micro.key_of("7 +8 -3 =") == "7 +8 -3 ="
+
+
+def test_share_of_the_test_pool():
+    keys = [p.prompt for p in micro.problems("code", 2000, seed=3, test=False)]
+    keys += [f"{k} x" for k in keys]
+    share = sum(map(micro.is_test, keys[2000:])) / 2000
+    sd = (micro.TEST_SHARE * (1 - micro.TEST_SHARE) / 2000) ** 0.5
+    assert abs(share - micro.TEST_SHARE) < 5 * sd
+
+
+def test_corpus_holds_no_test_problem_and_no_evaluated_problem():
+    held_out = micro.held_out_keys(micro.eval_sets(500).values())
+    seen = [d.prompt for d in itertools.islice(micro.corpus("a"), 20000)]
+    keys = {micro.key_of(p) for p in seen}
+    assert not keys & held_out
+    assert not any(micro.is_test(k) for k in keys if not micro.is_fact(k))
+    assert any(micro.is_test(k) for k in keys)  # facts are in, whatever their hash
+
+
+@pytest.mark.parametrize("template", ["{}", "ann has {} now ?"])
+def test_a_leak_is_noticed(template):
+    problem = micro.eval_sets(5)["chain"].problems[0]
+    text = problem.prompt if template == "{}" else template.format(problem.prompt[:-2])
+    with pytest.raises(RuntimeError, match="held out for testing"):
+        micro.check_disjoint([text], frozenset(), what="training set")
+    with pytest.raises(RuntimeError, match="training set"):
+        micro.check_disjoint([text], {micro.key_of(text)}, what="training set")
+
+
+def test_corpus_without_noise_is_right_and_has_the_shares_asked_for():
+    config = CorpusConfig(error=0.0, direct=0.3, chat=0.2)
+    tokenizer = MicroTokenizer()
+    documents = list(itertools.islice(micro.corpus("b", config=config), 6000))
+    sums = direct = chats = 0
+    for d in documents:
+        assert len(d.tokens) == len(d.weights)
+        n = d.weights.count(config.prompt_weight)
+        chat = d.tokens[0] == micro.VOCABULARY.index(micro.USER)
+        chats += chat
+        assert d.tokens[:n] == tokenizer.encode_prompt(d.prompt, chat)
+        assert d.tokens[-1] == tokenizer.eos_id
+        answer = tokenizer.decode(d.tokens[n:]).split()
+        assert answer[-1] == solve(d.prompt)
+        terms = len(micro.key_of(d.prompt).split()) - 1
+        if ";" not in d.prompt and ":" not in d.prompt and terms > 2:
+            sums += 1
+            direct += len(answer) == 1
+            assert len(answer) in (1, terms - 1)
+    assert abs(direct / sums - 0.3) < 5 * (0.3 * 0.7 / sums) ** 0.5
+    assert abs(chats / 6000 - 0.2) < 5 * (0.2 * 0.8 / 6000) ** 0.5
+
+
+def test_a_wrong_value_is_carried_on():
+    config = CorpusConfig(error=0.5, direct=0.0, chain=1.0, word=0.0, code=0.0, logic=0.0, chat=0.0)
+    tokenizer = MicroTokenizer()
+    carried = 0
+    for d in itertools.islice(micro.corpus("c", config=config), 2000):
+        start, *operands = map(int, d.prompt.split()[:-1])
+        written = [start, *map(int, tokenizer.decode(d.tokens[len(operands) + 2 :]).split())]
+        right = start + sum(operands[:1])
+        if written[1] != right and len(operands) > 1:
+            carried += written[2] == min(max(written[1] + operands[1], 0), micro.LIMIT - 1)
+    assert carried > 300  # about half of those whose first value is wrong
+
+
+def test_tokens_per_worked_answer():
+    tokenizer = MicroTokenizer()
+    train = micro.problems("chain", 500, seed=0, test=False)
+    lengths = [len(tokenizer.encode_prompt(p.prompt, True)) + p.grade - 1 + 1 - 1 for p in train]
+    assert micro.tokens_per_worked_answer(chat=True) == pytest.approx(sum(lengths) / len(lengths))
+    assert micro.tokens_per_worked_answer(chat=False) == pytest.approx(sum(lengths) / len(lengths) - 2)
+
+
+def test_tokenizer_specials():
+    t = MicroTokenizer()
+    assert t.vocab_size == len(set(micro.VOCABULARY))
+    assert t.stop_ids == (t.eos_id,)
+    assert t.encode("") == []
+    ids = t.encode_prompt("7 +8 =", True)
+    assert [micro.VOCABULARY[i] for i in ids] == ["<user>", "7", "+8", "=", "<assistant>"]
+    assert t.decode([*ids, t.eos_id]) == "7 +8 ="
+    words = [random.Random(0).choice(micro.VOCABULARY[4:]) for _ in range(50)]
+    assert t.decode(t.encode(" ".join(words))) == " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MicroTokenizer().encode("7 +99 ="), r"'\+99' in '7 \+99 ='"),
+        (lambda: MicroTokenizer().decode([3, 10_000]), "got 10000"),
+        (lambda: micro.problems("poetry", 1, seed=0, test=False), "got 'poetry'"),
+        (lambda: micro.problems("logic", 100_000, seed=0, test=True), "problems exist, wanted 100000"),
+        (lambda: micro.micro_task(train_problems=0), "train_problems must be at least 1, got 0"),
+        (lambda: micro.eval_sets(0), "eval_problems must be at least 1, got 0"),
+        (lambda: CorpusConfig(error=1.5), "error must be in"),
+        (lambda: CorpusConfig(chain=0.9), "must be 1"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
