@@ -213,7 +213,7 @@ StepPlan Scheduler::schedule() {
     work_.push_back({&sequence, count});
     budget -= count;
   }
-  if (plan.preemptions == 0) admit(budget);
+  if (plan.preemptions == 0) admit(budget);  // reserve_step() counts on that
   write_plan(plan);
   for (const Work& work : work_) {
     if (!work.samples()) continue;

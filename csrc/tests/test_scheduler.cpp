@@ -310,6 +310,14 @@ TEST(Scheduler, AGroupSharesItsPromptAroundEveryPageBoundary) {
   }
 }
 
+TEST(Scheduler, AGroupThatJustFitsIsNotPreempted) {
+  Engine engine(4, 4, 3, 8);  // one full prompt page, and the second one three times
+  engine.add(ask_of(5, 3, 4));
+  engine.finish();
+  EXPECT_EQ(engine.scheduler.totals().preemptions, 0);
+  EXPECT_EQ(engine.scheduler.totals().page_copies, 2);
+}
+
 TEST(Scheduler, ALongPromptIsComputedInChunksBesideDecoding) {
   Engine engine(64, 4, 4, 10);
   engine.add(ask_of(2, 2, 20, 1));
@@ -499,6 +507,13 @@ TEST(Scheduler, PreemptAllRecomputesTheSameAnswers) {
 // a twin that never failed shows that the failures left no trace.
 TEST(Scheduler, RunningOutOfMemoryChangesNothing) {
   const auto until_it_succeeds = [](Scheduler& scheduler, auto&& call) {
+    const auto state = [&] {
+      const SchedulerTotals& totals = scheduler.totals();
+      return Tokens{scheduler.num_free_pages(), scheduler.num_running(), scheduler.num_waiting(),
+                    scheduler.step_open(),      totals.preemptions,      totals.shared_page_hits,
+                    totals.page_copies,         totals.steps,            totals.tokens.total()};
+    };
+    const Tokens before = state();
     int64_t failures = 0;
     for (int64_t allowed = 0;; ++allowed) {
       try {
@@ -510,6 +525,7 @@ TEST(Scheduler, RunningOutOfMemoryChangesNothing) {
         g_allocations_left = -1;
         ++failures;
         scheduler.check();
+        EXPECT_EQ(state(), before) << "after allocation " << allowed << " failed";
       }
     }
   };

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "rollout/block_allocator.h"
 #include "rollout/sequence.h"
