@@ -12,6 +12,12 @@ import torch
 # ---------------------------------------------------------------- gather_logprob and token_logprob
 
 
+def token_logprob(hidden, weight, target, temperature):
+    log_p = torch.log_softmax(hidden.double() @ weight.double().T / temperature, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    return log_p.gather(1, target[:, None])[:, 0], entropy
+
+
 # ---------------------------------------------------------------- group_advantages
 
 
