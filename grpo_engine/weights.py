@@ -112,7 +112,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
             rope_theta=_rope_theta(raw, where),
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
             tie_word_embeddings=tied,
-            max_position_embeddings=_integer({"max_position_embeddings": 32768} | raw, "max_position_embeddings", where),
+            max_position_embeddings=_integer(raw, "max_position_embeddings", where, default=32768),
         )
     except ValueError as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
@@ -158,8 +158,8 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
     return next(iter(values.values()), 10_000.0)
 
 
-def _integer(raw: Mapping[str, Any], name: str, where: str) -> int:
-    value = raw.get(name)
+def _integer(raw: Mapping[str, Any], name: str, where: str, *, default: int | None = None) -> int:
+    value = raw.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{where}: {name} must be an integer >= 1, got {value!r}{'' if name in raw else ' (absent)'}")
     return value
@@ -375,7 +375,8 @@ def _checked_tensors(folder: Path, config: ModelConfig) -> dict[Path, list[str]]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         where = next(iter(files)) if len(files) == 1 else folder / INDEX_FILE
-        raise ValueError(f"{where}: tensor {missing[0]}{more} is missing, wanted shape {list(layout[missing[0]].shape)}")
+        shape = list(layout[missing[0]].shape)
+        raise ValueError(f"{where}: tensor {missing[0]}{more} is missing, wanted shape {shape}")
     out: dict[Path, list[str]] = {path: [] for path in files}
     for name, path in place.items():
         if not _OBSOLETE.fullmatch(name):
