@@ -92,7 +92,7 @@ class Run:
     def _load(self) -> None:
         c = self.config
         folder = Path(c.model.path) if c.model.path else pretrain.ensure_model(c.model.size, c.model.kind)
-        self.tokenizer = load_tokenizer("micro" if c.model.path is None else folder)
+        self.tokenizer = load_tokenizer("micro" if c.task.name == "micro" else folder)
         self.model = weights.load_model(folder, dtype=DTYPES[c.model.dtype])
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
@@ -215,7 +215,7 @@ class Run:
             progress=self.progress.rollout,
         )
         self._count(step, outcome.trained_tokens)
-        return self._record(step, **_step_fields(outcome, P))
+        return self._record(step, **_step_fields(outcome, prompts=P, has_reference=self.reference is not None))
 
     def _pretrain_step(self, step: int) -> records.StepRecord:
         outcome = pretrain.control_step(
@@ -267,7 +267,7 @@ class Run:
                 self.progress.finish_evaluation(result)
 
 
-def _step_fields(outcome: StepOutcome, prompts: int) -> dict:
+def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> dict:
     rollout, stats = outcome.rollout, outcome.stats
     rewards = torch.tensor([r.value for r in outcome.rewards], dtype=torch.float64)
     lengths = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).long()
@@ -283,7 +283,7 @@ def _step_fields(outcome: StepOutcome, prompts: int) -> dict:
         "prompt_tokens": int(rollout.prompt_len.sum()),
         "response_tokens": response_tokens,
         "loss": outcome.loss,
-        "kl": stats.kl / stats.tokens,
+        "kl": stats.kl / stats.tokens if has_reference else None,
         "entropy": rollout.entropy.double().sum().item() / response_tokens,
         "clip_low_share": stats.clip_low / stats.tokens,
         "clip_high_share": stats.clip_high / stats.tokens,
