@@ -38,7 +38,7 @@ from grpo_engine.tasks.micro import CorpusConfig, Document
 Kind = Literal["base", "instruct"]
 Progress = Callable[[int, int, float], None]  # (tokens read, tokens to read, loss)
 
-VERSION = 1  # raise it when code that decides the weights changes in a way that the recipe does not show
+VERSION = 2  # raise it when code that decides the weights changes in a way that the recipe does not show
 CLIP_NORM = 1.0
 
 
