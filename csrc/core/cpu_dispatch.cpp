@@ -1,6 +1,7 @@
 #include "core/cpu_dispatch.h"
 
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -46,5 +47,13 @@ CpuIsa cpu_isa() {
   static const CpuIsa isa = choose();
   return isa;
 }
+
+void* scratch_alloc(int64_t bytes) {
+  void* memory = std::aligned_alloc(64, (static_cast<std::size_t>(bytes) + 64) / 64 * 64);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+void scratch_free(void* memory) { std::free(memory); }
 
 }  // namespace grpo_engine

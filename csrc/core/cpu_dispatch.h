@@ -16,6 +16,11 @@ CpuIsa cpu_isa();
 const char* cpu_isa_name(CpuIsa isa);
 bool cpu_has(CpuIsa isa);
 
+// Memory for a kernel, aligned to 64 bytes. Defined outside the kernels, which may not use std::.
+// Throws std::bad_alloc.
+void* scratch_alloc(int64_t bytes);
+void scratch_free(void* memory);
+
 template <typename Args>
 using CpuKernel = void (*)(const Args&, int64_t begin, int64_t end);
 

@@ -1,0 +1,363 @@
+// attention.h -- the one row algorithm of attention, on every CPU.
+//
+// For a query row q that sees keys 0 .. L-1 (by position in its sequence):
+//
+//   s_j = scale * (q . k_j)            chain of fma over e ascending, 16 keys side by side
+//   m   = max_j s_j                    p_j = exp(s_j - m)
+//   l   = sum_j p_j                    lane-wise by j mod 16, then the tree of sum()
+//   o_e = (sum_j p_j v_je) * (1 / l)   chain of fma over j ascending
+//
+// Each value is a chain that its own row and keys determine. How many rows and columns a loop holds
+// in registers changes no bit, and neither do the batch, the page layout, the chunking of a prompt
+// or the number of threads; AVX2 and AVX-512 agree. paged_attention and ragged_attention both call
+// attend(), so a token has the same bits in rollout and in training.
+//
+// A key past L never matters: its score is masked by select and its value row is not read, so an
+// unused slot may hold NaN. A NaN in a visible key makes the row NaN.
+#pragma once
+#include "core/attention_plan.h"
+#include "core/cpu_dispatch.h"
+#include "core/simd.h"
+
+namespace grpo_engine::GE_ISA {
+namespace {
+
+// Rows, and vectors of 16 columns, whose accumulators fit in the registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kWide = 2;
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kWide = 1;
+#else
+constexpr int kRows = 4, kWide = 1;
+#endif
+
+GE_INLINE int64_t blocks_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
+
+// Memory of one kernel call. The sizes of all parts are known before the first is taken.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes) : base_(static_cast<char*>(scratch_alloc(bytes))), next_(base_) {}
+  ~Arena() { scratch_free(base_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  template <typename T>
+  static int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(count);
+    return p;
+  }
+
+ private:
+  char* base_;
+  char* next_;
+};
+
+// f(Rows<m>{}) for 1 <= m <= M: the number of rows as a constant.
+template <int M>
+struct Rows {
+  static constexpr int value = M;
+};
+template <int M, typename F>
+GE_INLINE void with_rows(int m, F f) {
+  if (m == M) {
+    f(Rows<M>{});
+  } else if constexpr (M > 1) {
+    with_rows<M - 1>(m, f);
+  }
+}
+
+// Lanes >= n become fill.
+template <typename T>
+GE_INLINE Vec16<T> keep_first(Vec16<T> v, int n, T fill) {
+  for (int i = n; i < kLanes; ++i) v.v[i] = fill;
+  return v;
+}
+#if defined(__AVX512F__)
+GE_INLINE VecF keep_first(VecF v, int n, float fill) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), VecF::first(n), v.v)};
+}
+#elif defined(__AVX2__)
+GE_INLINE VecF keep_first(VecF v, int n, float fill) {
+  const __m256i count = _mm256_set1_epi32(n);
+  const __m256 f = _mm256_set1_ps(fill);
+  const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm256_blendv_ps(f, v.lo, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, low))),
+          _mm256_blendv_ps(f, v.hi, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, high)))};
+}
+#endif
+
+// ---------------------------------------------------------------- products
+
+// s[m][16 n + lane] = scale * sum_e q[e][m] * key[n][e][lane] for M rows and N blocks of 16 keys.
+template <typename S, int M, int N>
+GE_INLINE void score_blocks(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
+                            Arith<S> scale, Arith<S>* s, int64_t s_stride) {
+  using V = Vec16<Arith<S>>;
+  V acc[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * N; ++i) acc[i / N][i % N] = V::zero();
+  for (int64_t e = 0; e < E; ++e) {
+    V k[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) k[n] = V::load(key[n] + e * key_stride);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const V x = V::set1(q[e * kRows + m]);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) acc[m][n] = fma(x, k[n], acc[m][n]);
+    }
+  }
+  const V factor = V::set1(scale);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) (acc[m][n] * factor).store(s + m * s_stride + n * kLanes);
+  }
+}
+
+// The same for any number of blocks. q is [E][kRows], its first M columns in use.
+template <typename S, int M>
+GE_INLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
+                          Arith<S> scale, int64_t blocks, Arith<S>* s, int64_t s_stride) {
+  int64_t b = 0;
+  for (; b + kWide <= blocks; b += kWide) {
+    score_blocks<S, M, kWide>(q, key + b, key_stride, E, scale, s + b * kLanes, s_stride);
+  }
+  for (; b < blocks; ++b) {
+    score_blocks<S, M, 1>(q, key + b, key_stride, E, scale, s + b * kLanes, s_stride);
+  }
+}
+
+// acc[m][n] += sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]; visible is non-decreasing.
+// value[b] points at the first of 16 rows; `lanes` of the last vector exist (16 unless N is 1).
+template <typename S, int M, int N>
+GE_INLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
+                     int64_t value_stride, int64_t column, int lanes, const int64_t* visible,
+                     Vec16<Arith<S>> (&acc)[M][N]) {
+  using V = Vec16<Arith<S>>;
+  const int64_t all = visible[0];
+  for (int64_t b = 0; b * kLanes < all; ++b) {
+    const S* row = value[b] + column;
+    const Arith<S>* weight = p + b * kLanes;
+    const int64_t left = all - b * kLanes;
+    const int count = left < kLanes ? static_cast<int>(left) : kLanes;
+    for (int j = 0; j < count; ++j, row += value_stride) {
+      V v[N];
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) v[n] = load<V>(row + n * kLanes, N == 1 ? lanes : kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const V x = V::set1(weight[m * p_stride + j]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, v[n], acc[m][n]);
+      }
+    }
+  }
+  // keys that only the later rows see: a masked row must not meet the value, which may be NaN
+  for (int64_t j = all; j < visible[M - 1]; ++j) {
+    const S* row = value[j / kLanes] + j % kLanes * value_stride + column;
+    V v[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) v[n] = load<V>(row + n * kLanes, N == 1 ? lanes : kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      if (j < visible[m]) {
+        const V x = V::set1(p[m * p_stride + j]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, v[n], acc[m][n]);
+      }
+    }
+  }
+}
+
+// write(m, column, lanes, vector) of sum_j p[m][j] * value_j over all E columns.
+template <typename S, int M, typename Write>
+GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* value,
+                          int64_t value_stride, int64_t E, const int64_t* visible, Write write) {
+  using V = Vec16<Arith<S>>;
+  int64_t column = 0;
+  for (; column + kWide * kLanes <= E; column += kWide * kLanes) {
+    V acc[M][kWide];
+#pragma GCC unroll 16
+    for (int i = 0; i < M * kWide; ++i) acc[i / kWide][i % kWide] = V::zero();
+    weigh<S, M, kWide>(p, p_stride, value, value_stride, column, kLanes, visible, acc);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kWide; ++n) write(m, column + n * kLanes, kLanes, acc[m][n]);
+    }
+  }
+  for (; column < E; column += kLanes) {
+    V acc[M][1];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[m][0] = V::zero();
+    const int lanes = E - column < kLanes ? static_cast<int>(E - column) : kLanes;
+    weigh<S, M, 1>(p, p_stride, value, value_stride, column, lanes, visible, acc);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) write(m, column, lanes, acc[m][0]);
+  }
+}
+
+// ---------------------------------------------------------------- softmax
+
+template <typename A>
+struct RowSum {
+  A max, sum;
+};
+
+// In place: s_j -> exp(s_j - max) for j < visible, 0 in the rest of the last block.
+template <typename A>
+GE_INLINE RowSum<A> exp_row(A* s, int64_t visible) {
+  using V = Vec16<A>;
+  const A neg_inf = static_cast<A>(-__builtin_inf());
+  const int64_t full = visible / kLanes * kLanes;
+  const int tail = static_cast<int>(visible % kLanes);
+  V m = V::set1(neg_inf);
+  for (int64_t j = 0; j < full; j += kLanes) m = vmax(m, V::load(s + j));
+  if (tail) m = vmax(m, keep_first(V::load(s + full), tail, neg_inf));
+  const A max = max_lane(m);
+  const V shift = V::set1(max);
+  V total = V::zero();
+  for (int64_t j = 0; j < full; j += kLanes) {
+    const V p = vexp(V::load(s + j) - shift);
+    p.store(s + j);
+    total = total + p;
+  }
+  if (tail) {
+    const V p = keep_first(vexp(V::load(s + full) - shift), tail, A(0));
+    p.store(s + full);
+    total = total + p;
+  }
+  return {max, sum(total)};
+}
+
+// ---------------------------------------------------------------- rows of one (sequence, kv head)
+
+// Where the keys and values of one sequence and kv head lie, in blocks of 16 by position.
+template <typename S>
+struct KeyBlocks {
+  const S* const* key;    // [blocks] -> [E][16], rows key_stride apart
+  const S* const* value;  // [blocks] -> [16][E], rows value_stride apart
+  int64_t key_stride, value_stride;
+};
+
+// The query rows of num_tokens tokens and the `group` heads that share a kv head, token-major.
+template <typename S>
+struct QueryRows {
+  const S* query;      // first row of the first token
+  S* out;
+  Arith<S>* stats;     // (max, 1 / sum) of each row; null when not wanted
+  int64_t query_stride, out_stride, stats_stride;  // from token to token
+  int64_t num_tokens, group, E;
+  int64_t first_visible;  // how many keys the first token sees; the next sees one more
+};
+
+// q[e][m] of the rows [first, first + m).
+template <typename S>
+GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t group, int64_t E, int64_t first,
+                         int m, Arith<S>* q) {
+  for (int i = 0; i < m; ++i) {
+    const S* row = rows + (first + i) / group * stride + (first + i) % group * E;
+    for (int64_t e = 0; e < E; ++e) q[e * kRows + i] = to_arith(row[e]);
+  }
+}
+
+// The next tile takes 1/tiles of what is left, so that no tile is much thinner than the others.
+GE_INLINE int tile_rows(int64_t left) {
+  const int64_t tiles = (left + kRows - 1) / kRows;
+  return static_cast<int>((left + tiles - 1) / tiles);
+}
+
+template <typename S, int M>
+__attribute__((noinline)) void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys,
+                                           Arith<S> scale, int64_t first, Arith<S>* q, Arith<S>* s,
+                                           int64_t s_stride) {
+  using A = Arith<S>;
+  int64_t visible[M];
+  S* out[M];
+  A inverse[M];
+  for (int m = 0; m < M; ++m) {
+    const int64_t token = (first + m) / rows.group, head = (first + m) % rows.group;
+    visible[m] = rows.first_visible + token;
+    out[m] = rows.out + token * rows.out_stride + head * rows.E;
+  }
+  load_rows(rows.query, rows.query_stride, rows.group, rows.E, first, M, q);
+  score_rows<S, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
+                   s_stride);
+  for (int m = 0; m < M; ++m) {
+    const RowSum<A> r = exp_row(s + m * s_stride, visible[m]);
+    inverse[m] = A(1) / r.sum;
+    if (rows.stats) {
+      const int64_t token = (first + m) / rows.group, head = (first + m) % rows.group;
+      A* stats = rows.stats + token * rows.stats_stride + head * 2;
+      stats[0] = r.max;
+      stats[1] = inverse[m];
+    }
+  }
+  weigh_rows<S, M>(s, s_stride, keys.value, keys.value_stride, rows.E, visible,
+                   [&](int m, int64_t column, int lanes, Vec16<A> acc) {
+                     store(acc * Vec16<A>::set1(inverse[m]), out[m] + column, lanes);
+                   });
+}
+
+// Bytes of the arena that attend() takes for at most max_visible keys.
+template <typename S>
+GE_INLINE int64_t attend_bytes(int64_t E, int64_t max_visible) {
+  using A = Arith<S>;
+  return Arena::bytes<A>(E * kRows) + Arena::bytes<A>(kRows * blocks_of(max_visible) * kLanes);
+}
+
+template <typename S>
+struct Attend {
+  Arith<S>* q;  // [E][kRows]
+  Arith<S>* s;  // [kRows][s_stride]
+  int64_t s_stride;
+
+  Attend(Arena& arena, int64_t E, int64_t max_visible)
+      : q(arena.take<Arith<S>>(E * kRows)),
+        s(arena.take<Arith<S>>(kRows * blocks_of(max_visible) * kLanes)),
+        s_stride(blocks_of(max_visible) * kLanes) {}
+
+  void operator()(const QueryRows<S>& rows, const KeyBlocks<S>& keys, Arith<S> scale) const {
+    const int64_t num_rows = rows.num_tokens * rows.group;
+    for (int64_t first = 0; first < num_rows;) {
+      const int m = tile_rows(num_rows - first);
+      with_rows<kRows>(m, [&](auto count) {
+        attend_tile<S, decltype(count)::value>(rows, keys, scale, first, q, s, s_stride);
+      });
+      first += m;
+    }
+  }
+};
+
+// ---------------------------------------------------------------- work items
+
+// The chunk of query tokens and the kv head of one work item (attention_plan.h).
+struct AttentionItem {
+  int64_t sequence, kv_head, first_token, num_tokens;  // tokens counted from the sequence's first
+};
+
+GE_INLINE AttentionItem find_item(const AttentionPlan& plan, int64_t item) {
+  int64_t low = 0, high = plan.N;  // first_chunk[low] * K <= item < first_chunk[high] * K
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (plan.first_chunk[middle] * plan.K <= item ? low : high) = middle;
+  }
+  const int64_t chunks = plan.first_chunk[low + 1] - plan.first_chunk[low];
+  const int64_t local = item - plan.first_chunk[low] * plan.K;
+  // late chunks see more keys: first, last, second, last but one, ... balances any split in half
+  const int64_t turn = local % chunks;
+  const int64_t chunk = turn % 2 ? chunks - 1 - turn / 2 : turn / 2;
+  const int64_t tokens = plan.cu[low + 1] - plan.cu[low];
+  const int64_t first = chunk * kQueryChunk;
+  return {low, local / chunks, first, tokens - first < kQueryChunk ? tokens - first : kQueryChunk};
+}
+
+}  // namespace
+}  // namespace grpo_engine::GE_ISA

@@ -1,0 +1,41 @@
+// paged_attention -- causal attention of new tokens over a paged cache: decoding and prefill alike.
+//
+// Token j of the q_n new tokens of sequence n sits at position kv_len[n] - q_n + j and sees the keys
+// 0 .. its position, those of the new tokens included (kv_write comes first). Query head h reads kv
+// head h / (H / K). The row algorithm is core/attention.h: the bits of a row depend on its own query
+// and keys alone, whether the prompt came whole or in chunks and wherever its pages lie, and equal
+// those of ragged_attention.
+//
+// q_n = 0 is allowed, with any kv_len. Of page_table[n] only the first ceil(kv_len[n] / page)
+// entries are read (none if q_n = 0); slots past kv_len may hold anything. No gradient.
+// Kwon et al. 2023, arXiv:2309.06180.
+//
+//   query [T, H, E]  rows contiguous, any stride over T     out [T, H, E]  contiguous
+//   key_pages [num_pages, K, E, page]   value_pages [num_pages, K, page, E]   page % 16 = 0
+//   page_table [N, max_pages] int32   cu_query [N+1] int32   kv_len [N] int32
+#pragma once
+#include "core/attention_plan.h"
+#include "core/cpu_dispatch.h"
+#include "core/dtype.h"
+#include "ops/kv_pages.cuh"
+
+namespace grpo_engine {
+
+struct PagedAttentionArgs {
+  DType dtype;
+  AttentionPlan plan;
+  KvPageShape shape;
+  int64_t H, max_pages, query_stride;
+  int64_t max_kv_len;         // over the sequences with queries
+  double scale;
+  const void* query;          // [T, H, E]
+  const void* key_pages;      // [num_pages, K, E, page]
+  const void* value_pages;    // [num_pages, K, page, E]
+  const int32_t* page_table;  // [N, max_pages]
+  const int32_t* kv_len;      // [N]
+  void* out;                  // [T, H, E]
+};
+
+GE_CPU_KERNEL(paged_attention, PagedAttentionArgs)  // items: those of the plan
+
+}  // namespace grpo_engine

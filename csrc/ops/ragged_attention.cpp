@@ -1,0 +1,141 @@
+#include "ops/ragged_attention.h"
+
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "core/attention_checks.h"
+#include "core/parallel.h"
+
+namespace grpo_engine {
+namespace {
+
+constexpr const char* kOp = "ragged_attention";
+
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+           const at::Tensor& cu_seqlens, double scale) {
+  require_query(kOp, query);
+  const int64_t T = query.size(0), E = query.size(2);
+  require_shape(kOp, "key", key, {T, -1, E}, "[T, K, E]");
+  require_groups(kOp, "key", key.size(1), query.size(1));
+  require_shape(kOp, "value", value, key.sizes(), "[T, K, E]");
+  for (const auto& [name, t] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
+    require_dtype(kOp, name, *t, query.scalar_type());
+    require_row_contiguous(kOp, name, *t);
+    require_same_device(kOp, name, *t, query);
+  }
+  require_cu(kOp, "cu_seqlens", cu_seqlens, query);
+  require_positive(kOp, "scale", scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& query, const at::Tensor& key,
+                                                const at::Tensor& value,
+                                                const at::Tensor& cu_seqlens, double scale) {
+  check(query, key, value, cu_seqlens, scale);
+  const auto arithmetic = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {at::empty(query.sizes(), query.options()),
+          at::empty({query.size(0), query.size(1), 2}, query.options().dtype(arithmetic))};
+}
+
+// What forward and backward share. cu_seqlens is checked here, where it can be read.
+RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key,
+                              const at::Tensor& value, const at::Tensor& cu_seqlens, double scale) {
+  require_offsets(kOp, "cu_seqlens", cu_seqlens, query.size(0));
+  RaggedAttentionArgs args{};
+  args.dtype = dtype_of(query);
+  args.H = query.size(1);
+  args.E = query.size(2);
+  args.query_stride = query.stride(0);
+  args.key_stride = key.stride(0);
+  args.value_stride = value.stride(0);
+  args.scale = scale;
+  args.query = query.const_data_ptr();
+  args.key = key.const_data_ptr();
+  args.value = value.const_data_ptr();
+  args.plan.N = cu_seqlens.size(0) - 1;
+  args.plan.K = key.size(1);
+  args.plan.cu = cu_seqlens.const_data_ptr<int32_t>();
+  for (int64_t n = 0; n < args.plan.N; ++n) {
+    args.max_len = std::max<int64_t>(args.max_len, args.plan.cu[n + 1] - args.plan.cu[n]);
+  }
+  return args;
+}
+
+// Multiply-adds of the two products of the forward pass, all heads and sequences.
+double forward_work(const RaggedAttentionArgs& a) {
+  double pairs = 0;
+  for (int64_t n = 0; n < a.plan.N; ++n) {
+    const double tokens = a.plan.cu[n + 1] - a.plan.cu[n];
+    pairs += tokens * (tokens + 1) / 2;
+  }
+  return pairs * a.H * a.E * 2;
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& query, const at::Tensor& key,
+                                               const at::Tensor& value,
+                                               const at::Tensor& cu_seqlens, double scale) {
+  auto [out, stats] = forward_meta(query, key, value, cu_seqlens, scale);
+  RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, scale);
+  if (out.numel() == 0) return {out, stats};
+  const std::vector<int64_t> first_chunk = count_chunks(args.plan.cu, args.plan.N);
+  args.plan.first_chunk = first_chunk.data();
+  args.out = out.mutable_data_ptr();
+  args.stats = stats.mutable_data_ptr();
+  const int64_t items = first_chunk.back() * args.plan.K;
+  parallel_items(ragged_attention_forward_cpu, args, items, forward_work(args) / items);
+  return {out, stats};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
+    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& cu_seqlens, const at::Tensor& out, const at::Tensor& stats, double scale) {
+  check(query, key, value, cu_seqlens, scale);
+  require_tensor(kOp, "dout", dout, query.sizes(), "[T, H, E]", query.scalar_type(), query);
+  require_tensor(kOp, "out", out, query.sizes(), "[T, H, E]", query.scalar_type(), query);
+  require_tensor(kOp, "stats", stats, {query.size(0), query.size(1), 2}, "[T, H, 2]",
+                 query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat, query);
+  return {at::empty(query.sizes(), query.options()), at::empty(key.sizes(), key.options()),
+          at::empty(value.sizes(), value.options())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& cu_seqlens, const at::Tensor& out, const at::Tensor& stats, double scale) {
+  auto grads = backward_meta(dout, query, key, value, cu_seqlens, out, stats, scale);
+  RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, scale);
+  if (out.numel() == 0) return grads;
+  args.out = const_cast<void*>(out.const_data_ptr());
+  args.stats = const_cast<void*>(stats.const_data_ptr());
+  args.dout = dout.const_data_ptr();
+  args.dquery = std::get<0>(grads).mutable_data_ptr();
+  args.dkey = std::get<1>(grads).mutable_data_ptr();
+  args.dvalue = std::get<2>(grads).mutable_data_ptr();
+  const int64_t items = args.plan.N * args.plan.K;
+  parallel_items(ragged_attention_backward_cpu, args, items, 2.5 * forward_work(args) / items);
+  return grads;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
+  m.def(
+      "ragged_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale)"
+      " -> (Tensor out, Tensor stats)");
+  m.def(
+      "ragged_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value,"
+      " Tensor cu_seqlens, Tensor out, Tensor stats, float scale)"
+      " -> (Tensor dquery, Tensor dkey, Tensor dvalue)");
+}
+TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
+  m.impl("ragged_attention", &forward_cpu);
+  m.impl("ragged_attention_backward", &backward_cpu);
+}
+TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
+  m.impl("ragged_attention", &forward_meta);
+  m.impl("ragged_attention_backward", &backward_meta);
+}
+
+}  // namespace grpo_engine

@@ -1,0 +1,87 @@
+#include "ops/rope.h"
+
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "core/checks.h"
+#include "core/parallel.h"
+
+namespace grpo_engine {
+namespace {
+
+constexpr const char* kOp = "rope";
+
+at::Tensor meta(const at::Tensor& x, const at::Tensor& position, double theta, bool) {
+  require_shape(kOp, "x", x, {-1, -1, -1}, "[T, H, E]");
+  require_float(kOp, "x", x);
+  require_row_contiguous(kOp, "x", x);
+  TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(2) % 2 == 0, kOp,
+                    ": x needs an even head width E >= 2, got ", x.sizes());
+  require_tensor(kOp, "position", position, {x.size(0)}, "[T]", at::kLong, x);
+  require_positive(kOp, "theta", theta);
+  return at::empty(x.sizes(), x.options());
+}
+
+// Row r: cos, then sin, of the E/2 angles of position_of(r).
+template <typename PositionOf>
+std::vector<float> make_table(int64_t rows, int64_t E, double theta, PositionOf position_of) {
+  const int64_t half = E / 2;
+  std::vector<float> frequency(half), table(rows * E);
+  for (int64_t i = 0; i < half; ++i) {
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(E);
+    frequency[i] = 1.f / static_cast<float>(std::pow(theta, static_cast<double>(exponent)));
+  }
+  constexpr int64_t kAnglesPerTask = 1024;  // about 40 us of cos and sin
+  at::parallel_for(0, rows, kAnglesPerTask / half + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float position = static_cast<float>(position_of(r));
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = position * frequency[i];  // the product is rounded to float32
+        table[r * E + i] = static_cast<float>(std::cos(angle));
+        table[r * E + half + i] = static_cast<float>(std::sin(angle));
+      }
+    }
+  });
+  return table;
+}
+
+at::Tensor cpu(const at::Tensor& x, const at::Tensor& position, double theta, bool inverse) {
+  at::Tensor y = meta(x, position, theta, inverse);
+  if (y.numel() == 0) return y;
+  RopeArgs args{};
+  args.dtype = dtype_of(x);
+  args.T = x.size(0);
+  args.H = x.size(1);
+  args.E = x.size(2);
+  args.x_stride = x.stride(0);
+  args.inverse = inverse;
+  args.x = x.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  args.position = position.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(args.position, args.position + args.T);
+  TORCH_CHECK_VALUE(*low >= 0, kOp, ": position must be >= 0, got ", *low, " at row ",
+                    low - args.position);
+  // Packed sequences share positions: then one row for each position, else one for each token.
+  const bool by_position = *high - *low < args.T;
+  args.first_position = by_position ? *low : -1;
+  const std::vector<float> table =
+      by_position ? make_table(*high - *low + 1, args.E, theta, [&](int64_t r) { return *low + r; })
+                  : make_table(args.T, args.E, theta, [&](int64_t r) { return args.position[r]; });
+  args.table = table.data();
+  parallel_items(rope_cpu, args, args.T, 3.0 * args.H * args.E);
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
+  m.def("rope(Tensor x, Tensor position, float theta, bool inverse) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl("rope", &cpu); }
+TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl("rope", &meta); }
+
+}  // namespace grpo_engine
