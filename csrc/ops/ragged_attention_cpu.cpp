@@ -177,17 +177,17 @@ struct Backward {
       const int count = num_rows - tile < kTile ? static_cast<int>(num_rows - tile) : kTile;
       const int64_t seen = (tile + count - 1) / group + 1;  // keys that the last row sees
       for (int done = 0; done < count;) {
-        const int m = tile_rows(count - done);
-        with_rows<kRows>(m, [&](auto rows) {
+        const int m = tile_rows<A>(count - done);
+        with_rows<kTileRows<A>>(m, [&](auto rows) {
           differentiate<decltype(rows)::value>(start, kv_head, tile + done, done, seen);
         });
         done += m;
       }
-      for (int64_t j = 0; j < seen; j += kRows) {
+      for (int64_t j = 0; j < seen; j += kTileRows<A>) {
         // the first row that sees key j
         const int64_t skip = j * group > tile ? j * group - tile : 0;
-        const int m = seen - j < kRows ? static_cast<int>(seen - j) : kRows;
-        with_rows<kRows>(m, [&](auto rows) {
+        const int m = seen - j < kTileRows<A> ? static_cast<int>(seen - j) : kTileRows<A>;
+        with_rows<kTileRows<A>>(m, [&](auto rows) {
           constexpr int M = decltype(rows)::value;
           gather<A, M>(ds + skip * s_stride + j, s_stride, query_rows + skip * padded, padded,
                        count - skip, dkey + j * padded);
