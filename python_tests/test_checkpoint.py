@@ -304,6 +304,30 @@ def test_a_kill_while_a_damaged_checkpoint_is_replaced(tmp_path, truth):
             assert whole(copy, truth) == 3
 
 
+def test_a_kill_after_a_rename_that_failed(tmp_path, truth, monkeypatch):
+    start = tmp_path / "start"
+    start.mkdir()
+    run_to(2, start)
+    model, optimizer = make()
+    checkpoint.load(start, config_hash=HASH).restore(model, optimizer)
+    train_step(model, optimizer, 3)
+    real = os.rename
+
+    def rename(a, b):
+        if b == start / CURRENT:
+            raise OSError(5, "Input/output error")
+        real(a, b)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", rename)
+        with pytest.raises(OSError, match="Input/output error"):
+            put(start, model, optimizer, 3)
+    assert sorted(p.name for p in start.iterdir()) == [NEW, PREVIOUS]
+    # the process goes on and saves again without a load: the one whole checkpoint is `previous`
+    found = [whole(copy, truth) for copy, _ in sweep(start, lambda d: put(d, model, optimizer, 3), tmp_path)]
+    assert found == sorted(found) and set(found) == {2, 3}
+
+
 def test_kills_at_random_moments(tmp_path, truth):
     moments = random.Random(3)
     last, save_seconds = 0, 0.02
