@@ -17,6 +17,7 @@ same object: `{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -212,7 +213,7 @@ def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "recor
     if missing := [n for n in required if n not in values]:
         raise ValueError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")
     nulled = obj.get("non_finite", {})
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for name, value in values.items():
         if value is None and name in nulled:
             values[name] = float(nulled[name])
@@ -221,6 +222,11 @@ def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "recor
     if cls is TimingRecord:
         values["phase"] = {n: PhaseCost(**cost) for n, cost in values["phase"].items()}
     return cls(**values)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

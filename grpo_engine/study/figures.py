@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ PHASE_COLOR = {
     "prefill": SKY, "decode": BLUE, "reference": PINK, "forward": GREEN, "backward": "#00543d",
     "optimizer": YELLOW, "reward": VERMILION, "evaluation": "#bdbdbd",
 }  # fmt: skip
-_RAMP = ("#9bd0c4", "#5db3b0", "#2f8fa3", "#22688f", "#27416f", "#1f1d3d")  # light to dark, small to large
+_RAMP = ("#4dbb6d", "#21918c", "#31688e", "#443983", "#2a0a3d")  # light to dark, small to large (after viridis)
 
 
 def size_colors(sizes: Sequence[str]) -> dict[str, str]:
@@ -57,6 +57,7 @@ class Series:
     color: str
     y_error: Sequence[float | None] | None = None  # half-length of the bar
     x_error: Sequence[float | None] | None = None
+    y_span: Sequence[tuple[float | None, float | None]] | None = None  # ends of a bar that is not symmetric
     low: Sequence[float] | None = None  # band, with `high`
     high: Sequence[float] | None = None
     line: bool = True
@@ -79,6 +80,7 @@ class Panel:
     y_log: bool = False
     y_range: tuple[float, float] | None = None
     ticks_y: Sequence[tuple[float, str]] | None = None
+    ticks_x: Sequence[float] | None = None  # where the axis is marked; None: round numbers
     zero: str | None = None  # "x" or "y": a line at 0 of that axis
     x_zero: bool = False  # the axis starts at 0
     note: str | None = None  # written in the panel
@@ -117,35 +119,37 @@ def log_ticks(low: float, high: float) -> list[float]:
         high: above `low`.
 
     Returns:
-        Between 2 and about 7 values: decades where the range has many, 1-2-5 or 1-3 steps where it has few, equal
-        steps where it is less than a factor of 3.
+        At most 6 values: decades where the range has many, steps inside them where it has few, equal steps where it
+        is less than a factor of 3.
     """
     if high / low < 3:
         return [v for v in linear_ticks(low, high) if low <= v <= high]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
+    for steps in ((1, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
-        if len(found) <= 6 or steps == (1,):
+        if len(found) <= 6:
             break
-    return found[:: math.ceil(len(found) / 7)]
+    return found[:: math.ceil(len(found) / 6)]
 
 
-def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
+def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers inside a range.
 
     Args:
         low: lower end.
         high: upper end, above `low`.
-        count: about how many.
+        most: the largest number of them.
 
     Returns:
-        Multiples of 1, 2, 2.5 or 5 times a power of ten.
+        Multiples of 1, 2, 2.5 or 5 times a power of ten, as many as `most` allows.
     """
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    for factor in (1, 2, 2.5, 5, 10, 20):
+        step = factor * power
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first + 1 <= most:
+            break
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -219,13 +223,16 @@ def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
                 out += [v - e for v, e in zip(values, errors, strict=True) if e is not None]
         if s.low is not None and s.high is not None:
             ys += [*s.low, *s.high]
-    if panel.zero == "x":
-        xs.append(0.0)
+        ys += [end for span in s.y_span or () for end in span if end is not None]
+    if panel.zero:
+        (xs if panel.zero == "x" else ys).append(0.0)
     labels = any(s.end_label for s in panel.series)
     longest = max((len(s.end_label) for s in panel.series if s.end_label), default=0)
     x = _axis(
-        xs, log=panel.x_log, before=0.04, after=0.04 + (0.03 + 0.017 * longest if labels else 0), from_zero=panel.x_zero
+        xs, log=panel.x_log, before=0.04, after=0.04 + (0.03 + 0.02 * longest if labels else 0), from_zero=panel.x_zero
     )
+    if panel.ticks_x is not None:
+        x = replace(x, ticks=list(panel.ticks_x), names=[tick_text(t) for t in panel.ticks_x])
     if panel.ticks_y is not None:
         places = [p for p, _ in panel.ticks_y]
         y = _Axis(low=min(places) - 0.6, high=max(places) + 0.6, log=False, ticks=places,
@@ -236,22 +243,22 @@ def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
 
 
 def _labels(panel: Panel, x: _Axis, y: _Axis) -> list[tuple[float, float, Series]]:
-    """End labels as (x, y, series), moved up or down as little as keeps them apart."""
-    found = [[s.x[-1], y.place(s.y[-1]), s] for s in panel.series if s.end_label and len(s.x)]
+    """End labels as (x, y, series); those beside each other are moved up or down as little as keeps them apart."""
+    found = [[x.place(s.x[-1]), y.place(s.y[-1]), s] for s in panel.series if s.end_label and len(s.x)]
     found.sort(key=lambda f: f[1])
-    apart = 0.062
+    apart, beside = 0.062, 0.15  # shares of the axes
     for _ in range(100):
         moved = False
-        for below, above in zip(found, found[1:], strict=False):
-            gap = above[1] - below[1]
-            if gap < apart - 1e-6:
-                below[1] -= (apart - gap) / 2
-                above[1] += (apart - gap) / 2
-                moved = True
+        for i, below in enumerate(found):
+            for above in found[i + 1 :]:
+                gap = above[1] - below[1]
+                if gap < apart - 1e-6 and abs(above[0] - below[0]) < beside:
+                    below[1] -= (apart - gap) / 2
+                    above[1] += (apart - gap) / 2
+                    moved = True
         if not moved:
             break
-    right = max((f[0] for f in found), default=0)
-    return [(right, y.value(p), s) for _, p, s in found]
+    return [(x.value(px), y.value(py), s) for px, py, s in found]
 
 
 # ------------------------------------------------------------------------------------------- plotly
@@ -275,7 +282,7 @@ def _plotly_layout(title: str, height: int) -> dict[str, Any]:
         "title": {"text": title, "font": {"size": 14, "color": INK}, "x": 0, "xref": "paper", "xanchor": "left",
                   "y": 0.97, "yanchor": "top"},
         "height": height,
-        "margin": {"l": 58, "r": 12, "t": 40, "b": 52},
+        "margin": {"l": 58, "r": 12, "t": 40 if title else 12, "b": 52},
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -323,6 +330,10 @@ def _plotly_xy(panel: Panel, height: int) -> dict[str, Any]:
             if errors:
                 trace[key] = {"type": "data", "array": list(errors), "color": _rgba(s.color, 0.6), "thickness": 1.2,
                               "width": 0}  # fmt: skip
+        if s.y_span:
+            up, down = _arms(s)
+            trace["error_y"] = {"type": "data", "symmetric": False, "array": up, "arrayminus": down,
+                                "color": _rgba(s.color, 0.6), "thickness": 1.2, "width": 0}  # fmt: skip
         data.append(trace)
     annotations = [
         {
@@ -368,6 +379,13 @@ def _plotly_bars(panel: BarPanel, height: int) -> dict[str, Any]:
         "yaxis": {"autorange": "reversed", "automargin": True, "ticks": "", "showline": False},
     }
     return {"data": data, "layout": layout}
+
+
+def _arms(s: Series) -> tuple[list[float], list[float]]:
+    """Lengths of the bars of `y_span` above and below the points."""
+    up = [0.0 if high is None else high - y for y, (_, high) in zip(s.y, s.y_span or (), strict=True)]
+    down = [0.0 if low is None else y - low for y, (low, _) in zip(s.y, s.y_span or (), strict=True)]
+    return [max(v, 0.0) for v in up], [max(v, 0.0) for v in down]
 
 
 def _rgba(color: str, alpha: float) -> str:
@@ -456,6 +474,8 @@ def _mpl_xy(ax: Any, panel: Panel) -> None:
             "linestyle": ((0, (4, 3)) if s.dashed else "-") if s.line else "none", "marker": "o" if s.markers else "",
         }  # fmt: skip
         errors = [[v or 0.0 for v in e] if e else None for e in (s.y_error, s.x_error)]
+        if s.y_span:
+            errors[0] = list(reversed(_arms(s)))
         ax.errorbar(s.x, s.y, yerr=errors[0], xerr=errors[1], elinewidth=0.8, capsize=0, **style)
     _mpl_axis(ax.xaxis, x, ax.set_xlim)
     _mpl_axis(ax.yaxis, y, ax.set_ylim)
@@ -463,7 +483,7 @@ def _mpl_xy(ax: Any, panel: Panel) -> None:
         ax.annotate(s.end_label, (lx, ly), xytext=(5, 0), textcoords="offset points", va="center", color=s.color,
                     fontsize=8, annotation_clip=False)  # fmt: skip
     if panel.zero:
-        (ax.axvline if panel.zero == "x" else ax.axhline)(0, color=FAINT, linewidth=0.8, zorder=0.5)
+        (ax.axvline if panel.zero == "x" else ax.axhline)(0, color=FAINT, linewidth=0.9, zorder=1.5)
     if panel.note:
         ax.text(0.5, 0.5, panel.note, transform=ax.transAxes, ha="center", va="center", color=FAINT)
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)

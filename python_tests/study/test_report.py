@@ -1,0 +1,266 @@
+import json
+import re
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
+
+from grpo_engine import records
+from grpo_engine.study import report
+from grpo_engine.study.design import AxesConfig
+from grpo_engine.study.figures import (
+    BarPanel,
+    Figure,
+    Panel,
+    Series,
+    draw,
+    linear_ticks,
+    log_ticks,
+    plotly_spec,
+    size_colors,
+    tick_text,
+)
+from grpo_engine.study.fit import read_fits
+from grpo_engine.study.report import fit_study, law_table, load_data, write_report
+
+AXES = (
+    AxesConfig(kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),
+    AxesConfig(name="reuse", sizes=("m",), tau=(5, 25)),
+    AxesConfig(name="group", sizes=("m",), group_size=(2, 4)),
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of four sizes that has run, with its report."""
+    folder = tmp_path_factory.mktemp("study") / "synthetic"
+    make_study(folder, sizes=("xs", "s", "m", "l"), axes=AXES)
+    write_report(folder, n_boot=30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(study):
+    return (study / "report" / "index.html").read_text()
+
+
+def text_of(page):
+    return re.sub(r"<[^>]+>", " ", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
+
+
+def panels_of(page):
+    return json.loads(re.search(r"const panels = (\{.*?\});\nfor", page, flags=re.DOTALL).group(1))
+
+
+def test_the_table_holds_every_evaluation(study):
+    table = pq.read_table(study / "runs.parquet")
+    assert tuple(table.column_names) == records.TABLE_COLUMNS
+    data = load_data(study)
+    assert table.num_rows == sum(len(r.evals) for r in data.runs.values())
+    assert set(table["study"].to_pylist()) == {"synthetic"} and set(table["tau"].to_pylist()) == {1.0, 5.0, 25.0}
+
+
+def test_the_planted_law_is_in_the_fits(study):
+    fits = read_fits(study / "fits.json")
+    for axis in ("compute", "data"):
+        for kind in ("base", "instruct", "all"):
+            found = fits.get(axis, kind)
+            assert found.verdict.ok, found.verdict.why
+            assert found.joint.parameters["K_max"].value == pytest.approx(K_MAX, rel=0.25)
+            assert found.joint.parameters["N0"].value == pytest.approx(N0, rel=0.5)
+
+
+def test_the_page_needs_no_network(page):
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", outside)
+    assert page.count("Plotly.newPlot") >= 1 and page.count("plotly.js v") == 1
+    assert 'name="viewport"' in page
+
+
+def test_the_page_says_what_the_data_say(page):
+    text = text_of(page)
+    assert "Base models: test loss on unseen chain problems falls during RL at every size" in text
+    assert "Every larger base model ends lower than the one before it." in text
+    assert "Base models against plain pretraining of the same length: RL ends lower at every size" in text
+    assert "One law for all sizes, loss against data (95 % intervals): for base models K_max = 0.1" in text
+    assert "What these data cannot show" in text and "How it was measured" in text
+    assert "2 answers" not in text and "4 answers to each" in text
+
+
+def test_every_panel_of_the_page_has_its_drawing_and_its_file(study, page):
+    panels = panels_of(page)
+    assert set(re.findall(r'<div class="panel" id="([^"]+)"', page)) == set(panels)
+    names = {i.rsplit("-", 1)[0] for i in panels}
+    assert names == {
+        "loss_compute", "loss_data", "slopes", "base_instruct", "control", "learning_curves", "transfer", "tau",
+        "group_size", "cost",
+    }  # fmt: skip
+    folder = study / "report" / "figures"
+    assert {p.name for p in folder.iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "pdf")}
+    for path in folder.iterdir():
+        assert path.read_bytes()[:4] in (b"\x89PNG", b"%PDF") and path.stat().st_size > 5000
+
+
+def test_the_points_on_the_page_are_the_means_of_the_records(study, page):
+    data = load_data(study)
+    traces = panels_of(page)["loss_data-0"]["data"]
+    points = {t["name"]: t for t in traces if t.get("mode") == "markers"}
+    for size in ("xs", "s", "m", "l"):
+        runs = data.main(size, "base")
+        assert len(runs) == 2
+        wanted = {}
+        for run in runs:
+            for e in run.evals:
+                if e.eval_set == "chain" and e.mode == "sample" and e.step > 0:
+                    wanted.setdefault(e.prompts_seen, []).append(e.loss)
+        assert points[size]["x"] == sorted(wanted)
+        assert points[size]["y"] == pytest.approx([sum(wanted[x]) / 2 for x in sorted(wanted)])
+
+
+def test_the_fitted_lines_pass_through_the_planted_law(page):
+    traces = panels_of(page)["loss_data-1"]["data"]
+    for size in ("s", "m", "l"):
+        (line,) = [t for t in traces if t.get("name") == f"{size}, fitted"]
+        for x, y in zip(line["x"], line["y"], strict=True):
+            assert y == pytest.approx(true_loss(PARAMS[size], x, "instruct"), rel=0.08)
+
+
+def test_reuse_and_group_runs_stay_out_of_the_main_curves(study):
+    data = load_data(study)
+    assert data.group_size == 8 and data.kinds == ["base", "instruct"]
+    assert len(data.main("m", "base")) == 2 and len(data.control("m", "base")) == 2
+    assert data.control("m", "instruct") == []
+
+
+def test_standard_errors_hold_problems_and_runs(study):
+    data = load_data(study)
+    runs = data.main("s", "base")
+    last = data.curve(runs)[-1]
+    ends = [e for r in runs for e in r.evals if e.step == last.step and e.eval_set == "chain" and e.mode == "sample"]
+    a, b = (e.pass1 for e in ends)
+    assert last.num_runs == 2
+    assert last.pass1 == pytest.approx((a + b) / 2)
+    problems = (ends[0].stderr ** 2 + ends[1].stderr ** 2) / 2
+    assert last.error**2 == pytest.approx(problems + (a - b) ** 2 / 2 / 2)
+
+
+def test_the_terminal_table_holds_the_law(study):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(law_table(read_fits(study / "fits.json")))
+    text = console.export_text()
+    assert "K_max" in text and "carried by the data" in text and "loss falls" in text
+
+
+def test_a_report_can_be_made_of_a_part(tmp_path):
+    sizes = ("xs", "s", "m")
+    axes = (AxesConfig(seeds=(0,)),)
+    the_plan = make_study(tmp_path / "s", sizes=sizes, axes=axes, unfinished=("m-base-seed0",))
+    page = write_report(tmp_path / "s", n_boot=20).read_text()
+    text = text_of(page)
+    assert "1 of 3 cells are not finished and not in this report: m-base-seed0" in text
+    assert "There is no control" in text and "With one run at some or all sizes" in text
+    assert "for base models the data do not carry it: 2 sizes" in text
+    assert len(the_plan.cells) == 3
+    assert not fit_study(tmp_path / "s", n_boot=20).get("data", "base").verdict.ok
+
+
+def test_a_study_without_a_finished_cell_is_an_error(tmp_path):
+    make_study(tmp_path / "s", sizes=("xs",), axes=(AxesConfig(),), unfinished=("xs-base-seed0",))
+    with pytest.raises(ValueError, match="no GRPO cell is finished yet"):
+        write_report(tmp_path / "s")
+    with pytest.raises(FileNotFoundError, match="study.yaml"):
+        write_report(tmp_path)
+
+
+def test_a_damaged_record_is_named(study, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(study, copy, ignore=shutil.ignore_patterns("report"))
+    (broken,) = copy.glob("cells/s-base-seed0.*/evals.jsonl")
+    lines = broken.read_text().splitlines()
+    lines[2] = lines[2][:40]
+    broken.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"s-base-seed0\..*evals\.jsonl:3: the record is not JSON"):
+        load_data(copy)
+
+
+def test_a_name_that_looks_like_markup_stays_text(tmp_path):
+    make_study(tmp_path / "s", sizes=("xs",), axes=(AxesConfig(),))
+    path = tmp_path / "s" / "study.yaml"
+    path.write_text(path.read_text().replace("name: synthetic", "name: <b>bold</b>"))
+    page = report._page(data := load_data(tmp_path / "s"), [], ["a < b"])
+    assert "<b>bold</b>" not in page and "&lt;b&gt;bold" in page and "a &lt; b" in page
+    assert data.plan.study.name == "<b>bold</b>"
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+@pytest.mark.parametrize(
+    "low, high, ticks",
+    [
+        (0.35, 1.0, [0.4, 0.6, 0.8, 1.0]),
+        (0.1, 1.1, [0.1, 0.2, 0.3, 0.5, 1.0]),
+        (60, 4000, [100, 200, 500, 1000, 2000]),
+        (2e8, 5e12, [1e9, 1e10, 1e11, 1e12]),
+        (1e3, 1e20, [1e3, 1e6, 1e9, 1e12, 1e15, 1e18]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(low, high, ticks):
+    found = log_ticks(low, high)
+    assert found == pytest.approx(ticks)
+    assert all(low <= t <= high for t in found)
+
+
+@pytest.mark.parametrize(
+    "low, high, ticks",
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 31, [0, 10, 20, 30]), (0.512, 0.519, [0.512, 0.514, 0.516, 0.518])],
+)
+def test_ticks_of_a_linear_axis(low, high, ticks):
+    assert linear_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (0.35, "0.35"), (2000, "2000"), (20000, "20k"), (2.5e6, "2.5M"), (1e9, "10⁹"), (3e12, "3·10¹²"),
+     (2e-5, "2·10⁻⁵"), (-10, "-10")],
+)  # fmt: skip
+def test_tick_texts(value, text):
+    assert tick_text(value) == text
+
+
+def test_larger_sizes_are_darker():
+    for count in (1, 2, 3, 5, 9):
+        colors = list(size_colors([str(i) for i in range(count)]).values())
+        light = [sum(int(c[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.6), (5, 0.1))) for c in colors]
+        assert len(set(colors)) == count and light == sorted(light, reverse=True)
+
+
+def test_end_labels_keep_apart_and_stay_at_their_series():
+    series = [Series(label=str(i), x=[1, 2], y=[1, 1 + i / 1000], color="#000000", end_label=f"l{i}") for i in range(3)]
+    spec = plotly_spec(Panel(title="", x_label="", y_label="", series=series), height=300)
+    labels = {a["text"]: a for a in spec["layout"]["annotations"]}
+    low, high = spec["layout"]["yaxis"]["range"]
+    places = [(labels[f"l{i}"]["y"] - low) / (high - low) for i in range(3)]
+    assert all(b - a > 0.05 for a, b in zip(places, places[1:], strict=False))
+    assert {a["x"] for a in labels.values()} == {2}
+
+
+def test_values_that_a_logarithm_cannot_show_are_left_out_of_the_range():
+    series = [Series(label="a", x=[0.0, 10.0, 100.0], y=[0.5, 0.4, 0.3], color="#000000")]
+    spec = plotly_spec(Panel(title="", x_label="", y_label="", series=series, x_log=True), height=300)
+    assert 0.8 < spec["layout"]["xaxis"]["range"][0] < 1.0
+    json.dumps(spec, allow_nan=False)
+
+
+def test_a_figure_of_one_point_and_of_bars_can_be_drawn(tmp_path):
+    point = Panel(
+        title="t", x_label="x", y_label="y",
+        series=[Series(label="a", x=[1.0], y=[1.0], color="#112233", y_span=[(0.5, None)], end_label="a")],
+    )  # fmt: skip
+    bars = BarPanel(title="b", x_label="%", rows=["one"], parts=[("p", "#445566", [100.0])])
+    for path in draw(Figure(name="f", title="", caption="", panels=[point, bars]), tmp_path):
+        assert path.stat().st_size > 1000
+    for panel in (point, bars):
+        json.dumps(plotly_spec(panel, height=200), allow_nan=False)
