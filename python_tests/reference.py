@@ -12,6 +12,13 @@ import torch
 # ---------------------------------------------------------------- gather_logprob and token_logprob
 
 
+def gather_logprob(logits, target, temperature):
+    log_p = torch.log_softmax(logits.double() / temperature, dim=-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
+    return log_p.gather(1, target[:, None])[:, 0], entropy
+
+
 # ---------------------------------------------------------------- group_advantages
 
 
@@ -39,6 +46,11 @@ def rms_norm(x, weight, eps):
 
 
 # ---------------------------------------------------------------- swiglu
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
 
 
 # ---------------------------------------------------------------- linear
