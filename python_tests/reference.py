@@ -9,6 +9,82 @@ import torch
 # ---------------------------------------------------------------- sample_token
 
 
+def philox4x32_10(counter, key):
+    """Ten rounds of Philox (Salmon et al. 2011) on int64 tensors that hold 32-bit words."""
+    low = 0xFFFFFFFF
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [
+            (second >> 32 & low) ^ c[1] ^ k[0],
+            second & low,
+            (first >> 32 & low) ^ c[3] ^ k[1],
+            first & low,
+        ]
+        k = [k[0] + 0x9E3779B9 & low, k[1] + 0xBB67AE85 & low]
+    return c
+
+
+def philox_uniform(seed, position):
+    """Uniforms in (0, 1) of seeds and positions, int64 tensors: 53 bits of one Philox block."""
+    low = 0xFFFFFFFF
+    zero = torch.zeros_like(position)
+    words = philox4x32_10(
+        (position & low, position >> 32 & low, zero, zero), (seed & low, seed >> 32 & low)
+    )
+    return ((words[0] << 21 | words[1] >> 11).double() + 0.5) / 2**53
+
+
+def kept_tokens(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """What the filters keep of one row, and how near the nearest token is to the other side.
+
+    top-k (ties: lowest ids first), then top-p of what is left and renormalised (ties with the last
+    token stay), then min-p.
+    """
+    z = logits.double() / temperature
+    p = torch.softmax(z, dim=0)
+    best_first = torch.sort(z, descending=True, stable=True).indices
+    keep, margin = p > 0, 1.0
+    if top_k is not None and 0 < top_k < z.numel():
+        keep[best_first[top_k:]] = False
+    if top_p is not None and top_p < 1:
+        share = torch.where(keep, p, 0.0)[best_first].cumsum(0)
+        share = share / share[-1]
+        last = z[best_first[int((share < top_p).sum())]]
+        margin = min(margin, float((share - top_p).abs().min()))
+        keep &= z >= last
+    if min_p is not None and min_p > 0:
+        ratio = p / p.max()
+        margin = min([margin, *(ratio[ratio < 1] - min_p).abs().tolist()])
+        keep &= ratio >= min_p
+    return keep, margin
+
+
+def sample_token(logits, u, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """One row by the inverse of its cumulative distribution.
+
+    Returns (token, logprob, full_logprob, entropy, margin); a margin near 0 says that rounding may
+    move the token.
+    """
+    if temperature == 0:
+        full = torch.log_softmax(logits.double(), dim=0)
+        entropy = -torch.special.xlogy(full.exp(), full.exp()).sum()
+        token = int((logits == logits.max()).nonzero()[0])
+        return token, 0.0, float(full[token]), float(entropy), 1.0
+    full = torch.log_softmax(logits.double() / temperature, dim=0)
+    p = full.exp()
+    entropy = -torch.special.xlogy(p, p).sum()
+    keep, margin = kept_tokens(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    q = torch.where(keep, p, 0.0)
+    q = q / q.sum()
+    cumulative = q.cumsum(0)
+    token = int(((cumulative >= u) & (q > 0)).nonzero()[0])
+    margin = min(margin, float((cumulative - u).abs().min()))
+    return token, float(q[token].log()), float(full[token]), float(entropy), margin
+
+
 # ---------------------------------------------------------------- gather_logprob and token_logprob
 
 
