@@ -110,6 +110,63 @@ def group_advantages(rewards, std, eps):
 # ---------------------------------------------------------------- policy_loss
 
 
+def policy_loss(
+    logprob, *, advantage, cu_seqlens, old_logprob=None, ref_logprob=None, mask=None,
+    ratio="token", objective="clip", clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl="k3",
+    kl_coef=0.0, aggregation="token_mean", num_tokens=None, num_sequences=None,
+    constant_length=None,
+):  # fmt: skip
+    """(loss, stats): one sequence after another, on its kept tokens only."""
+    N = len(cu_seqlens) - 1
+    keep = torch.ones(len(logprob), dtype=torch.bool) if mask is None else mask
+    num_tokens = max(int(keep.sum()), 1) if num_tokens is None else num_tokens
+    num_sequences = max(N, 1) if num_sequences is None else num_sequences
+    names = (
+        "tokens policy_loss kl_loss kl ratio ratio_max clip_low clip_high dual_clip mismatch_max"
+    )
+    stats = dict.fromkeys(names.split(), 0.0)
+    loss = torch.zeros((), dtype=torch.float64)
+    for n in range(N):
+        ids = [t for t in range(int(cu_seqlens[n]), int(cu_seqlens[n + 1])) if keep[t]]
+        if not ids:
+            continue
+        new, A = logprob.double()[ids], advantage.double()[ids]
+        old = new.detach() if old_logprob is None else old_logprob.double()[ids]
+        log_ratio = torch.clamp(new - old, -20, 20)
+        if ratio == "sequence":
+            log_ratio = log_ratio.mean().expand(len(ids))
+        r = torch.exp(log_ratio)
+        clipped = torch.clamp(r, 1 - clip_low, 1 + clip_high)
+        if objective == "cispo":
+            term = -clipped.detach() * A * new
+        else:
+            term = -torch.minimum(r * A, clipped * A)
+            if dual_clip is not None:
+                bound = -dual_clip * A
+                stats["dual_clip"] += int(((A < 0) & (term > bound)).sum())
+                term = torch.where(A < 0, torch.minimum(term, bound), term)
+        estimate = torch.zeros_like(new)
+        if ref_logprob is not None:
+            e = torch.clamp(ref_logprob.double()[ids] - new, -20, 20)
+            estimate = {"k1": -e, "k2": 0.5 * e**2, "k3": torch.expm1(e) - e}[kl]
+        weight = {
+            "token_mean": 1 / num_tokens,
+            "sequence_mean": 1 / (num_sequences * len(ids)),
+            "constant": 1 / (num_sequences * (constant_length or 1)),
+        }[aggregation]
+        loss = loss + weight * term.sum() + weight * kl_coef * estimate.sum()
+        stats["tokens"] += len(ids)
+        stats["policy_loss"] += float((weight * term.sum()).detach())
+        stats["kl_loss"] += float((weight * kl_coef * estimate.sum()).detach())
+        stats["kl"] += float(estimate.sum().detach())
+        stats["ratio"] += float(r.sum().detach())
+        stats["ratio_max"] = max(stats["ratio_max"], float(r.max().detach()))
+        stats["clip_low"] += int(((A < 0) & (r < 1 - clip_low)).sum())
+        stats["clip_high"] += int(((A > 0) & (r > 1 + clip_high)).sum())
+        stats["mismatch_max"] = max(stats["mismatch_max"], float((new - old).detach().abs().max()))
+    return loss, torch.tensor(list(stats.values()), dtype=torch.float64)
+
+
 # ---------------------------------------------------------------- rms_norm
 
 

@@ -52,7 +52,7 @@ def assert_same_bits(a, b):
 
 
 def assert_matches_reference(out, logits, u, temperature=1.0, **filters):
-    """Every row of ``out``; a token may differ only where the reference says that it is a near-tie."""
+    """Every row of ``out``, but for the few where rounding may move the token."""
     temperature = float32(temperature)
     filters = {k: v if k == "top_k" else float32(v) for k, v in filters.items()}
     near = 0
@@ -180,8 +180,8 @@ def test_filtered_draws_keep_exactly_the_kept_set_and_its_proportions(filters):
 
 
 def test_many_tail_race():
-    # every tail token has 1.25e-9 of the head's mass: float32 uniforms or float32 Gumbel noise never
-    # draw one.  In 1e5 trials 32.8 draws should leave the head.
+    # every tail token has 1.25e-9 of the head's mass: float32 uniforms or float32 Gumbel noise
+    # never draw one.  In 1e5 trials 32.8 draws should leave the head.
     tail, gap, trials, head = 262_144, 20.5, 100_000, 100_000
     row = torch.full((tail + 1,), -gap)
     row[head] = 0.0
@@ -199,7 +199,9 @@ def test_many_tail_race():
     before = place[chosen] <= head * each
     ids = torch.where(before, place[chosen] / each, (place[chosen] - 1) / each + 1)[hit[chosen]]
     # past the head the float32 sum of its block, 1 + 2^-24, is worth 48 tail tokens
-    assert ((out.token[hit[chosen]] - ids).abs() <= torch.where(before[hit[chosen]], 1.5, 100)).all()
+    assert (
+        (out.token[hit[chosen]] - ids).abs() <= torch.where(before[hit[chosen]], 1.5, 100)
+    ).all()
 
 
 def test_many_tail_race_drawn_in_full():
@@ -212,7 +214,7 @@ def test_many_tail_race_drawn_in_full():
     assert (hits - expected).abs() <= 5 * expected.sqrt()
 
 
-# ---------------------------------------------------------------- ties, order and edges of the filters
+# ---------------------------------------------------------------- ties, order, edges of filters
 
 
 def support(row, n=4000, **options):
@@ -484,9 +486,7 @@ def test_a_row_has_the_same_bits_alone_reversed_and_among_other_neighbours(
     one, two = one_and_two_threads(lambda: sample_token(logits, **options))
     assert_same_bits(one, two)
     for b in range(0, 64, 7):
-        alone = sample_token(
-            logits[b : b + 1], **{k: v[b : b + 1] for k, v in options.items()}
-        )
+        alone = sample_token(logits[b : b + 1], **{k: v[b : b + 1] for k, v in options.items()})
         assert_same_bits(alone, [x[b : b + 1] for x in one])
     back = sample_token(logits.flip(0), **{k: v.flip(0) for k, v in options.items()})
     assert_same_bits([x.flip(0) for x in back], one)
@@ -561,7 +561,9 @@ def test_an_empty_batch():
 
 def call(d, *, B=2, V=4, dtype=torch.float32, **options):
     options = {"seed": torch.zeros(B).long(), "position": torch.zeros(B).long()} | options
-    on_device = {name: value(d) if callable(value) else value.to(d) for name, value in options.items()}
+    on_device = {
+        name: value(d) if callable(value) else value.to(d) for name, value in options.items()
+    }
     return sample_token(torch.zeros(B, V, dtype=dtype, device=d), **on_device)
 
 
@@ -580,7 +582,11 @@ def call(d, *, B=2, V=4, dtype=torch.float32, **options):
         ({"temperature": torch.ones(2).double()}, TypeError, "temperature must be Float, got Do"),
         ({"top_k": torch.ones(2)}, TypeError, "top_k must be Long, got Float"),
         ({"top_k": torch.ones(3).long()}, ValueError, r"top_k must be \[B\] = \[2\], got \[3\]"),
-        ({"top_p": lambda d: torch.ones(4, device=d)[::2]}, ValueError, r"top_p must be contiguous"),
+        (
+            {"top_p": lambda d: torch.ones(4, device=d)[::2]},
+            ValueError,
+            r"top_p must be contiguous",
+        ),
         ({"min_p": torch.ones(2, 1)}, ValueError, r"min_p must be \[B\] = \[2\], got \[2, 1\]"),
     ],
 )
