@@ -95,9 +95,10 @@ class Layer(nn.Module):
     def forward(self, index: int, x_TD: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
         H, K, E = self.heads
         qkv = self.qkv(self.attn_norm(x_TD)).view(-1, H + 2 * K, E)
+        qk, v = qkv.split((H + K, K), dim=1)
         # queries and keys turn by the same angles: one call for both
-        qk = ops.rope(qkv[:, : H + K], positions_T, theta=self.theta)
-        o_THE = attention(index, qk[:, :H], qk[:, H:], qkv[:, H + K :])
+        q, k = ops.rope(qk, positions_T, theta=self.theta).split((H, K), dim=1)
+        o_THE = attention(index, q, k, v)
         x_TD = x_TD + self.attn_out(o_THE.reshape(-1, H * E))
         return x_TD + self.down(ops.swiglu(self.gate_up(self.mlp_norm(x_TD))))
 

@@ -155,6 +155,57 @@ _register_autograd("gather_logprob", _gather_logprob_setup, _gather_logprob_back
 # ---------------------------------------------------------------- token_logprob
 
 
+def token_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of one token and entropy of each row, from hidden states and the head's weight.
+
+    ``logprob[t] = z[t, target[t]] - log sum_v exp z[t, v]`` with
+    ``z = hidden @ weight.T / temperature``.  The logits are formed a tile at a time and never kept:
+    extra memory is under 5 % of theirs at a vocabulary of 151,936.  They are those of
+    ``linear(hidden, weight, out_dtype=torch.float32)`` bit for bit, so the log-prob equals that of
+    `sample_token` and `gather_logprob` on them.
+
+    Args:
+        hidden: [T, D] float32, bfloat16 or float64, contiguous.  T = 0 is allowed.
+        weight: [V, D], dtype of ``hidden``, contiguous; V >= 1.
+        target: [T] int64 in [0, V).
+        temperature: divides the logits; finite, > 0.
+
+    Returns:
+        (logprob [T], entropy [T]), float32 (float64 for float64), natural log and nats; both
+        differentiable in ``hidden`` and ``weight``.  Gradients are summed in float32 over ascending
+        v and t and rounded once; that of a frozen ``weight`` is not computed.  A NaN or +inf logit
+        makes its row NaN.
+
+    Raises:
+        ValueError: wrong shape, not contiguous, a target outside [0, V) (the row is named), or a bad
+            temperature.
+        TypeError: wrong dtype, or dtypes of ``hidden`` and ``weight`` that differ.
+
+    Source:
+        Shao et al. 2024, arXiv:2402.03300, eq. 3 (the log-probs of the policy ratio); Wijmans et al.
+        2024, arXiv:2411.09009 (the recomputation, here without its gradient filter).
+    """
+    return _ops.token_logprob(hidden, weight, target, temperature)[:2]
+
+
+def _token_logprob_setup(ctx, inputs, output):
+    hidden, weight, target, ctx.temperature = inputs
+    ctx.save_for_backward(hidden, weight, target, output[2])
+
+
+def _token_logprob_backward(ctx, g_logprob, g_entropy, _g_saved):
+    need = ctx.needs_input_grad[:2]
+    grads = _ops.token_logprob_backward(
+        g_logprob.contiguous(), g_entropy.contiguous(), *ctx.saved_tensors, ctx.temperature, *need
+    )
+    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None
+
+
+_register_autograd("token_logprob", _token_logprob_setup, _token_logprob_backward)
+
+
 # ---------------------------------------------------------------- group_advantages
 
 

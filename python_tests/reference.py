@@ -95,6 +95,10 @@ def gather_logprob(logits, target, temperature):
     return log_p.gather(1, target[:, None])[:, 0], entropy
 
 
+def token_logprob(hidden, weight, target, temperature):
+    return gather_logprob(hidden.double() @ weight.double().T, target, temperature)
+
+
 # ---------------------------------------------------------------- group_advantages
 
 

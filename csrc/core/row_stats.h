@@ -16,9 +16,11 @@ namespace {
 
 constexpr int64_t kRowBlock = 512;
 
-struct BlockStats {
-  float max, sum, weighted;  // relative to the block's own max
+template <typename T>
+struct BlockStatsOf {
+  T max, sum, weighted;  // relative to the block's own max
 };
+using BlockStats = BlockStatsOf<float>;
 
 // n logits (1 <= n <= kRowBlock) of S = float or bfloat16, the whole block; lanes past n count as -inf.
 template <typename S>
@@ -50,7 +52,8 @@ struct RowStats {
   double max = -__builtin_inf(), sum = 0.0, weighted = 0.0;
 
   // Blocks must come in order of their position in the row.
-  GE_MEMBER void add(BlockStats b) {
+  template <typename T>
+  GE_MEMBER void add(BlockStatsOf<T> b) {
     if (b.max > max) {
       const double shift = max - b.max;  // -inf at the first block with a finite logit
       const double scale = ::exp(shift);
@@ -66,8 +69,8 @@ struct RowStats {
     }
   }
 
-  // z = logit * inv_temperature, rounded to float32 as block_stats does.
-  GE_MEMBER double logprob(float z) const { return (static_cast<double>(z) - max) - ::log(sum); }
+  // z = logit * inv_temperature, rounded to the type of the logit as block_stats does.
+  GE_MEMBER double logprob(double z) const { return (z - max) - ::log(sum); }
   GE_MEMBER double entropy() const {
     const double h = ::log(sum) - weighted / sum;
     return h < 0.0 ? 0.0 : h;  // a one-hot row rounds to -1e-17 otherwise; NaN stays NaN

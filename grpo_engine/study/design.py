@@ -14,13 +14,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
 from ..config import Config, ModelSource, RunConfig, apply_overrides, load_yaml, validate
 from ..records import run_id
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Kind = Literal["base", "instruct"]
 PLAN_FILE = "plan.json"
@@ -46,7 +49,7 @@ class AxesConfig(Config):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     tau: tuple[Annotated[float, Field(ge=1)], ...] = (1.0,)  # data reuse: prompts seen / different prompts
     group_size: tuple[Annotated[int, Field(ge=2)], ...] = ()  # empty: the run's own
-    control: bool = False  # and one plain-pretraining run of the same length per size and seed, from the base model
+    control: tuple[Kind, ...] = ()  # and, for these kinds, a plain-pretraining run of the same length per size and seed
     run: dict[str, Any] = {}  # overrides for this block, dotted
 
     @model_validator(mode="after")
@@ -55,7 +58,7 @@ class AxesConfig(Config):
             values = getattr(self, axis)
             if not values:
                 raise ValueError(f"axes {self.name!r}: {axis} must not be empty")
-        for axis in ("sizes", "kinds", "seeds", "tau", "group_size"):
+        for axis in ("sizes", "kinds", "seeds", "tau", "group_size", "control"):
             values = getattr(self, axis)
             if len(set(values)) != len(values):
                 raise ValueError(f"axes {self.name!r}: {axis} holds a value twice: {list(values)}")
@@ -63,7 +66,7 @@ class AxesConfig(Config):
 
 
 class EstimateConfig(Config):
-    """What the plan assumes before anything has run. A finished cell replaces it by what was measured."""
+    """What the plan assumes of cells that have not run (`grpo_engine.study.run.measured_plan` knows the others)."""
 
     prompt_tokens: Annotated[float, Field(gt=0)] = 10.0  # a prompt
     answer_tokens: Annotated[float, Field(gt=0)] = 5.0  # an answer
@@ -96,7 +99,12 @@ class StudyConfig(Config):
                 entry = self.sizes[size]
                 paths = {"base": entry.base, "instruct": entry.instruct}
                 embedded = not any(paths.values())
-                for kind in set(block.kinds) | ({"base"} if block.control else set()):
+                if not embedded and block.control:
+                    raise ValueError(
+                        f"axes {block.name!r}: size {size} is a folder of weights, whose pretraining text is "
+                        "unknown: only models of the embedded ladder can have a control"
+                    )
+                for kind in block.kinds:
                     if not embedded and paths[kind] is None:
                         raise ValueError(f"axes {block.name!r}: size {size} has no folder for its {kind} model")
         names = [block.name for block in self.axes]
@@ -132,7 +140,7 @@ class Cell:
     """One run of the study."""
 
     id: str  # 12 hexadecimal digits, of the resolved configuration (its name left out)
-    name: str  # readable and unique in the study: "s-base-seed0", "m-base-tau25-seed1", "s-control-seed0"
+    name: str  # readable and unique in the study: "s-base-seed0", "m-base-tau25-seed1", "s-base-control-seed0"
     axes: tuple[str, ...]  # the blocks that asked for it
     method: Literal["grpo", "pretrain"]
     size: str
@@ -235,9 +243,8 @@ def _cells(study: StudyConfig) -> list[dict[str, Any]]:
         ):
             for seed in block.seeds:
                 _add(found, _cell(study, block, size, kind, seed, tau, group, "grpo"))
-        if block.control:
-            for size, seed in itertools.product(sizes, block.seeds):
-                _add(found, _cell(study, block, size, "base", seed, 1.0, None, "pretrain"))
+        for size, kind, seed in itertools.product(sizes, block.control, block.seeds):
+            _add(found, _cell(study, block, size, kind, seed, 1.0, None, "pretrain"))
     names: dict[str, str] = {}
     for cell in found.values():
         if cell["name"] in names:
@@ -278,7 +285,7 @@ def _cell(
         data["model"]["params_nominal"] = entry.params_nominal
     if group is not None:
         data = apply_overrides(data, [f"batch.group_size={group}"])
-    parts = [size, "control" if method == "pretrain" else kind]
+    parts = [size, kind, *(["control"] if method == "pretrain" else [])]
     default = validate(RunConfig, data, where=f"study {study.name}, cell {'-'.join(parts)}")
     if tau != 1:
         unique = max(1, round(default.steps * default.batch.prompts / tau))
@@ -348,11 +355,14 @@ def num_params(source: ModelSource) -> int:
         source: a folder with config.json, or a size of the embedded ladder.
 
     Returns:
-        N of the scaling laws.
+        N of the scaling laws. For a folder that is not there (yet), the nominal size, if one is given: enough for
+        an estimate.
 
     Raises:
-        FileNotFoundError, ValueError: the folder has no config.json, or the ladder no such size.
+        FileNotFoundError, ValueError: no config.json and no nominal size, or the ladder has no such size.
     """
+    if source.path is not None and source.params_nominal and not (Path(source.path) / "config.json").is_file():
+        return round(source.params_nominal)
     import torch
 
     from ..model import Model
@@ -468,36 +478,53 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan, states: Mapping[str, str] | None = None, *, jobs: int = 1) -> str:
-    """The plan as a plain table with a total, for a dry run or `study status`.
+def plan_table(plan: Plan, states: Mapping[str, str] | None = None, *, jobs: int | None = None) -> Table:
+    """The plan as a table with a total, for a dry run or `study status`.
 
     Args:
         plan: the plan.
-        states: as for `plan_rows`.
-        jobs: processes side by side, for the estimate of the wall-clock time.
+        states: as for `plan_rows`; None leaves the column out.
+        jobs: processes side by side, for the estimate of the wall-clock time; None: one a CPU core.
 
     Returns:
-        Lines of text; seconds that were measured carry no "~".
+        A rich table; times that are estimates carry a "~".
     """
+    from rich.table import Table
+
+    jobs = jobs or num_cores()
     rows = plan_rows(plan, states)
-    width = max(len(r["name"]) for r in rows)
-    lines = [f"{'id':12}  {'cell':{width}}  {'steps':>5}  {'tokens':>7}  {'FLOPs':>8}  {'time':>8}  state"]
-    for r in rows:
-        steps = "" if r["steps"] is None else str(r["steps"])
-        mark = "" if r["measured"] else "~"
-        lines.append(
-            f"{r['id'] or '':12}  {r['name']:{width}}  {steps:>5}  {human(r['trained_tokens']):>7}  "
-            f"{r['flops']:>8.1e}  {mark + duration(r['seconds']):>8}  {r['state'] or ''}".rstrip()
-        )
     total = plan_json(plan)["total"]
-    longest = max(r["seconds"] for r in rows)
-    wall = max(total["seconds"] / jobs, longest)
-    lines.append(
-        f"{len(plan.cells)} cells, {len(plan.models)} models to prepare: {human(total['trained_tokens'])} tokens, "
-        f"{total['flops']:.1e} FLOPs, about {duration(total['seconds'])} of one process, "
-        f"about {duration(wall)} with {jobs} at once"
+    wall = max(total["seconds"] / jobs, max(r["seconds"] for r in rows))
+    table = Table(
+        title=f"study {plan.study.name}",
+        title_justify="left",
+        caption=f"{len(plan.cells)} cells and {len(plan.models)} models to prepare: {human(total['trained_tokens'])} "
+        f"tokens, {total['flops']:.1e} FLOPs, about {duration(total['seconds'])} of one process, "
+        f"about {duration(wall)} with {jobs} at once",
+        caption_justify="left",
     )
-    return "\n".join(lines)
+    for name in ("id", "cell"):
+        table.add_column(name, no_wrap=True)
+    for name in ("steps", "tokens", "FLOPs", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if states is not None:
+        table.add_column("state")
+    for r in rows:
+        table.add_row(
+            r["id"] or "",
+            r["name"],
+            "" if r["steps"] is None else str(r["steps"]),
+            human(r["trained_tokens"]),
+            f"{r['flops']:.1e}",
+            ("" if r["measured"] else "~") + duration(r["seconds"]),
+            *([r["state"] or ""] if states is not None else []),
+        )
+    return table
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def human(number: float) -> str:

@@ -23,8 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -35,11 +35,14 @@ from .design import (
     PLAN_FILE,
     STUDY_FILE,
     Cell,
+    Cost,
     ModelNeed,
     Plan,
     StudyConfig,
     duration,
+    human,
     load_study,
+    num_cores,
     plan,
     plan_json,
     save_study,
@@ -224,18 +227,18 @@ def run_study(
     Raises:
         StudyLocked: another process runs this study.
         FileNotFoundError: `study` is None and the folder has no study.yaml.
-        ValueError: `jobs` is not positive, or a wrong study.
+        ValueError: `jobs` is not positive, a wrong study, or a model folder that is not there.
     """
     folder = Path(study_dir)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = max(1, cores // threads) if jobs is None else jobs
+    jobs = max(1, num_cores() // threads) if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"run_study: jobs must be at least 1, got {jobs}")
     if study is None:
         study = load_study(folder / STUDY_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / LOCK_FILE, f"{folder}: another process runs this study"):
-        the_plan = plan(study)
+        the_plan = measured_plan(folder, plan(study))
+        _check_folders(the_plan)
         _write_plan(folder, the_plan)
         skipped = [c.name for c in the_plan.cells if records.is_complete(folder / c.folder)]
         tracked = _jobs(folder, the_plan, set(skipped))
@@ -259,6 +262,47 @@ def run_study(
         )
         display.summary(result)
     return result
+
+
+def measured_plan(study_dir: str | os.PathLike[str], the_plan: Plan) -> Plan:
+    """Replaces estimates by what was measured.
+
+    Args:
+        study_dir: the study's folder; it need not exist.
+        the_plan: a plan with estimates.
+
+    Returns:
+        The plan in which a finished cell has its recorded cost, and the seconds of every other cell are scaled by
+        how the finished ones compare with their estimates.
+
+    Raises:
+        ValueError: a malformed record, named by file and line.
+    """
+    folder = Path(study_dir)
+    measured: dict[str, Cost] = {}
+    for cell in the_plan.cells:
+        if records.is_complete(folder / cell.folder):
+            run = records.read_run(folder / cell.folder)
+            last = run.steps[-1]
+            seconds = sum(p.seconds for t in run.timings for p in t.phase.values())
+            measured[cell.name] = Cost(
+                trained_tokens=last.trained_tokens, flops=last.compute_ledger, seconds=seconds, measured=True
+            )
+    estimated = sum(c.cost.seconds for c in the_plan.cells if c.name in measured)
+    factor = sum(c.seconds for c in measured.values()) / estimated if estimated else 1.0
+    cells = [
+        replace(c, cost=measured.get(c.name) or replace(c.cost, seconds=c.cost.seconds * (factor or 1.0)))
+        for c in the_plan.cells
+    ]
+    return replace(the_plan, cells=tuple(cells))
+
+
+def _check_folders(the_plan: Plan) -> None:
+    paths = dict.fromkeys(c.config.model.path for c in the_plan.cells if c.config.model.path is not None)
+    if absent := [p for p in paths if not (Path(p) / "config.json").is_file()]:
+        raise ValueError(
+            f"study {the_plan.study.name}: no config.json in {', '.join(absent)}: put your own folders under `sizes`"
+        )
 
 
 def _write_plan(folder: Path, the_plan: Plan) -> None:
@@ -496,6 +540,14 @@ def _tail(path: Path, num_bytes: int = 16384) -> list[dict[str, Any]]:
     return out
 
 
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines and not lines[-1].startswith("---") else ""
+
+
 class _Display:
     """A live table on a terminal, plain lines elsewhere (one when a job starts or ends, and one a minute)."""
 
@@ -601,7 +653,7 @@ class _Display:
 
     def _step(self, t: _Tracked) -> str:
         if t.job.cell is None:
-            return ""
+            return _last_line(t.job.log)
         return f"step {t.progress.get('step', 0)} of {t.job.cell.config.steps}"
 
     def _table(self) -> RenderableType:
@@ -625,7 +677,7 @@ class _Display:
             elif t.state == "done":
                 left = f"in {duration(t.seconds or 0)}"
             style = {"failed": "red", "running": "bold", "done": "green", "waiting": "dim", "blocked": "red"}[t.state]
-            state = self._step(t) if t.state == "running" and t.job.cell else t.state
+            state = self._step(t) if t.state == "running" else t.state
             table.add_row(
                 t.job.name,
                 state,
@@ -710,7 +762,7 @@ def main(arguments: Sequence[str]) -> int:
         case ["model", size, kind]:
             from ..pretrain import ensure_model
 
-            print(ensure_model(size, kind), flush=True)
+            print(ensure_model(size, kind, progress=_print_progress()), flush=True)
         case ["cell", folder]:
             from ..config import load_run_config
             from ..train import train
@@ -721,6 +773,19 @@ def main(arguments: Sequence[str]) -> int:
         case _:
             raise ValueError(f"expected 'model SIZE KIND' or 'cell FOLDER', got {' '.join(arguments)!r}")
     return 0
+
+
+def _print_progress() -> Callable[[int, int, float], None]:
+    """Prints how far a pretraining is, at most every two seconds."""
+    last = 0.0
+
+    def progress(read: int, total: int, loss: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 2.0:
+            last = time.monotonic()
+            print(f"{read / total:.0%} of {human(total)} tokens, loss {loss:.3f}", flush=True)
+
+    return progress
 
 
 def _end_with_parent() -> None:

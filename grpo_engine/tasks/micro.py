@@ -2,7 +2,7 @@
 
 Four families, each with a difficulty grade:
 
-    chain   "7 +8 -3 ="             in domain; grade = terms; values stay in [0, LIMIT)
+    chain   "7 +8 -3 ="             in domain; grade = terms; a counter that stops at 0 and at LIMIT - 1
     word    "ann has 7 +8 -3 now ?" in domain; the same sums in another template
     code    "max 3 7 2 :"           out of domain; grade = length of the list
     logic   "b > a , c > b ; top ?" out of domain; grade = number of names
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from grpo_engine.types import EvalSet, Problem, Task
 
-LIMIT = 30  # values of sums lie in [0, LIMIT)
+LIMIT = 30  # values lie in [0, LIMIT); as sums stop at both ends, the order of their terms matters
 OPERAND = 9  # operands lie in [1, OPERAND]
 CORPUS_TERMS = (2, 3, 4, 5, 6, 8)
 TERMS = (3, 4, 5, 6, 8)  # of the problems that are trained and tested on
@@ -193,30 +193,24 @@ def check_disjoint(prompts: Iterable[str], held_out: Collection[str], *, what: s
             raise RuntimeError(f"{what}: problem {prompt!r} is held out for testing and must not be trained on")
 
 
-def _sum(rng: random.Random, terms: int) -> tuple[int, list[int]]:
-    """Start and signed operands of a sum whose partial values all lie in [0, LIMIT)."""
-    start = value = int(rng.random() * LIMIT)  # random() is several times as fast as randrange, and corpora are long
-    operands = []
-    for _ in range(terms - 1):
-        while True:
-            k = int(rng.random() * 2 * OPERAND) - OPERAND  # -OPERAND .. OPERAND - 1
-            k += k >= 0  # no zero
-            if 0 <= value + k < LIMIT:
-                break
-        operands.append(k)
-        value += k
-    return start, operands
+def clamp(value: int) -> int:
+    """A sum's value after one operand: the counter stops at 0 and at LIMIT - 1."""
+    return min(max(value, 0), LIMIT - 1)
 
 
 def _sum_item(rng: random.Random, terms: int, domain: str) -> Item:
-    start, operands = _sum(rng, terms)
-    text = " ".join([str(start), *(f"{k:+d}" for k in operands)])
+    # random() is several times as fast as randrange, and corpora are long
+    value = int(rng.random() * LIMIT)
+    words, values = [str(value)], []
+    for _ in range(terms - 1):
+        k = int(rng.random() * 2 * OPERAND) - OPERAND  # -OPERAND .. OPERAND - 1
+        k += k >= 0  # no zero
+        value = clamp(value + k)
+        words.append(f"{k:+d}")
+        values.append(str(value))
+    text = " ".join(words)
     key = f"{text} ="
     prompt = key if domain == "chain" else f"{rng.choice(PEOPLE)} has {text} now ?"
-    value, values = start, []
-    for k in operands:
-        value += k
-        values.append(str(value))
     return Item(key, prompt, tuple(values), terms)
 
 
@@ -405,12 +399,11 @@ def _written(rng: random.Random, config: CorpusConfig, domain: str, item: Item) 
     if domain not in IN_DOMAIN:
         wrong = LETTERS if domain == "logic" else _NUMBERS
         return [rng.choice(wrong) if rng.random() < config.error else item.values[-1]]
-    written, drift, before = [], 0, 0
-    for value in map(int, item.values):
-        true = min(max(value + drift, 0), LIMIT - 1)
-        before = rng.randrange(LIMIT) if rng.random() < config.error else true
-        drift = before - value
-        written.append(str(before))
+    start, *operands = map(int, item.key.split()[:-1])
+    value, written = start, []
+    for k in operands:
+        value = rng.randrange(LIMIT) if rng.random() < config.error else clamp(value + k)
+        written.append(str(value))
     return written if rng.random() >= config.direct else written[-1:]
 
 

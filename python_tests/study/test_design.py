@@ -1,7 +1,9 @@
+import io
 import itertools
 import json
 
 import pytest
+from rich.console import Console
 
 from grpo_engine.config import RunConfig, load_run_config
 from grpo_engine.study import design
@@ -17,7 +19,7 @@ def study(**change):
                 "name": "demo",
                 "run": RUN,
                 "sizes": {"xs": SizeConfig(run={"optimizer.lr": 2e-4}), "s": SizeConfig(run={"optimizer.lr": 1e-4})},
-                "axes": (AxesConfig(name="main", kinds=("base", "instruct"), seeds=(0, 1), control=True),),
+                "axes": (AxesConfig(name="main", kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),),
             }
             | change
         )
@@ -106,6 +108,8 @@ def test_a_folder_of_weights_needs_no_preparation(tmp_path):
     assert design.num_params(cell.config.model) == 2 * per_layer + 32
     with pytest.raises(ValueError, match="size tiny has no folder for its instruct model"):
         study(sizes=sizes, axes=(AxesConfig(kinds=("instruct",)),))
+    with pytest.raises(ValueError, match="size tiny is a folder of weights"):
+        study(sizes=sizes, axes=(AxesConfig(control=("base",)),))
 
 
 def test_costs_rise_with_size_and_count_the_phases_that_there_are():
@@ -118,7 +122,7 @@ def test_costs_rise_with_size_and_count_the_phases_that_there_are():
     params = design.num_params(cells["s-base-seed0"].config.model)
     assert s.trained_tokens == trained
     assert s.flops == pytest.approx(params * (6 * trained + 2 * sampled))
-    assert cells["s-control-seed0"].cost.flops == pytest.approx(params * 6 * trained)
+    assert cells["s-base-control-seed0"].cost.flops == pytest.approx(params * 6 * trained)
 
 
 def test_a_study_survives_its_file(tmp_path):
@@ -139,6 +143,7 @@ def test_a_study_survives_its_file(tmp_path):
         ("axes=[{seeds: [1, 1]}]", r"seeds holds a value twice: \[1, 1\]"),
         ("axes=[{tau: [0.5]}]", r"axes.0.tau.0: .*greater than or equal to 1, got 0.5"),
         ("axes=[{seeds: []}]", r"seeds must not be empty"),
+        ("axes=[{control: [chat]}]", r"axes.0.control.0: .*got 'chat'"),
         ("axes=[]", r"axes must hold at least one block"),
     ],
 )
@@ -161,12 +166,13 @@ def test_the_embedded_presets_resolve(preset):
     assert len(the_plan.study.sizes) >= 3
 
 
-def test_the_paper_preset_resolves_to_its_54_runs():
-    loaded = load_study("paper")
-    cells = design._cells(loaded)
-    assert len(cells) == 54
-    assert all(c["config"].optimizer.lr == 1e-6 and c["config"].batch.prompts == 512 for c in cells)
-    assert all(c["config"].steps * 512 <= 53904 for c in cells)
+def test_the_paper_preset_can_be_planned_without_its_weights():
+    the_plan = plan(load_study("paper"))
+    assert len(the_plan.cells) == 54 and the_plan.models == ()
+    assert all(c.config.optimizer.lr == 1e-6 and c.config.batch.prompts == 512 for c in the_plan.cells)
+    assert all(c.config.steps * 512 <= 53904 for c in the_plan.cells)
+    costs = {c.size: c.cost.flops for c in the_plan.cells if c.name.endswith("base-seed0")}
+    assert costs["14B"] == pytest.approx(2 * costs["7B"])
 
 
 def test_the_plan_can_be_read():
@@ -176,8 +182,12 @@ def test_the_plan_can_be_read():
     total = design.plan_json(the_plan)["total"]
     assert total["flops"] == pytest.approx(sum(r["flops"] for r in rows))
     json.dumps(design.plan_json(the_plan), allow_nan=False)
-    text = design.plan_text(the_plan, jobs=2)
-    assert "s-control-seed1" in text and text.splitlines()[-1].startswith("12 cells, 4 models to prepare")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(design.plan_table(the_plan, {"s-base-seed0": "done"}, jobs=2))
+    text = console.file.getvalue()
+    assert "s-base-control-seed1" in text and "12 cells and 4 models to prepare" in text and "with 2 at once" in text
+    (line,) = [x for x in text.splitlines() if " s-base-seed0 " in x]
+    assert "done" in line and "~" in line
 
 
 @pytest.mark.parametrize(

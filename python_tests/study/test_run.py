@@ -25,9 +25,18 @@ NAMES = [c.name for c in plan(STUDY).cells]
 
 
 def finish(cell, folder):
-    records.write_json_atomic(folder / "run.json", {"run_id": cell.id, "method": cell.method, "config": {}, "model": {}})
+    records.write_json_atomic(folder / "run.json", {"run_id": cell.id, "config": {}, "model": {}})
     with records.JsonlWriter(folder / "steps.jsonl") as out:
-        out.write({"step": cell.config.steps, "reward_mean": 0.5})
+        out.write(
+            records.StepRecord(
+                step=cell.config.steps, prompts_seen=0, unique_prompts=0, trained_tokens=7, compute_6nt=1.0,
+                compute_ledger=2.0, reward_mean=0.5,
+            )
+        )  # fmt: skip
+    (folder / "evals.jsonl").touch()
+    with records.JsonlWriter(folder / "timings.jsonl") as out:
+        cost = records.PhaseCost(seconds=2 * cell.cost.seconds)
+        out.write(records.TimingRecord(step=cell.config.steps, phase={"forward": cost}))
     records.write_json_atomic(folder / "summary.json", {"steps": cell.config.steps})
 
 
@@ -165,11 +174,31 @@ def test_a_folder_describes_its_study(tmp_path):
     assert sorted(without_argument.skipped) == sorted(NAMES)
 
 
+def test_measured_costs_replace_and_scale_the_estimates(tmp_path):
+    before = plan(STUDY)
+    assert run.measured_plan(tmp_path, before) == before
+    first = before.cells[0]
+    (tmp_path / first.folder).mkdir(parents=True)
+    finish(first, tmp_path / first.folder)
+    after = run.measured_plan(tmp_path, before)
+    cost = after.cells[0].cost
+    assert (cost.trained_tokens, cost.flops, cost.seconds, cost.measured) == (7, 2.0, 2 * first.cost.seconds, True)
+    for old, new in zip(before.cells[1:], after.cells[1:], strict=True):
+        assert new.cost.seconds == pytest.approx(2 * old.cost.seconds) and not new.cost.measured
+
+
 def test_a_folder_without_a_study_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="study.yaml"):
         run_study(tmp_path / "none")
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         run_study(tmp_path, study=STUDY, jobs=0)
+
+
+def test_a_model_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
+    sizes = {"tiny": SizeConfig(base=str(tmp_path / "nowhere"), params_nominal=1e6)}
+    study = StudyConfig(name="demo", sizes=sizes, axes=(AxesConfig(),))
+    with pytest.raises(ValueError, match="study demo: no config.json in .*nowhere"):
+        run_study(tmp_path / "study", study=study, executor=FakeExecutor(tmp_path))
 
 
 def test_status_tells_done_running_partial_and_missing(tmp_path):

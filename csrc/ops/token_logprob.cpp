@@ -1,0 +1,205 @@
+#include "ops/token_logprob.h"
+
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "core/checks.h"
+#include "core/parallel.h"
+#include "ops/linear.h"
+
+namespace grpo_engine {
+namespace {
+
+constexpr const char* kOp = "token_logprob";
+constexpr int64_t kWave = 192;          // rows of a tile: 384 KiB of float32 logits
+constexpr int64_t kWindowRows = 512;    // rows and vocabulary ids of the window of dlogits that
+constexpr int64_t kWindowIds = 2048;    // backward holds: 4 MiB, in whole blocks of kVocabBlock
+
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+at::ScalarType arithmetic(const at::Tensor& hidden) {
+  return hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+int64_t count_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Rows of a tile: fewer where that leaves a thread without work.
+int64_t wave_for(int64_t rows, int64_t ids) {
+  const int64_t threads = at::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
+  int64_t wave = std::min(kWave, count_of(std::max<int64_t>(rows, 1), 8) * 8);
+  while (wave > 8 && count_of(rows, wave) * count_of(ids, kVocabBlock) < wanted) {
+    wave = count_of(wave / 2, 8) * 8;
+  }
+  return wave;
+}
+
+double tile_cost(const TokenLogprobArgs& args) {
+  return static_cast<double>(args.wave) * kVocabBlock * (2.0 / 16.0 * args.D + 2.0);
+}
+
+void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
+           double temperature) {
+  require_shape(kOp, "hidden", hidden, {-1, -1}, "[T, D]");
+  require_float(kOp, "hidden", hidden);
+  require_contiguous(kOp, "hidden", hidden);
+  require_shape(kOp, "weight", weight, {-1, hidden.size(1)}, "[V, D]");
+  TORCH_CHECK_VALUE(weight.size(0) > 0, kOp, ": weight needs V >= 1 rows, got ", weight.sizes());
+  require_tensor(kOp, "weight", weight, weight.sizes(), "[V, D]", hidden.scalar_type(), hidden);
+  require_tensor(kOp, "target", target, {hidden.size(0)}, "[T]", at::kLong, hidden);
+  require_positive(kOp, "temperature", temperature);
+}
+
+TokenLogprobArgs arguments(const at::Tensor& hidden, const at::Tensor& weight,
+                           const at::Tensor& target, double temperature) {
+  TokenLogprobArgs args{};
+  args.dtype = dtype_of(hidden);
+  args.T = hidden.size(0);
+  args.D = hidden.size(1);
+  args.V = weight.size(0);
+  args.temperature = temperature;
+  args.hidden = hidden.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.target = target.const_data_ptr<int64_t>();
+  return args;
+}
+
+Three forward_meta(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
+                   double temperature) {
+  check(hidden, weight, target, temperature);
+  const int64_t T = hidden.size(0);
+  const auto out = hidden.options().dtype(arithmetic(hidden));
+  return {at::empty({T}, out), at::empty({T}, out), at::empty({T, 3}, out.dtype(at::kDouble))};
+}
+
+Three forward_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
+                  double temperature) {
+  auto [logprob, entropy, saved] = forward_meta(hidden, weight, target, temperature);
+  TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
+  for (int64_t t = 0; t < args.T; ++t) {
+    TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp,
+                      ": target must be in [0, V) = [0, ", args.V, "), got ", args.target[t],
+                      " at row ", t);
+  }
+  const int64_t num_blocks = count_of(args.V, kVocabBlock);
+  at::Tensor blocks = at::empty({args.T, num_blocks, 3}, logprob.options());
+  at::Tensor target_logit = at::empty({args.T}, logprob.options());
+  args.wave = wave_for(args.T, args.V);
+  args.blocks = blocks.mutable_data_ptr();
+  args.target_logit = target_logit.mutable_data_ptr();
+  args.logprob = logprob.mutable_data_ptr();
+  args.entropy = entropy.mutable_data_ptr();
+  args.saved = saved.mutable_data_ptr<double>();
+  parallel_items(token_logprob_blocks_cpu, args, count_of(args.T, args.wave) * num_blocks,
+                 tile_cost(args));
+  parallel_items(token_logprob_join_cpu, args, args.T, 50.0 * num_blocks);
+  return {logprob, entropy, saved};
+}
+
+std::tuple<at::Tensor, at::Tensor> backward_meta(
+    const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& hidden,
+    const at::Tensor& weight, const at::Tensor& target, const at::Tensor& saved, double temperature,
+    bool need_hidden, bool need_weight) {
+  check(hidden, weight, target, temperature);
+  const int64_t T = hidden.size(0);
+  require_tensor(kOp, "g_logprob", g_logprob, {T}, "[T]", arithmetic(hidden), hidden);
+  require_tensor(kOp, "g_entropy", g_entropy, {T}, "[T]", arithmetic(hidden), hidden);
+  require_tensor(kOp, "saved", saved, {T, 3}, "[T, 3]", at::kDouble, hidden);
+  auto out = [](bool need, const at::Tensor& like) {
+    return need ? at::empty_like(like) : at::empty({0}, like.options());
+  };
+  return {out(need_hidden, hidden), out(need_weight, weight)};
+}
+
+std::tuple<at::Tensor, at::Tensor> backward_cpu(
+    const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& hidden,
+    const at::Tensor& weight, const at::Tensor& target, const at::Tensor& saved, double temperature,
+    bool need_hidden, bool need_weight) {
+  auto [dhidden, dweight] = backward_meta(g_logprob, g_entropy, hidden, weight, target, saved,
+                                          temperature, need_hidden, need_weight);
+  TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
+  const auto sums = g_logprob.options();  // both gradients are summed in arithmetic type
+  const int64_t T = args.T, D = args.D, V = args.V;
+  if (T == 0) return {dhidden, dweight.zero_()};
+  const int64_t window_rows = std::min(T, kWindowRows), window_ids = std::min(V, kWindowIds);
+  const int64_t size = static_cast<int64_t>(g_logprob.element_size());
+  const int64_t stored = static_cast<int64_t>(hidden.element_size());
+
+  at::Tensor window = at::empty({window_rows, window_ids}, sums);
+  at::Tensor hidden_sums = !need_hidden || dhidden.scalar_type() == sums.dtype()
+                               ? dhidden : at::empty(hidden.sizes(), sums);
+  const bool narrow = need_weight && dweight.scalar_type() != sums.dtype();
+  at::Tensor weight_sums = narrow ? at::empty({window_ids, D}, sums) : dweight;
+
+  args.g_logprob = g_logprob.const_data_ptr();
+  args.g_entropy = g_entropy.const_data_ptr();
+  args.saved = const_cast<double*>(saved.const_data_ptr<double>());
+  args.dlogits = window.mutable_data_ptr();
+
+  GemmArgs product{};
+  product.a = window.const_data_ptr();
+  product.a_dtype = product.c_dtype = dtype_of(g_logprob);
+  product.b_dtype = dtype_of(hidden);
+  product.N = product.b_row = product.c_row = D;
+  product.b_col = 1;
+  auto at_row = [&](const at::Tensor& t, int64_t row, int64_t element) {
+    return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + row * D * element;
+  };
+  for (args.first_id = 0; args.first_id < V; args.first_id += window_ids) {
+    args.num_ids = std::min(window_ids, V - args.first_id);
+    const int64_t sum_row = narrow ? 0 : args.first_id;
+    for (args.first_row = 0; args.first_row < T; args.first_row += window_rows) {
+      args.num_rows = std::min(window_rows, T - args.first_row);
+      args.wave = wave_for(args.num_rows, args.num_ids);
+      parallel_items(token_logprob_dlogits_cpu, args,
+                     count_of(args.num_rows, args.wave) * count_of(args.num_ids, kVocabBlock),
+                     tile_cost(args));
+      if (need_hidden) {
+        product.M = args.num_rows;
+        product.K = product.a_row = args.num_ids;
+        product.a_col = 1;
+        product.b = at_row(weight, args.first_id, stored);
+        product.c = at_row(hidden_sums, args.first_row, size);
+        product.accumulate = args.first_id > 0;
+        gemm(product);
+      }
+      if (need_weight) {
+        product.M = product.a_col = args.num_ids;
+        product.K = args.num_rows;
+        product.a_row = 1;
+        product.b = at_row(hidden, args.first_row, stored);
+        product.c = at_row(weight_sums, sum_row, size);
+        product.accumulate = args.first_row > 0;
+        gemm(product);
+      }
+    }
+    if (narrow) {
+      dweight.narrow(0, args.first_id, args.num_ids).copy_(weight_sums.narrow(0, 0, args.num_ids));
+    }
+  }
+  return {need_hidden ? hidden_sums.to(hidden.scalar_type()) : dhidden, dweight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
+  m.def(
+      "token_logprob(Tensor hidden, Tensor weight, Tensor target, float temperature)"
+      " -> (Tensor logprob, Tensor entropy, Tensor saved)");
+  m.def(
+      "token_logprob_backward(Tensor g_logprob, Tensor g_entropy, Tensor hidden, Tensor weight,"
+      " Tensor target, Tensor saved, float temperature, bool need_hidden, bool need_weight)"
+      " -> (Tensor dhidden, Tensor dweight)");
+}
+TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
+  m.impl("token_logprob", &forward_cpu);
+  m.impl("token_logprob_backward", &backward_cpu);
+}
+TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
+  m.impl("token_logprob", &forward_meta);
+  m.impl("token_logprob_backward", &backward_meta);
+}
+
+}  // namespace grpo_engine

@@ -1,0 +1,203 @@
+"""The command `grpo-engine`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Scaling studies of GRPO post-training: run them, fit their laws, read the recommendation.\n\n"
+    "Start with [bold]grpo-engine study run smoke --out runs/smoke[/bold]: a complete small study in a few minutes on "
+    "a laptop.",
+)
+study_app = typer.Typer(no_args_is_help=True, help="A whole study: plan, run, status, fit, report.")
+app.add_typer(study_app, name="study")
+console = Console()
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings to change, dotted: optimizer.lr=1e-5 batch.group_size=16", show_default=False),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run or study; made when absent.")]
+StudyDir = Annotated[Path, typer.Argument(help="Folder of a study, as given to `study run --out`.")]
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is built, what this machine has, and whether the engine keeps its promises here."""
+    from grpo_engine import doctor as d
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in d.facts().items():
+        table.add_row(f"[bold]{name}[/bold]", value)
+    console.print(table)
+    results = d.checks()
+    for check in results:
+        mark = "[green]ok[/green]    " if check.ok else "[red]BROKEN[/red]"
+        console.print(f"{mark} {check.name} ({check.detail})")
+    if not all(c.ok for c in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    out: Out,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="YAML file with a run configuration; none: the defaults.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; none: torch's default.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run one GRPO training, or resume it where it stopped.
+
+    Example: grpo-engine train --out runs/one model.size=s steps=40 optimizer.lr=1.5e-4
+    """
+    from grpo_engine.config import load_run_config
+    from grpo_engine.train import train as run
+
+    _set_threads(threads)
+    folder = run(load_run_config(config, overrides or []), out)
+    summary = json.loads((folder / "summary.json").read_text())
+    console.print(f"done: {folder} ({summary['steps']} steps, {summary['trained_tokens']:,} trained tokens)")
+    _print_run(folder)
+
+
+@app.command()
+def evaluate(
+    config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file with a run configuration.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; none: torch's default.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Answer held-out problems with a model and print pass@1 with its standard error.
+
+    Example: grpo-engine evaluate model.path=checkpoints/qwen task.name=parquet task.train=train.parquet
+    """
+    from grpo_engine.config import load_run_config
+    from grpo_engine.train import evaluate_only
+
+    _set_threads(threads)
+    table = Table("set", "mode", "problems", "samples", "pass@1", "standard error")
+    for r in evaluate_only(load_run_config(config, overrides or [])):
+        error = "-" if r.stderr is None else f"{r.stderr:.4f}"
+        table.add_row(r.eval_set, r.mode, str(r.num_problems), str(r.num_samples), f"{r.pass1:.4f}", error)
+    console.print(table)
+
+
+@study_app.command("plan")
+def study_plan(
+    preset: Annotated[str, typer.Argument(help="Preset (smoke, micro, paper) or YAML file.")],
+    overrides: Overrides = None,
+) -> None:
+    """List the cells of a study and what each will cost, and run nothing."""
+    from grpo_engine.study.design import load_study, plan, plan_table
+
+    console.print(plan_table(plan(load_study(preset, overrides or []))))
+
+
+@study_app.command("run")
+def study_run(
+    preset: Annotated[str, typer.Argument(help="Preset (smoke, micro, paper) or YAML file.")],
+    out: Out,
+    jobs: Annotated[int | None, typer.Option(help="Processes side by side; none: one a CPU core.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their cost, and run nothing.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run a study: what is missing is run, what is done is kept; then fit its laws and write the report."""
+    from grpo_engine.study.design import load_study
+    from grpo_engine.study.run import run_study
+
+    if dry_run:
+        return study_plan(preset, overrides)
+    result = run_study(out, study=load_study(preset, overrides or []), jobs=jobs, threads=threads)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+    _report(out)
+
+
+@study_app.command("status")
+def study_status(study_dir: StudyDir) -> None:
+    """Say which cells are done, running, begun or missing."""
+    from grpo_engine.study.run import study_status as status
+
+    table = Table("cell", "state", "seconds")
+    for s in status(study_dir):
+        table.add_row(s.cell.name, str(s), "-" if s.seconds is None else f"{s.seconds:.0f}")
+    console.print(table)
+
+
+@study_app.command("fit")
+def study_fit(study_dir: StudyDir) -> None:
+    """Fit the laws anew from the records, offline, and print them."""
+    from grpo_engine.study.report import fit_study, law_table
+
+    console.print(law_table(fit_study(study_dir)))
+
+
+@study_app.command("report")
+def study_report(study_dir: StudyDir) -> None:
+    """Write the report anew from the records, offline."""
+    _report(study_dir)
+
+
+def _report(study_dir: Path) -> None:
+    from grpo_engine.study.report import fit_study, law_table, write_report
+
+    page = write_report(study_dir)
+    console.print(law_table(fit_study(study_dir)))
+    console.print(f"report: {page}")
+
+
+def _print_run(folder: Path) -> None:
+    from grpo_engine import records
+
+    evals = records.read_jsonl(folder / records.EVALS_FILE).records
+    if not evals:
+        return
+    table = Table("set", "mode", "pass@1 before", "after", "standard error")
+    first = {(e["eval_set"], e["mode"]): e for e in reversed(evals)}
+    last = {(e["eval_set"], e["mode"]): e for e in evals}
+    for key, e in last.items():
+        error = "-" if e["stderr"] is None else f"{e['stderr']:.4f}"
+        table.add_row(*key, f"{first[key]['pass1']:.4f}", f"{e['pass1']:.4f}", error)
+    console.print(table)
+    steps = records.read_jsonl(folder / records.STEPS_FILE).records
+    equal = sum(s["equal_groups"] or 0 for s in steps)
+    groups = sum(s["groups"] or 0 for s in steps)
+    if groups and equal == groups:
+        console.print(
+            f"All {groups} groups had equal rewards: no answer was better than its siblings, so the policy was not "
+            "moved by rewards at all."
+        )
+    elif groups:
+        console.print(f"{equal} of {groups} groups had equal rewards and carried no gradient.")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Runs the command; an error a user can mend is one message and exit code 2, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as e:
+        print(f"grpo-engine: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Who spent what: tokens, FLOPs and seconds of each phase.
+
+FLOPs and tokens follow from shapes alone and are the same in every run of a configuration; seconds are the
+clock's. One multiply-add counts as two FLOPs; norms, rotations and activations are not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from grpo_engine.model import Model, ModelConfig
+from grpo_engine.records import PHASES, PhaseCost
+
+
+def forward_flops(model: Model, *, tokens: int, pairs: int, head_rows: int) -> float:
+    """FLOPs of one forward pass.
+
+    Args:
+        model: whose matrices are multiplied.
+        tokens: T, tokens that go through the layers.
+        pairs: query-key pairs of the attention, summed over sequences (see `causal_pairs`).
+        head_rows: hidden states that go through the head.
+
+    Returns:
+        ``2 N T + 4 L H E pairs + 2 D V head_rows`` with N the non-embedding parameters.
+    """
+    c: ModelConfig = model.config
+    attention = 4.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+    head = 2.0 * c.hidden_size * c.vocab_size * head_rows
+    return 2.0 * model.num_non_embedding * tokens + attention + head
+
+
+def causal_pairs(length: int) -> int:
+    """Query-key pairs of a causal sequence: each token sees itself and all before it."""
+    return length * (length + 1) // 2
+
+
+class Ledger:
+    """Adds up costs by phase, for the step at hand and for the whole run.
+
+    Phases are those of `records.PHASES`; "evaluation" is kept out of `flops_without_evaluation`.
+    """
+
+    def __init__(self, flops_so_far: float = 0.0) -> None:
+        self.flops_without_evaluation = flops_so_far
+        self._step: dict[str, list[float]] = {}
+
+    def add(self, phase: str, *, tokens: int = 0, flops: float = 0.0, seconds: float = 0.0) -> None:
+        """Books a cost.
+
+        Args:
+            phase: one of `records.PHASES`.
+            tokens: that went through the model.
+            flops: see `forward_flops`.
+            seconds: wall-clock.
+
+        Raises:
+            ValueError: an unknown phase.
+        """
+        if phase not in PHASES:
+            raise ValueError(f"Ledger.add: phase must be one of {', '.join(PHASES)}, got {phase!r}")
+        cost = self._step.setdefault(phase, [0.0, 0, 0.0])
+        cost[0] += seconds
+        cost[1] += tokens
+        cost[2] += flops
+        if phase != "evaluation":
+            self.flops_without_evaluation += flops
+
+    @contextmanager
+    def timed(self, phase: str, *, tokens: int = 0, flops: float = 0.0) -> Iterator[None]:
+        """Books the wall-clock time of a block besides what `add` takes."""
+        start = time.perf_counter()
+        yield
+        self.add(phase, tokens=tokens, flops=flops, seconds=time.perf_counter() - start)
+
+    def close_step(self) -> dict[str, PhaseCost]:
+        """The costs booked since the last call, by phase, in the order of `records.PHASES`."""
+        step, self._step = self._step, {}
+        return {
+            name: PhaseCost(seconds=step[name][0], tokens=int(step[name][1]), flops=step[name][2])
+            for name in PHASES
+            if name in step
+        }

@@ -1,0 +1,94 @@
+"""Scorers: an answer's text and its problem in, a number in [0, 1] out.
+
+    exact          last word of the response equals the answer
+    math           math-verify on the last box
+    choice         letter A to J in the last box
+    logic          share of right cells of a zebra puzzle's grid, as in the paper
+    logic_strict   1.0 for a grid that is right throughout, else 0.0
+    code           HumanEval's tests, run in a sandbox
+
+A scorer is deterministic, reads `problem.answer` and `problem.info` alone, and may hang, crash or raise on the text of
+a model that is being trained to please it: `rewards.pool.RewardPool` runs it where that costs one zero. Nothing under
+`grpo_engine.rewards` but `pool` imports torch, so that its workers start quickly and stay small.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+
+class Question(Protocol):
+    """What a scorer sees of a problem; `grpo_engine.types.Problem` is one."""
+
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def info(self) -> Mapping[str, object]: ...
+
+
+Scorer = Callable[[str, Question], float]
+
+SCORERS: dict[str, str] = {
+    "exact": "grpo_engine.rewards.exact:score",
+    "math": "grpo_engine.rewards.math:score",
+    "choice": "grpo_engine.rewards.choice:score",
+    "logic": "grpo_engine.rewards.logic:score",
+    "logic_strict": "grpo_engine.rewards.logic:score_strict",
+    "code": "grpo_engine.rewards.code:score",
+}
+
+# Linear in the response, no parser of expressions, nothing run: safe in the trainer's own process.
+HARMLESS = frozenset({"exact", "choice"})
+
+
+def register_scorer(name: str, target: str) -> None:
+    """Makes a scorer known by name, for problems whose `reward` is that name. It always runs in a worker.
+
+    Args:
+        name: not yet taken, unless by the same target.
+        target: "module:function"; imported in the workers, whose `sys.path` is the caller's.
+
+    Raises:
+        ValueError: the name is taken, or target has no "module:function" form.
+    """
+    if target.count(":") != 1 or not all(target.split(":")):
+        raise ValueError(f"register_scorer: target must read 'module:function', got {target!r}")
+    if SCORERS.setdefault(name, target) != target:
+        raise ValueError(f"register_scorer: {name!r} is already {SCORERS[name]}, got {target}")
+
+
+def scorer_target(name: str) -> str:
+    """Where a scorer lives.
+
+    Args:
+        name: "exact", "math", ... or a registered one.
+
+    Returns:
+        "module:function".
+
+    Raises:
+        ValueError: no such scorer; the message lists those there are.
+    """
+    if name not in SCORERS:
+        raise ValueError(f"no scorer {name!r}: there are {', '.join(sorted(SCORERS))}")
+    return SCORERS[name]
+
+
+def import_scorer(target: str) -> Scorer:
+    """The function behind a target.
+
+    Args:
+        target: "module:function".
+
+    Returns:
+        The scorer.
+
+    Raises:
+        ImportError: no such module.
+        AttributeError: no such function in it.
+    """
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)

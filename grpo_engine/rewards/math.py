@@ -1,0 +1,139 @@
+r"""Scorer of mathematical answers: text equality first, then math-verify.
+
+math-verify's own time limits are switched off: they rest on SIGALRM, which works in a main thread only and cannot
+interrupt C code. The pool kills the whole worker instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+
+from grpo_engine.rewards import Question
+from grpo_engine.rewards.extract import after_thinking, last_boxed
+
+MAX_ANSWER_CHARS = 1_000  # the longest true answer of the data has 90; a longer box is wrong unread
+MAX_TAIL_CHARS = 4_000  # of a response without a box, what is searched for an answer
+
+# Without this every worker would warn once that its time limits are off.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_SPACES = re.compile(r"\\[,;:!> ]|~|\s+|\\q?quad\b")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_DEGREES = re.compile(r"\^\{?\\circ\}?")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
+_ASSIGNED = re.compile(r"[A-Za-z]=(?=[^=])")
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_INTEGER = re.compile(r"[-+]?\d+(?:\.0*)?")
+_HASHES = re.compile(r"####[ \t]*([^\n]+)")
+
+
+def score(response: str, problem: Question) -> float:
+    r"""1.0 when the response's answer equals the problem's.
+
+    The answer is the last closed \boxed{...} after the last "</think>"; without a box, what follows the last "####"
+    on its line (GSM8K's form); without either, what math-verify finds in the last `MAX_TAIL_CHARS` characters.
+    It is right when its text equals the true answer's up to LaTeX spelling, or when math-verify finds the two equal
+    (numbers to 6 decimals, expressions by simplification, sets, intervals, matrices). Words are compared as words:
+    "no" and "on" are not both n*o.
+
+    Args:
+        response: decoded answer.
+        problem: its answer is LaTeX or plain text, bare, boxed, or a solution that ends in "#### answer"; text that was
+            escaped twice (every backslash doubled, a fifth of the paper's training set) is read as it was meant.
+
+    Returns:
+        0.0 or 1.0.
+
+    Raises:
+        ValueError: the problem's answer is empty.
+    """
+    gold = gold_text(problem.answer)
+    if not gold:
+        raise ValueError("math.score: the problem's answer is empty")
+    text = after_thinking(response)
+    found = last_boxed(text)
+    if found is None:
+        hashes = _HASHES.findall(text)
+        found = hashes[-1] if hashes else None
+    if found is None:
+        return float(_equal_somewhere(gold, text[-MAX_TAIL_CHARS:]))
+    if len(found) > MAX_ANSWER_CHARS:
+        return 0.0
+    return float(_equal(gold, found.strip()))
+
+
+def warm_up() -> None:
+    """Imports math-verify and has it compare once: the first comparison takes a second."""
+    _verify(_parse(r"\boxed{\frac{1}{2}}"), _parse(r"\boxed{0.5}"))
+    _parse("the answer is $x = 2$")
+
+
+@functools.lru_cache(maxsize=4096)
+def gold_text(answer: str) -> str:
+    """The true answer without its wrapping.
+
+    Args:
+        answer: as the data have it.
+
+    Returns:
+        What follows the last "####", the content of the last box, or all of it; backslashes that were escaped twice
+        are single. "" for an empty answer.
+    """
+    answer = answer.rpartition("####")[2].strip()
+    runs = re.findall(r"\\+", answer)
+    # A row break ("\\ ") looks the same as a doubled backslash, but then some other run ("\frac") is odd.
+    if re.search(r"\\\\[A-Za-z]", answer) and all(len(run) % 2 == 0 for run in runs):
+        answer = answer.replace("\\\\", "\\")
+    boxed = last_boxed(answer)
+    return (answer if boxed is None else boxed).strip()
+
+
+# One problem's answers come in groups and are often the same: a cache of verdicts saves most of the parsing.
+@functools.lru_cache(maxsize=8192)
+def _equal(gold: str, found: str) -> bool:
+    plain_gold, plain_found = _plain(gold), _plain(found)
+    if plain_gold == plain_found:
+        return True
+    if not plain_found:
+        return False
+    if _INTEGER.fullmatch(plain_gold) and _INTEGER.fullmatch(plain_found):
+        return int(plain_gold.partition(".")[0]) == int(plain_found.partition(".")[0])
+    if _WORD.fullmatch(plain_gold):
+        return plain_gold.lower() == plain_found.lower()
+    return _verify(_parse(f"\\boxed{{{gold}}}"), _parse(f"\\boxed{{{found}}}"))
+
+
+def _equal_somewhere(gold: str, text: str) -> bool:
+    if _WORD.fullmatch(_plain(gold)):
+        return False  # a word in running text proves nothing
+    return _verify(_parse(f"\\boxed{{{gold}}}"), _parse(text))
+
+
+def _plain(latex: str) -> str:
+    """One spelling of the many that LaTeX allows."""
+    text = latex.strip().strip("$").rstrip(".")
+    text = _TEXT.sub(r"\1", text)
+    text = _DEGREES.sub("", text)
+    for old, new in (("\\left", ""), ("\\right", ""), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\$", "")):
+        text = text.replace(old, new)
+    text = _SPACES.sub("", text)
+    text = _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace("{,}", "").replace(",", "")
+    return text
+
+
+@functools.lru_cache(maxsize=8192)
+def _parse(text: str) -> tuple:
+    from math_verify import parse
+
+    # No fallback to text: text equality is decided above, by our own spelling.
+    return tuple(parse(text, fallback_mode="no_fallback", parsing_timeout=None))
+
+
+def _verify(gold: tuple, found: tuple) -> bool:
+    from math_verify import verify
+
+    return bool(verify(list(gold), list(found), timeout_seconds=None))

@@ -1,0 +1,270 @@
+"""Scores answers in processes that can be killed: no verifier can hang a run or end it.
+
+Each worker is a pebble pool of one process, a *lane*, so that lanes share no lock: what one verifier does to its
+process never reaches another's. An answer whose verifier exceeds the limit, dies or raises costs one zero, with the
+reason as its status; its lane gets a fresh process, and the other lanes do not wait.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+import pebble
+
+from grpo_engine.rewards import HARMLESS, import_scorer, scorer_target
+from grpo_engine.rewards.spawn import WorkerContext
+from grpo_engine.rewards.worker import Outcome, checked, prepare, run
+from grpo_engine.types import Problem, Reward
+
+Progress = Callable[[int, int], None]  # (answers scored, answers to score)
+
+MEMORY_BYTES = 4 << 30  # of a worker
+START_S = 60.0  # for a fresh worker to take up its first answer
+GRACE_S = 5.0  # after the limit, for pebble to kill a worker, before the whole lane is given up
+MAX_RESTARTS = 3  # of a lane in a row without any answer scored
+
+_log = logging.getLogger(__name__)
+
+
+class RewardPool:
+    """Killable workers that score answers.
+
+    Workers are started when the first answer needs one, and never by a fork of this process, which may hold torch's
+    threads; they import neither torch nor the caller's main module. Use it as a context manager, or call `close`.
+
+    Example:
+        with RewardPool(workers=2, timeout_s=10.0) as pool:
+            rewards = pool.score(["so \\\\boxed{4}"], [problem])  # [Reward(value=1.0, status="ok")]
+    """
+
+    def __init__(self, *, workers: int, timeout_s: float) -> None:
+        """Starts nothing yet.
+
+        Args:
+            workers: processes, at least 1.
+            timeout_s: wall-clock limit of one answer in seconds, > 0. Results can depend on the machine's speed near
+                the limit only: leave it generous.
+
+        Raises:
+            ValueError: workers < 1, or timeout_s not positive and finite.
+        """
+        if workers < 1:
+            raise ValueError(f"RewardPool: workers must be at least 1, got {workers}")
+        if not (math.isfinite(timeout_s) and timeout_s > 0):
+            raise ValueError(f"RewardPool: timeout_s must be positive and finite, got {timeout_s}")
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self._lanes: list[_Lane] = []
+        self._targets: tuple[str, ...] = ()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers, busy or not; a `score` under way in another thread raises. Again: does nothing."""
+        self._closed = True
+        self._stop_lanes()
+
+    def score(
+        self, responses: Sequence[str], problems: Sequence[Problem], *, progress: Progress | None = None
+    ) -> list[Reward]:
+        """Scores each response against its problem.
+
+        Args:
+            responses: N decoded answers.
+            problems: N problems; problems[i].reward names the scorer of responses[i].
+            progress: called after each answer with how many are scored and N.
+
+        Returns:
+            N rewards in the order of the responses. A verifier that exceeds timeout_s gives status "timeout", one
+            that ends its process "crash", one that raises or returns no number in [0, 1] "error"; each is worth 0
+            and named in the log.
+
+        Raises:
+            ValueError: lengths differ, or a problem names no known scorer.
+            RuntimeError: the pool is closed, or workers cannot be started.
+        """
+        if len(responses) != len(problems):
+            raise ValueError(f"RewardPool.score: {len(responses)} responses do not go with {len(problems)} problems")
+        targets = {name: scorer_target(name) for name in dict.fromkeys(p.reward for p in problems)}
+        with self._lock:
+            self._refuse_closed()
+            scoring = _Scoring(responses, problems, targets, progress)
+            for name in targets:
+                if name in HARMLESS:
+                    scoring.here(name)
+            if scoring.waiting:
+                self._start_lanes(targets)
+                try:
+                    self._drive(scoring)
+                except BaseException:
+                    self._stop_lanes()  # answers may still be in them
+                    raise
+        scoring.report()
+        return scoring.rewards
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("RewardPool.score: the pool is closed")
+
+    def _start_lanes(self, targets: dict[str, str]) -> None:
+        wanted = tuple(sorted({t for name, t in targets.items() if name not in HARMLESS} | set(self._targets)))
+        if scorer_target("code") in wanted and scorer_target("code") not in self._targets:
+            from grpo_engine.rewards.code import missing_protections
+
+            if missing := missing_protections():
+                _log.warning("programs run without protection of %s: this kernel refuses it", ", ".join(missing))
+        self._targets = wanted
+        if not self._lanes:
+            self._lanes = [_Lane(self.timeout_s, wanted) for _ in range(self.workers)]
+
+    def _stop_lanes(self) -> None:
+        lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            lane.stop()
+
+    def _drive(self, scoring: _Scoring) -> None:
+        idle = list(self._lanes)
+        busy: dict[concurrent.futures.Future, tuple[_Lane, int]] = {}
+        while scoring.waiting or busy:
+            while idle and scoring.waiting:
+                lane, index = idle.pop(), scoring.waiting.popleft()
+                busy[lane.submit(*scoring.work(index))] = lane, index
+            done, _ = concurrent.futures.wait(busy, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
+            self._refuse_closed()  # by another thread: a stopped lane settles nothing any more
+            now = time.monotonic()
+            overdue = [f for f, (lane, _) in busy.items() if f not in done and now > lane.deadline]
+            for future in [*done, *overdue]:
+                lane, index = busy.pop(future)
+                outcome = lane.outcome(future)
+                if outcome is None:  # the worker died before it took the answer up: not the answer's fault
+                    scoring.waiting.appendleft(index)
+                else:
+                    scoring.settle(index, *outcome)
+                idle.append(lane)
+
+
+class _Scoring:
+    """One call of `RewardPool.score`."""
+
+    def __init__(
+        self,
+        responses: Sequence[str],
+        problems: Sequence[Problem],
+        targets: dict[str, str],
+        progress: Progress | None,
+    ) -> None:
+        self.responses, self.problems, self.targets, self.progress = responses, problems, targets, progress
+        self.rewards: list[Reward] = [Reward(value=0.0)] * len(problems)
+        self.waiting = collections.deque(i for i, p in enumerate(problems) if p.reward not in HARMLESS)
+        self.scored = 0
+        self.failures: list[tuple[int, str, str]] = []
+
+    def here(self, name: str) -> None:
+        """Scores the answers of one harmless scorer in this process."""
+        scorer = import_scorer(self.targets[name])
+        for i, problem in enumerate(self.problems):
+            if problem.reward == name:
+                try:
+                    outcome = checked(scorer, self.responses[i], problem)
+                except Exception as e:
+                    outcome = Outcome(0.0, f"{type(e).__name__}: {e}")
+                self.settle(i, outcome, "error" if outcome.error else "ok")
+
+    def work(self, index: int) -> tuple[str, str, str, dict]:
+        problem = self.problems[index]
+        return self.targets[problem.reward], self.responses[index], problem.answer, dict(problem.info)
+
+    def settle(self, index: int, outcome: Outcome, status: str) -> None:
+        if status != "ok":
+            self.failures.append((index, status, outcome.error or ""))
+        self.rewards[index] = Reward(value=outcome.value, status=status)
+        self.scored += 1
+        if self.progress is not None:
+            self.progress(self.scored, len(self.problems))
+
+    def report(self) -> None:
+        if not self.failures:
+            return
+        counts = collections.Counter(status for _, status, _ in self.failures)
+        index, status, error = self.failures[0]
+        _log.warning(
+            "%d of %d answers could not be scored and count as 0 (%s); the first: %s of scorer %r on problem %s%s",
+            len(self.failures),
+            len(self.problems),
+            ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
+            status,
+            self.problems[index].reward,
+            self.problems[index].uid,
+            f": {error}" if error else "",
+        )
+
+
+class _Lane:
+    """One worker process with at most one answer in it, replaced whenever it is lost."""
+
+    def __init__(self, timeout_s: float, targets: tuple[str, ...]) -> None:
+        self._timeout_s, self._targets = timeout_s, targets
+        self._restarts = 0
+        self._pool = self._start()
+        self.deadline = math.inf
+
+    def submit(self, *work: object) -> concurrent.futures.Future:
+        self.deadline = time.monotonic() + START_S + self._timeout_s + GRACE_S
+        limit_s = math.ceil(self._timeout_s + GRACE_S)
+        try:
+            return self._pool.schedule(run, args=[*work, limit_s], timeout=self._timeout_s)
+        except RuntimeError:  # the idle worker was killed from outside, and pebble gave its pool up
+            self._restart()
+            return self._pool.schedule(run, args=[*work, limit_s], timeout=self._timeout_s)
+
+    def outcome(self, future: concurrent.futures.Future) -> tuple[Outcome, str] | None:
+        """What became of the answer: value and status, or None if no worker ever took it up."""
+        if not future.done():
+            taken_up = future.running()
+            self._restart()
+            return (Outcome(0.0), "timeout") if taken_up else None
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            self._restart()
+            return None
+        self._restarts = 0
+        if error is None:
+            outcome = future.result()
+            return outcome, "error" if outcome.error else "ok"
+        if isinstance(error, concurrent.futures.TimeoutError):
+            return Outcome(0.0), "timeout"
+        if isinstance(error, pebble.ProcessExpired):
+            return Outcome(0.0, f"exit code {error.exitcode}"), "crash"
+        return Outcome(0.0, f"{type(error).__name__}: {error}"), "error"
+
+    def stop(self) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+    def _start(self) -> pebble.ProcessPool:
+        return pebble.ProcessPool(
+            max_workers=1, initializer=prepare, initargs=(self._targets, MEMORY_BYTES), context=WorkerContext()
+        )
+
+    def _restart(self) -> None:
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS:
+            raise RuntimeError(
+                f"RewardPool: a worker was lost {self._restarts} times in a row before it scored anything; "
+                f"its scorers are {', '.join(self._targets)}"
+            )
+        self.stop()
+        self._pool = self._start()

@@ -1,0 +1,483 @@
+"""Figures as data, drawn twice: by matplotlib for print (PNG, PDF) and by plotly for the page.
+
+A `Figure` is a row of `Panel`s; a `Panel` is axes with `Series`. What is shown (ranges, ticks, where labels sit) is
+decided here once, so that the page and the paper show the same picture.
+
+Colours: sizes are an ordered scale, so they take an ordered, evenly darkening one; kinds and phases are not, and take
+Okabe and Ito's set. Both stay apart under the common colour-vision deficiencies and in grey.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+INK, FAINT, GRID = "#1f2328", "#6e7781", "#e6e8eb"
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, VERMILION, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#B8A800", "#D55E00", "#7f7f7f",
+)  # fmt: skip
+KIND_COLOR = {"base": BLUE, "instruct": VERMILION, "control": GREY}
+PHASE_COLOR = {
+    "prefill": SKY, "decode": BLUE, "reference": PINK, "forward": GREEN, "backward": "#00543d",
+    "optimizer": YELLOW, "reward": VERMILION, "evaluation": "#bdbdbd",
+}  # fmt: skip
+_RAMP = ("#9bd0c4", "#5db3b0", "#2f8fa3", "#22688f", "#27416f", "#1f1d3d")  # light to dark, small to large
+
+
+def size_colors(sizes: Sequence[str]) -> dict[str, str]:
+    """One colour a size, the larger the darker.
+
+    Args:
+        sizes: smallest first.
+
+    Returns:
+        {size: "#rrggbb"}.
+    """
+
+    def mix(place: float) -> str:
+        low = min(int(place), len(_RAMP) - 2)
+        a, b = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in _RAMP[low : low + 2])
+        return "#" + "".join(f"{round(u + (v - u) * (place - low)):02x}" for u, v in zip(a, b, strict=True))
+
+    last = len(_RAMP) - 1
+    step = last / max(len(sizes) - 1, 1)
+    return {size: mix(i * step if len(sizes) > 1 else last / 2) for i, size in enumerate(sizes)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """Points in the order in which a line joins them."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    y_error: Sequence[float | None] | None = None  # half-length of the bar
+    x_error: Sequence[float | None] | None = None
+    low: Sequence[float] | None = None  # band, with `high`
+    high: Sequence[float] | None = None
+    line: bool = True
+    markers: bool = True
+    hollow: bool = False
+    dashed: bool = False
+    end_label: str | None = None  # written beside the last point
+    thin: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """Axes. `ticks_y`, when given, are the named rows of a chart whose y is a category."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    x_log: bool = False
+    y_log: bool = False
+    y_range: tuple[float, float] | None = None
+    ticks_y: Sequence[tuple[float, str]] | None = None
+    zero: str | None = None  # "x" or "y": a line at 0 of that axis
+    x_zero: bool = False  # the axis starts at 0
+    note: str | None = None  # written in the panel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BarPanel:
+    """Horizontal stacked bars: one row a bar, one part a colour."""
+
+    title: str
+    x_label: str
+    rows: Sequence[str]
+    parts: Sequence[tuple[str, str, Sequence[float]]]  # label, colour, a value a row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A row of panels with one caption and one legend."""
+
+    name: str  # file name, without ending
+    title: str
+    caption: str
+    panels: Sequence[Panel | BarPanel]
+    legend: Sequence[tuple[str, str, str]] = field(default_factory=tuple)  # label, colour, "line"|"dash"|"dot"|"box"
+    height: int = 340  # pixels of a panel
+
+
+# ------------------------------------------------------------------------------------ ranges and ticks
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers inside a range of a logarithmic axis, few enough to read.
+
+    Args:
+        low: above 0.
+        high: above `low`.
+
+    Returns:
+        Between 2 and about 7 values: decades where the range has many, 1-2-5 or 1-3 steps where it has few, equal
+        steps where it is less than a factor of 3.
+    """
+    if high / low < 3:
+        return [v for v in linear_ticks(low, high) if low <= v <= high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
+        if len(found) <= 6 or steps == (1,):
+            break
+    return found[:: math.ceil(len(found) / 7)]
+
+
+def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers inside a range.
+
+    Args:
+        low: lower end.
+        high: upper end, above `low`.
+        count: about how many.
+
+    Returns:
+        Multiples of 1, 2, 2.5 or 5 times a power of ten.
+    """
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def tick_text(value: float) -> str:
+    """A tick's number for people.
+
+    Args:
+        value: any finite number.
+
+    Returns:
+        "0.35", "20k", "3·10⁹": plain below 10,000, with k or M up to 10 million, powers of ten above.
+    """
+    size = abs(value)
+    if size >= 1e7 or 0 < size < 1e-3:
+        power = math.floor(math.log10(size) + 1e-9)
+        lead = f"{value / 10.0**power:.3g}"
+        return ("" if lead == "1" else f"{lead}·") + "10" + str(power).translate(_SUPERSCRIPT)
+    for limit, suffix in ((1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e6 if suffix == 'M' else 1e3):.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Axis:
+    low: float
+    high: float
+    log: bool
+    ticks: list[float]
+    names: list[str]
+
+    def place(self, value: float) -> float:
+        """Where a value lies, 0 at the low end and 1 at the high one."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def value(self, place: float) -> float:
+        """The value at a place; undoes `place`."""
+        if self.log:
+            return self.low * (self.high / self.low) ** place
+        return self.low + place * (self.high - self.low)
+
+
+def _axis(values: Sequence[float], *, log: bool, before: float, after: float, from_zero: bool = False) -> _Axis:
+    values = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not log)]
+    low, high = (min(values), max(values)) if values else (1.0, 2.0)
+    if from_zero:
+        low = 0.0
+    if log:
+        if high / low < 1.05:
+            low, high = low / 1.1, high * 1.1
+        span = math.log(high / low)
+        low, high = low * math.exp(-before * span), high * math.exp(after * span)
+    else:
+        span = (high - low) or max(abs(high), 1.0) * 0.2
+        low, high = low - (0 if from_zero else before * span), high + after * span
+    ticks = log_ticks(low, high) if log else [t for t in linear_ticks(low, high) if low <= t <= high]
+    return _Axis(low=low, high=high, log=log, ticks=ticks, names=[tick_text(t) for t in ticks])
+
+
+def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
+    xs, ys = [], []
+    for s in panel.series:
+        for values, errors, out in ((s.x, s.x_error, xs), (s.y, s.y_error, ys)):
+            out += list(values)
+            if errors:
+                out += [v + e for v, e in zip(values, errors, strict=True) if e is not None]
+                out += [v - e for v, e in zip(values, errors, strict=True) if e is not None]
+        if s.low is not None and s.high is not None:
+            ys += [*s.low, *s.high]
+    if panel.zero == "x":
+        xs.append(0.0)
+    labels = any(s.end_label for s in panel.series)
+    longest = max((len(s.end_label) for s in panel.series if s.end_label), default=0)
+    x = _axis(
+        xs, log=panel.x_log, before=0.04, after=0.04 + (0.03 + 0.017 * longest if labels else 0), from_zero=panel.x_zero
+    )
+    if panel.ticks_y is not None:
+        places = [p for p, _ in panel.ticks_y]
+        y = _Axis(low=min(places) - 0.6, high=max(places) + 0.6, log=False, ticks=places,
+                  names=[n for _, n in panel.ticks_y])  # fmt: skip
+    else:
+        y = _axis(panel.y_range or ys, log=panel.y_log, before=0.06, after=0.06)
+    return x, y
+
+
+def _labels(panel: Panel, x: _Axis, y: _Axis) -> list[tuple[float, float, Series]]:
+    """End labels as (x, y, series), moved up or down as little as keeps them apart."""
+    found = [[s.x[-1], y.place(s.y[-1]), s] for s in panel.series if s.end_label and len(s.x)]
+    found.sort(key=lambda f: f[1])
+    apart = 0.062
+    for _ in range(100):
+        moved = False
+        for below, above in zip(found, found[1:], strict=False):
+            gap = above[1] - below[1]
+            if gap < apart - 1e-6:
+                below[1] -= (apart - gap) / 2
+                above[1] += (apart - gap) / 2
+                moved = True
+        if not moved:
+            break
+    right = max((f[0] for f in found), default=0)
+    return [(right, y.value(p), s) for _, p, s in found]
+
+
+# ------------------------------------------------------------------------------------------- plotly
+
+
+def plotly_spec(panel: Panel | BarPanel, *, height: int) -> dict[str, Any]:
+    """What `Plotly.newPlot` takes for a panel.
+
+    Args:
+        panel: the panel.
+        height: pixels.
+
+    Returns:
+        {"data": [...], "layout": {...}}, JSON-like.
+    """
+    return _plotly_bars(panel, height) if isinstance(panel, BarPanel) else _plotly_xy(panel, height)
+
+
+def _plotly_layout(title: str, height: int) -> dict[str, Any]:
+    return {
+        "title": {"text": title, "font": {"size": 14, "color": INK}, "x": 0, "xref": "paper", "xanchor": "left",
+                  "y": 0.97, "yanchor": "top"},
+        "height": height,
+        "margin": {"l": 58, "r": 12, "t": 40, "b": 52},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "showlegend": False,
+        "hovermode": "closest",
+        "dragmode": False,
+    }  # fmt: skip
+
+
+def _plotly_axis(axis: _Axis, label: str, *, grid: bool) -> dict[str, Any]:
+    ends = [math.log10(axis.low), math.log10(axis.high)] if axis.log else [axis.low, axis.high]
+    return {
+        "type": "log" if axis.log else "linear", "range": ends, "tickvals": axis.ticks, "ticktext": axis.names,
+        "title": {"text": label, "standoff": 8}, "showgrid": grid, "gridcolor": GRID, "zeroline": False,
+        "showline": True, "linecolor": FAINT, "ticks": "outside", "tickcolor": FAINT, "ticklen": 4,
+    }  # fmt: skip
+
+
+def _plotly_xy(panel: Panel, height: int) -> dict[str, Any]:
+    x, y = _axes(panel)
+    data: list[dict[str, Any]] = []
+    for s in panel.series:
+        if s.low is not None and s.high is not None:
+            data.append(
+                {
+                    "type": "scatter", "mode": "lines", "x": [*s.x, *reversed(s.x)], "y": [*s.high, *reversed(s.low)],
+                    "fill": "toself", "fillcolor": _rgba(s.color, 0.16), "line": {"width": 0}, "hoverinfo": "skip",
+                }
+            )  # fmt: skip
+        trace: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "+".join(m for m, on in (("lines", s.line), ("markers", s.markers)) if on) or "none",
+            "name": s.label,
+            "x": list(s.x),
+            "y": list(s.y),
+            "line": {"color": s.color, "width": 1.2 if s.thin else 2, "dash": "4px,3px" if s.dashed else "solid"},
+            "marker": {
+                "size": 7,
+                "color": "#ffffff" if s.hollow else s.color,
+                "line": {"color": s.color, "width": 1.6},
+            },
+            "hovertemplate": f"{s.label}<br>%{{x:.4g}}, %{{y:.4g}}<extra></extra>",
+        }
+        for key, errors in (("error_y", s.y_error), ("error_x", s.x_error)):
+            if errors:
+                trace[key] = {"type": "data", "array": list(errors), "color": _rgba(s.color, 0.6), "thickness": 1.2,
+                              "width": 0}  # fmt: skip
+        data.append(trace)
+    annotations = [
+        {
+            "x": math.log10(lx) if x.log else lx, "y": math.log10(ly) if y.log else ly, "text": s.end_label,
+            "showarrow": False, "xanchor": "left", "xshift": 7, "font": {"color": s.color, "size": 12},
+        }
+        for lx, ly, s in _labels(panel, x, y)
+    ]  # fmt: skip
+    if panel.note:
+        annotations.append(
+            {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "text": panel.note, "showarrow": False,
+             "font": {"color": FAINT}}
+        )  # fmt: skip
+    layout = _plotly_layout(panel.title, height) | {
+        "xaxis": _plotly_axis(x, panel.x_label, grid=True),
+        "yaxis": _plotly_axis(y, panel.y_label, grid=True) | ({"automargin": True} if panel.ticks_y else {}),
+        "annotations": annotations,
+    }
+    if panel.zero:
+        ends = {"x": (0, 0, 0, 1), "y": (0, 1, 0, 0)}[panel.zero]
+        layout["shapes"] = [
+            {"type": "line", "xref": "x" if panel.zero == "x" else "paper",
+             "yref": "y" if panel.zero == "y" else "paper", "x0": ends[0], "x1": ends[1], "y0": ends[2], "y1": ends[3],
+             "line": {"color": FAINT, "width": 1}, "layer": "below"}
+        ]  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def _plotly_bars(panel: BarPanel, height: int) -> dict[str, Any]:
+    data = [
+        {
+            "type": "bar", "orientation": "h", "name": label, "y": list(panel.rows), "x": list(values),
+            "marker": {"color": color}, "hovertemplate": f"{label}: %{{x:.3g}}<extra>%{{y}}</extra>",
+        }
+        for label, color, values in panel.parts
+    ]  # fmt: skip
+    high = max((sum(v[i] for _, _, v in panel.parts) for i in range(len(panel.rows))), default=1.0)
+    axis = _Axis(low=0, high=high, log=False, ticks=linear_ticks(0, high), names=[])
+    layout = _plotly_layout(panel.title, height) | {
+        "barmode": "stack",
+        "bargap": 0.35,
+        "xaxis": _plotly_axis(axis, panel.x_label, grid=True) | {"ticktext": [tick_text(t) for t in axis.ticks]},
+        "yaxis": {"autorange": "reversed", "automargin": True, "ticks": "", "showline": False},
+    }
+    return {"data": data, "layout": layout}
+
+
+def _rgba(color: str, alpha: float) -> str:
+    return f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},{alpha})"
+
+
+# --------------------------------------------------------------------------------------- matplotlib
+
+
+def draw(figure: Figure, folder: Path) -> list[Path]:
+    """Writes a figure as PNG (200 dots an inch) and PDF (text stays text).
+
+    Args:
+        figure: what to draw.
+        folder: an existing folder.
+
+    Returns:
+        The two files.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as MplFigure
+
+    style = {
+        "font.family": "sans-serif", "font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT, "ytick.color": FAINT,
+        "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left",
+        "pdf.fonttype": 42,
+    }  # fmt: skip
+    columns = min(len(figure.panels), 3)
+    rows = math.ceil(len(figure.panels) / columns)
+    with matplotlib.rc_context(style):
+        width = 3.6 * columns + 0.4 if columns > 1 else 5.2
+        legend_room = 0.32 if figure.legend else 0.0
+        mpl = MplFigure(figsize=(width, figure.height / 112 * rows + legend_room), layout="constrained")
+        FigureCanvasAgg(mpl)
+        grid = mpl.subplots(rows, columns, squeeze=False)
+        for ax, panel in zip(grid.flat, figure.panels, strict=False):
+            _mpl_bars(ax, panel) if isinstance(panel, BarPanel) else _mpl_xy(ax, panel)
+        for ax in list(grid.flat)[len(figure.panels) :]:
+            ax.set_axis_off()
+        if figure.legend:
+            mpl.legend(
+                handles=[_mpl_handle(*entry) for entry in figure.legend], loc="outside lower center",
+                ncols=min(len(figure.legend), 4 * columns), frameon=False, fontsize=8, handlelength=1.6,
+            )  # fmt: skip
+        paths = [folder / f"{figure.name}.png", folder / f"{figure.name}.pdf"]
+        mpl.savefig(paths[0], dpi=200, facecolor="white")
+        mpl.savefig(paths[1], metadata={"CreationDate": None})
+    return paths
+
+
+def _mpl_handle(label: str, color: str, shape: str) -> Any:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    if shape == "box":
+        return Patch(color=color, label=label)
+    line = {"line": "-", "dash": (0, (4, 3)), "dot": "", "ring": ""}[shape]
+    mark = "o" if shape in ("dot", "ring") else ""
+    face = "white" if shape == "ring" else color
+    return Line2D([], [], color=color, linestyle=line, marker=mark, markersize=5, markerfacecolor=face, label=label)
+
+
+def _mpl_axis(axis: Any, ours: _Axis, setter: Any) -> None:
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    axis.set_major_locator(FixedLocator(ours.ticks))
+    axis.set_major_formatter(FixedFormatter(ours.names))
+    axis.set_minor_locator(NullLocator())
+    setter(ours.low, ours.high)
+
+
+def _mpl_xy(ax: Any, panel: Panel) -> None:
+    x, y = _axes(panel)
+    ax.set_xscale("log" if x.log else "linear")
+    ax.set_yscale("log" if y.log else "linear")
+    ax.grid(color=GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    for s in panel.series:
+        if s.low is not None and s.high is not None:
+            ax.fill_between(s.x, s.low, s.high, color=s.color, alpha=0.16, linewidth=0)
+        style = {
+            "color": s.color, "linewidth": 0.8 if s.thin else 1.4, "markersize": 3.6, "markeredgewidth": 1.0,
+            "markerfacecolor": "white" if s.hollow else s.color,
+            "linestyle": ((0, (4, 3)) if s.dashed else "-") if s.line else "none", "marker": "o" if s.markers else "",
+        }  # fmt: skip
+        errors = [[v or 0.0 for v in e] if e else None for e in (s.y_error, s.x_error)]
+        ax.errorbar(s.x, s.y, yerr=errors[0], xerr=errors[1], elinewidth=0.8, capsize=0, **style)
+    _mpl_axis(ax.xaxis, x, ax.set_xlim)
+    _mpl_axis(ax.yaxis, y, ax.set_ylim)
+    for lx, ly, s in _labels(panel, x, y):
+        ax.annotate(s.end_label, (lx, ly), xytext=(5, 0), textcoords="offset points", va="center", color=s.color,
+                    fontsize=8, annotation_clip=False)  # fmt: skip
+    if panel.zero:
+        (ax.axvline if panel.zero == "x" else ax.axhline)(0, color=FAINT, linewidth=0.8, zorder=0.5)
+    if panel.note:
+        ax.text(0.5, 0.5, panel.note, transform=ax.transAxes, ha="center", va="center", color=FAINT)
+    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+
+
+def _mpl_bars(ax: Any, panel: BarPanel) -> None:
+    left = [0.0] * len(panel.rows)
+    for _, color, values in panel.parts:
+        ax.barh(range(len(panel.rows)), values, left=left, color=color, height=0.62)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    ax.set_yticks(range(len(panel.rows)), panel.rows)
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x", color=GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.set(title=panel.title, xlabel=panel.x_label)

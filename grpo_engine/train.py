@@ -1,0 +1,364 @@
+"""A run from its first step to its last: resumable at any moment, and the same bits either way.
+
+A killed run loses what came after its last checkpoint. Started again, it cuts its record files back to the lengths
+that the checkpoint noted and repeats those steps; every draw depends on (seed, step, place) and not on history, so
+the records and the weights come out as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grpo_engine import checkpoint, pretrain, records, weights
+from grpo_engine.config import RunConfig, TaskConfig
+from grpo_engine.evaluate import eval_steps, evaluate
+from grpo_engine.ledger import Ledger
+from grpo_engine.model import Model
+from grpo_engine.progress import RunProgress
+from grpo_engine.rewards.pool import RewardPool
+from grpo_engine.step import StepOutcome, grpo_step, learning_rate
+from grpo_engine.tokenizer import Tokenizer, load_tokenizer
+from grpo_engine.types import Problem, Task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Counters:
+    """What a run has done so far; saved with every checkpoint."""
+
+    step: int = 0
+    trained_tokens: int = 0
+    flops: float = 0.0  # the ledger's, evaluation left out
+
+
+def train(config: RunConfig, out: Path | str, *, quiet: bool | None = None) -> Path:
+    """Runs, or resumes, or finds finished, the run of a configuration.
+
+    Args:
+        config: what to compute.
+        out: run directory; made when absent. One run writes to it at a time.
+        quiet: no progress bar; None: quiet when standard error is no terminal.
+
+    Returns:
+        The run directory, complete: `summary.json` is there.
+
+    Raises:
+        ValueError: the directory holds another run (the differing setting is named), or bad input.
+        RuntimeError: the run diverged, or rollout and trainer disagreed.
+    """
+    return Run(config, Path(out), quiet=quiet).complete()
+
+
+class Run:
+    """The state of one run: model, optimizer, counters and open record files."""
+
+    def __init__(self, config: RunConfig, out: Path, *, quiet: bool | None) -> None:
+        self.config = config
+        self.out = out
+        self.quiet = quiet
+        self.run_id = records.run_id(config.model_dump(mode="json"))
+        out.mkdir(parents=True, exist_ok=True)
+        self._refuse_another_run()
+
+    def complete(self) -> Path:
+        """See `train`."""
+        if (self.out / records.SUMMARY_FILE).exists():
+            return self.out
+        with RunProgress(self.config, quiet=self.quiet) as progress:
+            self.progress = progress
+            self._load()
+            with RewardPool(workers=self.config.reward.workers, timeout_s=self.config.reward.timeout_s) as self.pool:
+                self._loop()
+        return self.out
+
+    # ------------------------------------------------------------------ setting up
+
+    def _refuse_another_run(self) -> None:
+        path = self.out / records.RUN_FILE
+        if not path.exists():
+            return
+        found = records.read_json(path)
+        if found["run_id"] != self.run_id:
+            differing = _differences(found["config"], self.config.model_dump(mode="json"))
+            raise ValueError(f"{self.out} holds another run ({found['run_id']}); it differs in {', '.join(differing)}")
+
+    def _load(self) -> None:
+        c = self.config
+        folder = Path(c.model.path) if c.model.path else pretrain.ensure_model(c.model.size, c.model.kind)
+        self.tokenizer = load_tokenizer("micro" if c.task.name == "micro" else folder)
+        self.model = weights.load_model(folder, dtype=DTYPES[c.model.dtype])
+        needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
+        self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=learning_rate(c, 1),
+            betas=c.optimizer.betas,
+            eps=c.optimizer.eps,
+            weight_decay=c.optimizer.weight_decay,
+        )
+        self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
+        self._leave_out_long_prompts()
+        self.corpus = pretrain.control_corpus(c) if c.method == "pretrain" else None
+
+        self.counters = Counters()
+        lengths = {name: 0 for name in (records.STEPS_FILE, records.EVALS_FILE, records.TIMINGS_FILE)}
+        state = checkpoint.load(self.out, config_hash=self.run_id)
+        if state is not None:
+            self.counters = Counters(**state.meta["counters"])
+            lengths = state.lengths
+            state.restore(self.model, self.optimizer)
+        else:
+            records.write_json_atomic(self.out / records.RUN_FILE, self._header())
+        self.steps, self.evals, self.timings = (
+            records.JsonlWriter(self.out / name, truncate_to=length) for name, length in lengths.items()
+        )
+        self.ledger = Ledger(self.counters.flops)
+
+    def _leave_out_long_prompts(self) -> None:
+        limit = self.config.rollout.max_prompt_tokens
+        if limit is None:
+            return
+        chat = self.config.model.kind == "instruct"
+
+        def fits(p: Problem) -> bool:
+            return len(self.tokenizer.encode_prompt(p.prompt, chat)) <= limit
+
+        kept = [p for p in self.task.train if fits(p)]
+        self.progress.say(f"{len(self.task.train) - len(kept)} of {len(self.task.train)} training prompts are longer "
+                          f"than {limit} tokens and left out")  # fmt: skip
+        if not kept:
+            raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no training problem")
+        evals = {
+            name: dataclasses.replace(s, problems=[p for p in s.problems if fits(p)])
+            for name, s in self.task.evals.items()
+        }
+        self.task = Task(name=self.task.name, train=kept, evals=evals)
+
+    def _header(self) -> dict:
+        c = self.config
+        return {
+            "run_id": self.run_id,
+            "method": c.method,
+            "config": c.model_dump(mode="json"),
+            "model": {
+                "name": c.model.path or f"{c.model.size}-{c.model.kind}",
+                "kind": c.model.kind,
+                "size": c.model.size or Path(c.model.path).name,
+                "params_non_embedding": self.model.num_non_embedding,
+                "params_nominal": c.model.params_nominal,
+                "params_total": self.model.num_parameters,
+            },
+            "versions": records.collect_versions(),
+            "hardware": records.collect_hardware(),
+        }
+
+    # ------------------------------------------------------------------ the loop
+
+    def _loop(self) -> None:
+        c, due = self.config, eval_steps(self.config)
+        if self.counters.step == 0 and 0 in due:
+            self._evaluate(0, due)
+        for step in range(self.counters.step + 1, c.steps + 1):
+            self.progress.start_step(step)
+            record = self._grpo_step(step) if c.method == "grpo" else self._pretrain_step(step)
+            self.steps.write(record)
+            self.progress.finish_step(record)
+            if step in due:
+                self._evaluate(step, due)
+            self.timings.write(records.TimingRecord(step=step, phase=self.ledger.close_step()))
+            if step % c.checkpoint_every == 0 or step == c.steps:
+                self._checkpoint()
+        for writer in (self.steps, self.evals, self.timings):
+            writer.close()
+        records.write_json_atomic(
+            self.out / records.SUMMARY_FILE,
+            {
+                "run_id": self.run_id,
+                "steps": c.steps,
+                "trained_tokens": self.counters.trained_tokens,
+                "compute_ledger": self.counters.flops,
+            },
+        )
+
+    def _checkpoint(self) -> None:
+        for writer in (self.steps, self.evals, self.timings):
+            writer.sync()
+        checkpoint.save(
+            self.out,
+            model=self.model,
+            optimizer=self.optimizer,
+            step=self.counters.step,
+            config_hash=self.run_id,
+            lengths={w.path.name: w.num_bytes for w in (self.steps, self.evals, self.timings)},
+            meta={"counters": dataclasses.asdict(self.counters)},
+        )
+
+    def _grpo_step(self, step: int) -> records.StepRecord:
+        P = self.config.batch.prompts
+        outcome = grpo_step(
+            self.model,
+            self.reference,
+            self.optimizer,
+            problems_of_step(self.task.train, step=step, count=P, seed=self.config.seed, shuffle=self.config.task.shuffle),
+            tokenizer=self.tokenizer,
+            pool=self.pool,
+            config=self.config,
+            step=step,
+            ledger=self.ledger,
+            progress=self.progress.rollout,
+        )
+        self._count(step, outcome.trained_tokens)
+        return self._record(step, **_step_fields(outcome, prompts=P, has_reference=self.reference is not None))
+
+    def _pretrain_step(self, step: int) -> records.StepRecord:
+        outcome = pretrain.control_step(
+            self.model, self.optimizer, self.corpus, config=self.config, step=step, ledger=self.ledger
+        )
+        self._count(step, outcome.trained_tokens)
+        return self._record(step, loss=outcome.loss, grad_norm=outcome.grad_norm)
+
+    def _count(self, step: int, tokens: int) -> None:
+        self.counters.step = step
+        self.counters.trained_tokens += tokens
+        self.counters.flops = self.ledger.flops_without_evaluation
+
+    def _so_far(self, step: int) -> dict[str, float]:
+        seen = step * self.config.batch.prompts if self.config.method == "grpo" else 0
+        return {
+            "step": step,
+            "prompts_seen": seen,
+            "unique_prompts": min(seen, len(self.task.train)),
+            "trained_tokens": self.counters.trained_tokens,
+            "compute_6nt": 6.0 * self.model.num_non_embedding * self.counters.trained_tokens,
+            "compute_ledger": self.counters.flops,
+        }
+
+    def _record(self, step: int, **fields) -> records.StepRecord:
+        return records.StepRecord(**self._so_far(step), lr=self.optimizer.param_groups[0]["lr"], **fields)
+
+    def _evaluate(self, step: int, due: Sequence[int]) -> None:
+        sets = list(self.task.evals.values())
+        place = due.index(step)
+        if place % self.config.evaluation.others_every and step != due[-1]:
+            sets = sets[:1]
+        for eval_set in sets:
+            for greedy in (False, True) if self.config.evaluation.greedy else (False,):
+                self.progress.start_evaluation(eval_set.name, greedy)
+                result = evaluate(
+                    self.model,
+                    eval_set,
+                    tokenizer=self.tokenizer,
+                    pool=self.pool,
+                    config=self.config,
+                    greedy=greedy,
+                    ledger=self.ledger,
+                    progress=self.progress.rollout,
+                )
+                self.evals.write(
+                    records.EvalRecord(**self._so_far(step), **dataclasses.asdict(result), loss=result.loss)
+                )
+                self.progress.finish_evaluation(result)
+
+
+def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> dict:
+    rollout, stats = outcome.rollout, outcome.stats
+    rewards = torch.tensor([r.value for r in outcome.rewards], dtype=torch.float64)
+    lengths = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).long()
+    response_tokens = int((lengths - rollout.prompt_len).sum())
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std(correction=1).item(),
+        "reward_failures": sum(r.status != "ok" for r in outcome.rewards),
+        "groups": prompts,
+        "equal_groups": outcome.equal_groups,
+        "response_len_mean": response_tokens / rollout.num_sequences,
+        "finished_share": rollout.finish.count("stop") / rollout.num_sequences,
+        "prompt_tokens": int(rollout.prompt_len.sum()),
+        "response_tokens": response_tokens,
+        "loss": outcome.loss,
+        "kl": stats.kl / stats.tokens if has_reference else None,
+        "entropy": rollout.entropy.double().sum().item() / response_tokens,
+        "clip_low_share": stats.clip_low / stats.tokens,
+        "clip_high_share": stats.clip_high / stats.tokens,
+        "ratio_max": stats.ratio_max,
+        "grad_norm": outcome.grad_norm,
+        "logprob_mismatch_max": outcome.mismatch_max,
+    }
+
+
+def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
+    """The problems of a run.
+
+    Args:
+        config: which.
+        seed: of the run; generated training problems depend on it, test problems do not.
+        needed: training problems that the run draws; a generator makes that many unless config.train_problems says
+            otherwise.
+
+    Returns:
+        A `Task` whose evaluation sets hold at most config.eval_problems problems each.
+
+    Raises:
+        ValueError: a bad file, the fault named.
+    """
+    if config.name == "parquet":
+        from grpo_engine.tasks.parquet import parquet_task
+
+        return parquet_task(
+            train=config.train,
+            evals=config.evals,
+            train_problems=config.train_problems,
+            eval_problems=config.eval_problems,
+        )
+    from grpo_engine.tasks.micro import micro_task
+
+    return micro_task(
+        train_problems=config.train_problems or needed, eval_problems=config.eval_problems, seed=seed
+    )
+
+
+def problems_of_step(
+    problems: Sequence[Problem], *, step: int, count: int, seed: int, shuffle: bool
+) -> list[Problem]:
+    """The prompts of one step: the set in order, again and again, each pass in an order of its own.
+
+    Args:
+        problems: U of them.
+        step: 1 is the first.
+        count: P.
+        seed: of the run.
+        shuffle: False keeps the given order in every pass.
+
+    Returns:
+        P problems; a pass that ends within the step is followed by the start of the next.
+    """
+    U = len(problems)
+    chosen = []
+    orders: dict[int, Tensor] = {}
+    for place in range((step - 1) * count, step * count):
+        epoch, i = divmod(place, U)
+        if shuffle:
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                orders[epoch] = torch.randperm(U, generator=generator)
+            i = int(orders[epoch][i])
+        chosen.append(problems[i])
+    return chosen
+
+
+def _differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    names = []
+    for key in sorted({*a, *b}):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            names += _differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            names.append(f"{prefix}{key} ({x!r} there, {y!r} here)")
+    return names

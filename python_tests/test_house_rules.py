@@ -1,0 +1,57 @@
+"""Rules of the tree that a reader may rely on."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from grpo_engine import _C, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = ROOT / "csrc" / "ops"
+
+
+def names(pattern, suffix):
+    return {p.name.removesuffix(suffix) for p in OPS.glob(pattern)}
+
+
+def test_every_op_has_a_contract_a_test_and_a_public_function():
+    torch_sides = {p.stem for p in OPS.glob("*.cpp") if not p.stem.endswith("_cpu")}
+    assert torch_sides == set(ops.__all__)
+    for op in sorted(torch_sides):
+        assert (OPS / f"{op}.h").exists(), op
+        assert (ROOT / "python_tests" / "ops" / f"test_{op}.py").exists(), op
+
+
+def test_kernels_and_contracts_include_no_torch_header():
+    # they are compiled by nvcc and by the C++ tests, and once per instruction set
+    bad = []
+    for path in [*OPS.glob("*.h"), *OPS.glob("*.cuh"), *OPS.glob("*_cpu.cpp"), *(ROOT / "csrc/rollout").glob("*")]:
+        bad += [path.name for line in path.read_text().splitlines() if re.match(r"#include <(torch|ATen|c10)/", line)]
+    assert bad == []
+
+
+def test_torch_extension_h_is_never_included():
+    assert [p for p in (ROOT / "csrc").rglob("*") if p.is_file() and "torch/extension.h" in p.read_text()] == []
+
+
+def test_ops_import_needs_torch_and_nothing_else():
+    code = (
+        "import sys, grpo_engine.ops; "
+        "print([m for m in ('pydantic','yaml','typer','rich','pyarrow','scipy','matplotlib','plotly','transformers',"
+        "'safetensors','math_verify','pebble') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_extension_names_the_instruction_sets():
+    assert _C.cpu_isa() in _C.cpu_isas() and "generic" in _C.cpu_isas()
+
+
+def test_a_wrong_instruction_set_is_an_error():
+    code = "from grpo_engine import _C; _C.cpu_isa()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={"GRPO_ENGINE_ISA": "sse9", "PATH": ""}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert "GRPO_ENGINE_ISA must be generic, avx2 or avx512, got sse9" in result.stderr

@@ -1,0 +1,284 @@
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from grpo_engine import pretrain, weights
+from grpo_engine.config import RunConfig
+from grpo_engine.ledger import Ledger
+from grpo_engine.model import Model
+from grpo_engine.pretrain import LADDER, Schedule
+from grpo_engine.tasks import micro
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A ladder of one size that trains in a second."""
+    small = dataclasses.replace(
+        LADDER["xxs"],
+        base=Schedule(tokens=12_000, lr=1e-2),
+        instruct=Schedule(tokens=3_000, lr=3e-3, warmup=0.1, anneal=0.9),
+    )
+    monkeypatch.setattr(pretrain, "LADDER", {"tiny": small})
+    return small
+
+
+def control_config(**batch) -> RunConfig:
+    return RunConfig.model_validate(
+        {"steps": 3, "seed": 4, "method": "pretrain", "model": {"size": "tiny"}, "batch": {"prompts": 8} | batch}
+    )
+
+
+def batch_of(count: int, seed: str = "x") -> pretrain.DocumentBatch:
+    stream = micro.corpus(seed)
+    return pretrain.pack_documents([next(stream) for _ in range(count)])
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+def test_ladder_sizes():
+    counts = []
+    for size in LADDER:
+        with torch.device("meta"):
+            counts.append(Model(pretrain.architecture(size)).num_non_embedding)
+    assert counts == [6_288, 21_792, 74_304, 296_064, 985_376]
+
+
+def test_schedule_warms_up_holds_and_anneals():
+    s = Schedule(tokens=1000, lr=2.0, warmup=0.1, anneal=0.5, floor=0.05)
+    assert 0 < s.rate(0.0) < 0.05
+    assert s.rate(0.05) == pytest.approx(1.0, rel=0.05)
+    assert s.rate(0.2) == s.rate(0.5) == 2.0
+    assert s.rate(0.75) == pytest.approx(2.0 * (0.05 + 0.95 / 2))
+    assert s.rate(1.0) == pytest.approx(0.1)
+    assert s.rate(1.2) == s.rate(1.0)  # the last step may start after the last token
+
+
+@pytest.mark.parametrize("kind", ["base", "instruct"])
+def test_all_recipes_end_annealed(kind):
+    for size in LADDER:
+        s = pretrain._schedule(pretrain.recipe(size), kind)
+        assert s.rate(1.0) <= 0.05 * s.lr
+        assert pretrain.training_tokens(size, kind) == s.tokens
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def test_pack_documents():
+    a = micro.Document("a", [5, 6, 7], [0.1, 0.2, 1.0])
+    b = micro.Document("b", [8, 9], [0.3, 1.0])
+    batch = pretrain.pack_documents([a, b])
+    assert batch.tokens.tolist() == [5, 6, 8]
+    assert batch.target.tolist() == [6, 7, 9]
+    assert batch.cu_seqlens.tolist() == [0, 2, 3]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.weight.tolist() == pytest.approx([0.2, 1.0, 1.0])
+
+
+def test_language_loss_is_weighted_cross_entropy():
+    model = pretrain.init_ladder_weights(Model(pretrain.architecture("xxs")), 0)
+    batch = batch_of(7)
+    loss = pretrain.language_loss(model, batch)
+    total = 0.0
+    for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
+        alone = pretrain.DocumentBatch(
+            tokens=batch.tokens[a:b], cu_seqlens=torch.tensor([0, b - a], dtype=torch.int32),
+            target=batch.target[a:b], weight=torch.ones(b - a),
+        )  # fmt: skip
+        for i in range(b - a):
+            w = torch.zeros(b - a)
+            w[i] = 1.0
+            one = pretrain.language_loss(model, dataclasses.replace(alone, weight=w))
+            total += one.item() * batch.weight[a + i].item()
+    assert loss.item() == pytest.approx(total / batch.weight.sum().item(), rel=1e-5)
+    # an untrained model knows nothing: close to the logarithm of the vocabulary
+    assert abs(loss.item() - math.log(len(micro.VOCABULARY))) < 1.0
+
+
+def test_training_lowers_the_loss_on_other_documents():
+    model = pretrain.init_ladder_weights(Model(pretrain.architecture("xxs")), 0)
+    unseen = batch_of(200, "unseen")
+    with torch.no_grad():
+        before = pretrain.language_loss(model, unseen).item()
+    calls = []
+    pretrain.train_language(
+        model, Schedule(tokens=30_000, lr=1e-2), documents=micro.corpus("seen"), documents_per_step=64,
+        betas=(0.9, 0.98), progress=lambda *a: calls.append(a),
+    )  # fmt: skip
+    with torch.no_grad():
+        after = pretrain.language_loss(model, unseen).item()
+    assert after < before - 1.0
+    assert calls[-1][:2] == (30_000, 30_000)
+    assert [c[0] for c in calls] == sorted(c[0] for c in calls)
+
+
+def test_a_leaking_corpus_stops_the_training():
+    problem = micro.eval_sets(1)["chain"].problems[0]
+    model = pretrain.init_ladder_weights(Model(pretrain.architecture("xxs")), 0)
+
+    def leaking():
+        micro.check_disjoint([problem.prompt], frozenset(), what="corpus")
+        yield
+
+    with pytest.raises(RuntimeError, match="held out"):
+        pretrain.train_language(
+            model, Schedule(tokens=100, lr=1e-2), documents=leaking(), documents_per_step=4, betas=(0.9, 0.98)
+        )
+
+
+# --------------------------------------------------------------------------------------------- cache
+
+
+def test_ensure_model_trains_once_and_shares_the_base(tiny, tmp_path):
+    calls = []
+    assert pretrain.cached_model("tiny", "base", cache_dir=tmp_path) is None
+    chat = pretrain.ensure_model("tiny", "instruct", cache_dir=tmp_path, progress=lambda *a: calls.append(a))
+    trained = len(calls)
+    base = pretrain.ensure_model("tiny", "base", cache_dir=tmp_path, progress=lambda *a: calls.append(a))
+    assert pretrain.ensure_model("tiny", "instruct", cache_dir=tmp_path) == chat
+    assert len(calls) == trained  # the base was made for its instruct model, and is not made again
+    assert pretrain.cached_model("tiny", "base", cache_dir=tmp_path) == base
+    assert {c[1] for c in calls} == {12_000, 3_000}
+    assert json.loads((base / "config.json").read_text())["hidden_size"] == 16
+
+    a, b = (weights.load_model(f, dtype=torch.float32).state_dict() for f in (base, chat))
+    assert a.keys() == b.keys()
+    assert any(not torch.equal(a[n], b[n]) for n in a)
+    assert sorted(p.suffix for p in (tmp_path / "models").iterdir()) == ["", "", ".lock", ".lock"]
+
+
+def test_the_same_recipe_gives_the_same_bits(tiny, tmp_path):
+    folders = [pretrain.ensure_model("tiny", "base", cache_dir=tmp_path / name) for name in "ab"]
+    a, b = (weights.load_model(f, dtype=torch.float32).state_dict() for f in folders)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert folders[0].name == folders[1].name
+
+
+def test_key_follows_what_decides_the_weights(tiny, monkeypatch):
+    base, chat = pretrain.model_key("tiny", "base"), pretrain.model_key("tiny", "instruct")
+    assert base != chat
+
+    def with_recipe(**changes):
+        monkeypatch.setattr(pretrain, "LADDER", {"tiny": dataclasses.replace(tiny, **changes)})
+        return pretrain.model_key("tiny", "base"), pretrain.model_key("tiny", "instruct")
+
+    other_sft = with_recipe(instruct=Schedule(tokens=4_000, lr=1e-3))
+    assert other_sft[0] == base
+    assert other_sft[1] != chat
+    noisier = with_recipe(corpus=micro.CorpusConfig(error=0.2))
+    assert noisier[0] != base
+    assert noisier[1] != chat
+    assert with_recipe() == (base, chat)
+    monkeypatch.setattr(pretrain, "VERSION", pretrain.VERSION + 1)
+    assert pretrain.model_key("tiny", "base") != base
+
+
+def _ensure(ladder, cache, queue):
+    pretrain.LADDER = ladder
+    calls = []
+    folder = pretrain.ensure_model("tiny", "base", cache_dir=cache, progress=lambda *a: calls.append(a))
+    queue.put((str(folder), bool(calls)))
+
+
+def test_two_processes_train_one_model(tiny, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    both = [context.Process(target=_ensure, args=({"tiny": tiny}, tmp_path, queue)) for _ in range(2)]
+    for p in both:
+        p.start()
+    answers = [queue.get(timeout=120) for _ in both]
+    for p in both:
+        p.join()
+        assert p.exitcode == 0
+    assert answers[0][0] == answers[1][0]
+    assert sorted(trained for _, trained in answers) == [False, True]
+
+
+def test_a_failed_training_leaves_no_model(tiny, tmp_path, monkeypatch):
+    def fail(*_args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as m:
+        m.setattr(weights, "save_checkpoint", fail)
+        with pytest.raises(OSError, match="disk full"):
+            pretrain.ensure_model("tiny", "base", cache_dir=tmp_path)
+    assert pretrain.cached_model("tiny", "base", cache_dir=tmp_path) is None
+    assert [p.suffix for p in (tmp_path / "models").iterdir()] == [".lock"]
+    assert pretrain.ensure_model("tiny", "base", cache_dir=tmp_path).is_dir()
+
+
+def test_cache_root_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert pretrain.cache_root() == tmp_path / "grpo_engine"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert os.fspath(pretrain.cache_root()) == f"{tmp_path}/home/.cache/grpo_engine"
+
+
+# -------------------------------------------------------------------------------------------- control
+
+
+def test_control_reads_at_least_what_rl_trains_on(tiny):
+    config = control_config()
+    corpus = pretrain.control_corpus(config)
+    answers = 8 * config.batch.group_size
+    for step in (1, 2):
+        batches = list(corpus.batches(step))
+        total = sum(b.tokens.numel() for b in batches)
+        assert answers * micro.tokens_per_worked_answer(chat=False) <= total < corpus.tokens + 30
+        assert all(b.cu_seqlens.numel() - 1 <= tiny.documents for b in batches)
+
+
+def test_control_documents_depend_on_seed_and_step_alone(tiny):
+    def tokens(config, step):
+        return [b.tokens.tolist() for b in pretrain.control_corpus(config).batches(step)]
+
+    a = control_config()
+    assert tokens(a, 2) == tokens(a, 2)
+    assert tokens(a, 2) != tokens(a, 1)
+    assert tokens(a, 2) != tokens(a.model_copy(update={"seed": 5}), 2)
+
+
+def test_control_of_an_instruct_model_reads_chat(tiny):
+    config = control_config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"kind": "instruct"})})
+    user = micro.VOCABULARY.index(micro.USER)
+    for batch in pretrain.control_corpus(config).batches(1):
+        assert (batch.tokens[batch.cu_seqlens[:-1].long()] == user).all()
+
+
+def test_control_steps_train_anneal_and_book_their_cost(tiny):
+    config = control_config()
+    model = pretrain.init_ladder_weights(Model(pretrain.architecture("tiny")), 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
+    corpus, ledger = pretrain.control_corpus(config), Ledger()
+    outcomes, rates = [], []
+    for step in (1, 2, 3):
+        outcome = pretrain.control_step(model, optimizer, corpus, config=config, step=step, ledger=ledger)
+        outcomes.append(outcome)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert outcomes[-1].loss < outcomes[0].loss
+    assert all(math.isfinite(o.grad_norm) and o.grad_norm > 0 for o in outcomes)
+    assert tiny.base.lr > rates[0] > rates[1] > rates[2] > 0
+    cost = ledger.close_step()
+    assert cost["forward"].tokens == cost["backward"].tokens == sum(o.trained_tokens for o in outcomes)
+    assert cost["backward"].flops == pytest.approx(2 * cost["forward"].flops)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pretrain.recipe("xxl"), "no size 'xxl'; it has xxs, xs"),
+        (lambda: pretrain.ensure_model("s", "chat"), "kind must be 'base' or 'instruct', got 'chat'"),
+        (lambda: pretrain.control_corpus(RunConfig.model_validate({"model": {"path": "x"}})), "needs model.size"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,141 @@
+"""Rollout: the same answers whatever the batch, the pages or the threads, and log-probs equal to training's."""
+
+import models
+import pytest
+import torch
+
+from grpo_engine.batch import minibatches
+from grpo_engine.config import RolloutConfig
+from grpo_engine.rollout import derive_seeds, generate
+
+PLENTY = RolloutConfig(max_new_tokens=24)
+SCARCE = RolloutConfig(max_new_tokens=24, num_pages=6, max_running=4, max_step_tokens=9)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.random_model(scale=4.0)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(97, (n,), generator=generator).tolist() for n in (3, 15, 16, 17, 31, 32, 1)]
+
+
+def run(model, prompts, config=PLENTY, **kwargs):
+    kwargs = {"group_size": 4, "stop_ids": [7, 8], **kwargs}
+    seeds = kwargs.pop("seeds", derive_seeds(1, 2, count=len(prompts) * kwargs["group_size"]))
+    return generate(model, prompts, seeds=seeds, config=config, **kwargs)
+
+
+def same(a, b):
+    return (
+        torch.equal(a.tokens, b.tokens)
+        and torch.equal(a.logprob, b.logprob)
+        and torch.equal(a.entropy, b.entropy)
+        and a.finish == b.finish
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scarce_pages_and_threads_change_no_bit(prompts, dtype, one_and_two_threads):
+    model = models.random_model(scale=4.0, dtype=dtype)
+    one, two = one_and_two_threads(lambda: run(model, prompts))
+    assert same(one, two)
+    scarce = run(model, prompts, SCARCE)
+    assert scarce.stats.preemptions > 0 and scarce.stats.recomputed_tokens > 0
+    assert same(one, scarce)
+
+
+def test_an_answer_depends_on_its_own_prompt_and_seed_alone(model, prompts):
+    together = run(model, prompts)
+    answers = together.answers()
+    seeds = derive_seeds(1, 2, count=28)
+    for p in (0, 3, 6):
+        alone = run(model, [prompts[p]], seeds=seeds[4 * p : 4 * p + 4])
+        assert alone.answers() == answers[4 * p : 4 * p + 4]
+
+
+@pytest.mark.parametrize("config", [PLENTY, SCARCE])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_the_trainers_bit_for_bit(model, prompts, config, temperature):
+    rollout = run(model, prompts, config, temperature=temperature)
+    (minibatch,) = minibatches(rollout, torch.zeros(28), count=1, tokens_per_micro_batch=100)
+    assert len(minibatch.micro_batches) > 3
+    for micro in minibatch.micro_batches:
+        logprob, _ = model.logprobs(
+            micro.tokens, micro.cu_seqlens, rows=micro.rows, target=micro.target, temperature=temperature
+        )
+        assert torch.equal(logprob, micro.old_logprob)
+        assert (logprob < 0).all()
+
+
+def test_answers_end_at_a_stop_token_or_at_the_limit(model, prompts):
+    rollout = run(model, prompts)
+    assert set(rollout.finish) == {"stop", "length"}
+    for answer, finish in zip(rollout.answers(), rollout.finish, strict=True):
+        assert (answer[-1] in (7, 8)) == (finish == "stop")
+        assert not {7, 8} & set(answer[:-1])
+        assert len(answer) == 24 if finish == "length" else len(answer) <= 24
+
+
+def test_tokens_hold_the_prompts_and_nothing_is_scored_there(model, prompts):
+    rollout = run(model, prompts)
+    for n, (start, length) in enumerate(zip(rollout.cu_seqlens[:-1].tolist(), rollout.prompt_len.tolist(), strict=True)):
+        assert rollout.tokens[start : start + length].tolist() == prompts[n // 4]
+        assert not rollout.logprob[start : start + length].any()
+
+
+def test_each_prompt_is_computed_once_for_its_group(model, prompts):
+    assert run(model, prompts).stats.prefill_tokens == sum(map(len, prompts))
+
+
+def test_filters_keep_the_full_logprob(model, prompts):
+    config = PLENTY.model_copy(update={"top_k": 1})
+    greedy = run(model, prompts, temperature=0.0)
+    top1 = run(model, prompts, config)
+    assert top1.answers() == greedy.answers()
+    assert torch.equal(top1.logprob, greedy.logprob) and (top1.logprob <= 0).all() and top1.logprob.any()
+
+
+def test_progress_counts_answers(model, prompts):
+    seen = []
+    run(model, prompts, progress=lambda done, wanted: seen.append((done, wanted)))
+    assert seen[-1] == (28, 28) and [d for d, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_no_prompts():
+    rollout = run(models.random_model(), [])
+    assert rollout.num_sequences == 0 and rollout.tokens.numel() == 0
+
+
+def test_seeds_differ_and_repeat():
+    assert derive_seeds(1, 2, count=1000).unique().numel() == 1000
+    assert torch.equal(derive_seeds(1, 2, count=5), derive_seeds(1, 2, count=9)[:5])
+    assert not torch.equal(derive_seeds(1, 2, count=5), derive_seeds(2, 1, count=5))
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1, 97]]}, r"prompt 0 holds token 97, outside the vocabulary \[0, 97\)"),
+        ({"prompts": [[-1]]}, "prompt 0 holds token -1"),
+        ({"prompts": [[1] * 240]}, "prompt 0 has 240 tokens; with max_new_tokens=24 .* 256 positions"),
+        ({"group_size": 0}, "group_size must be >= 1, got 0"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, r"seeds must be \[P\*G\] = \[4\] int64, got \[3\]"),
+        ({"prompts": [[1] * 90], "config": SCARCE}, "prompt 0: .*6"),
+    ],
+)
+def test_a_bad_request_is_refused_before_any_work(model, change, says):
+    with pytest.raises(ValueError, match=says):
+        run(model, **{"prompts": [[1, 2]], **change})
+
+
+def test_diverged_weights_name_the_sequence():
+    model = models.random_model()
+    with torch.no_grad():
+        model.final_norm.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="logits of sequence 0 at position 2 hold NaN"):
+        run(model, [[1, 2]])

@@ -1,0 +1,175 @@
+"""A whole run on a small random model: records, resuming after SIGKILL, refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo_engine import records, weights
+from grpo_engine.config import RunConfig
+from grpo_engine.evaluate import eval_steps
+from grpo_engine.tasks.micro import MicroTokenizer
+from grpo_engine.train import problems_of_step, train
+
+DETERMINISTIC = (records.STEPS_FILE, records.EVALS_FILE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    vocab = MicroTokenizer().vocab_size
+    weights.save_checkpoint(models.random_model(models.small_config(vocab=vocab), scale=3.0), path)
+    return path
+
+
+def run_config(folder: Path, **changes) -> RunConfig:
+    settings = {
+        "steps": 12,
+        "checkpoint_every": 3,
+        "model": {"path": str(folder)},
+        "task": {"eval_problems": 20},
+        "rollout": {"max_new_tokens": 8},
+        "batch": {"prompts": 8, "group_size": 4, "minibatches": 2, "tokens_per_micro_batch": 200},
+        "evaluation": {"count": 5, "samples": 2},
+        "optimizer": {"lr": 1e-3},
+    }
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) and key in settings else value
+    return RunConfig(**settings)
+
+
+def deterministic_bytes(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in DETERMINISTIC}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    x, y = (load_file(p / "checkpoint" / "model.safetensors") for p in (a, b))
+    return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory) -> Path:
+    return train(run_config(folder), tmp_path_factory.mktemp("run") / "undisturbed")
+
+
+def test_records_are_complete(undisturbed):
+    steps = records.read_jsonl(undisturbed / records.STEPS_FILE).records
+    assert [s["step"] for s in steps] == list(range(1, 13))
+    assert [s["prompts_seen"] for s in steps] == [8 * n for n in range(1, 13)]
+    for s in steps:
+        assert s["groups"] == 8 and 0 <= s["equal_groups"] <= 8
+        assert s["logprob_mismatch_max"] == 0.0  # rollout and trainer: the same bits
+        assert s["grad_norm"] >= 0 and s["kl"] >= 0 and s["entropy"] > 0 and s["reward_failures"] == 0
+        assert "non_finite" not in s
+    assert all(a["trained_tokens"] < b["trained_tokens"] for a, b in zip(steps, steps[1:], strict=False))
+    evals = records.read_jsonl(undisturbed / records.EVALS_FILE).records
+    assert sorted({e["step"] for e in evals}) == eval_steps(run_config(Path("x")))
+    assert {e["mode"] for e in evals} == {"sample", "greedy"}
+    assert {e["eval_set"] for e in evals if e["step"] == 12} == {e["eval_set"] for e in evals if e["step"] == 0}
+    for e in evals:
+        assert e["loss"] == pytest.approx(1 - e["pass1"]) and e["num_problems"] == 20
+    timings = records.read_jsonl(undisturbed / records.TIMINGS_FILE).records
+    assert set(timings[1]["phase"]) >= {"prefill", "decode", "reference", "forward", "backward", "optimizer", "reward"}
+    header = json.loads((undisturbed / records.RUN_FILE).read_text())
+    assert header["method"] == "grpo" and header["model"]["params_non_embedding"] > 0
+    assert records.is_complete(undisturbed)
+
+
+def test_the_ledger_counts_forward_backward_and_reference(undisturbed):
+    phase = records.read_jsonl(undisturbed / records.TIMINGS_FILE).records[2]["phase"]
+    assert phase["backward"]["flops"] == 2 * phase["forward"]["flops"]
+    assert phase["reference"]["flops"] == phase["forward"]["flops"]
+    assert phase["reference"]["tokens"] == phase["forward"]["tokens"]
+
+
+def test_one_and_two_threads_give_the_same_logprobs(folder, tmp_path):
+    # weights may differ in the last bit (torch's gradient norm splits by threads); rollout against trainer may not
+    for threads in (1, 2):
+        code = f"import torch; torch.set_num_threads({threads}); " + script(tmp_path / str(threads), folder)
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+        steps = records.read_jsonl(tmp_path / str(threads) / records.STEPS_FILE).records
+        assert [s["logprob_mismatch_max"] for s in steps] == [0.0] * 12
+
+
+def test_scarce_pages_change_no_record(folder, undisturbed, tmp_path):
+    scarce = train(run_config(folder, rollout={"num_pages": 7, "max_running": 6, "max_step_tokens": 12}), tmp_path / "r")
+    assert deterministic_bytes(scarce) == deterministic_bytes(undisturbed)
+    assert same_weights(scarce, undisturbed)
+
+
+def script(out: Path, folder: Path) -> str:
+    return (
+        "from pathlib import Path; import test_train as t; from grpo_engine.train import train; "
+        f"train(t.run_config(Path({str(folder)!r})), {str(out)!r}, quiet=True)"
+    )
+
+
+def test_killed_three_times_and_resumed_gives_identical_records_and_weights(folder, undisturbed, tmp_path):
+    out = tmp_path / "killed"
+    rng = random.Random(0)
+    kills = 0
+    for attempt in range(12):
+        process = subprocess.Popen([sys.executable, "-c", script(out, folder)], cwd=Path(__file__).parent)
+        if kills < 3:
+            # wait until it works on this attempt's share of the steps, then kill at a random moment
+            goal = (out / records.STEPS_FILE).stat().st_size if (out / records.STEPS_FILE).exists() else 0
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                size = (out / records.STEPS_FILE).stat().st_size if (out / records.STEPS_FILE).exists() else 0
+                if size != goal:
+                    break
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.15))
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            process.wait()
+        else:
+            assert process.wait(timeout=120) == 0, attempt
+            break
+    assert kills == 3
+    assert deterministic_bytes(out) == deterministic_bytes(undisturbed)
+    assert same_weights(out, undisturbed)
+
+
+def test_a_finished_run_is_left_alone(folder, undisturbed):
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
+    assert train(run_config(folder), undisturbed) == undisturbed
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")} == before
+
+
+def test_another_runs_folder_is_refused_and_the_difference_named(folder, undisturbed):
+    with pytest.raises(ValueError, match=r"holds another run .*optimizer.lr \(0.001 there, 0.002 here\)"):
+        train(run_config(folder, optimizer={"lr": 2e-3}), undisturbed)
+
+
+def test_without_a_kl_term_no_reference_is_kept(folder, tmp_path):
+    out = train(run_config(folder, steps=2, loss={"kl_coef": 0.0}, evaluation={"count": 0}), tmp_path / "r")
+    assert all("reference" not in t["phase"] for t in records.read_jsonl(out / records.TIMINGS_FILE).records)
+    assert all(s["kl"] is None for s in records.read_jsonl(out / records.STEPS_FILE).records)
+
+
+def test_each_pass_over_the_problems_has_its_own_order():
+    problems = list(range(10))
+    drawn = [problems_of_step(problems, step=s, count=4, seed=1, shuffle=True) for s in range(1, 6)]
+    flat = sum(drawn, [])
+    assert sorted(flat[:10]) == problems and sorted(flat[10:]) == problems and flat[:10] != flat[10:]
+    assert sum((problems_of_step(problems, step=s, count=4, seed=1, shuffle=False) for s in range(1, 6)), []) == problems * 2
+
+
+def test_evaluations_are_log_spaced_and_hold_both_ends():
+    def steps(count, last):
+        return eval_steps(RunConfig(steps=last, evaluation={"count": count}))
+
+    assert steps(0, 100) == [] and steps(1, 100) == [100] and steps(2, 100) == [0, 100]
+    assert steps(5, 100) == [0, 1, 5, 22, 100]
+    assert steps(12, 3) == [0, 1, 2, 3]

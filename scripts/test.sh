@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sets up, then runs the C++ tests and the Python tests; the op tests once more for each instruction set of this CPU.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$ROOT"
+export PATH=$ROOT/.venv/bin:$PATH
+
+# GoogleTest: the system's, or Debian's package unpacked into .venv (no root needed where apt has its lists)
+GTEST=$ROOT/.venv/googletest
+has_gtest() { [ -e /usr/include/gtest/gtest.h ] || [ -e "$GTEST/usr/include/gtest/gtest.h" ]; }
+if ! has_gtest; then
+  mkdir -p "$GTEST"
+  (cd "$GTEST" && { [ "$(id -u)" != 0 ] || apt-get update -qq; } && apt-get download -qq libgtest-dev &&
+    dpkg -x libgtest-dev_*.deb .) >/dev/null 2>&1 || true
+  has_gtest || need "GoogleTest is missing: apt-get install libgtest-dev"
+fi
+cmake -S . -B build/tests -G Ninja -DPython_EXECUTABLE="$PYTHON" -DGRPO_ENGINE_TESTS=ON \
+  -DCMAKE_PREFIX_PATH="$GTEST/usr" >build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
+cmake --build build/tests --target grpo_engine_tests >build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
+build/tests/grpo_engine_tests --gtest_brief=1
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m pytest
+best=$("$PYTHON" -c 'from grpo_engine import ops, _C; print(_C.cpu_isa())')
+for isa in $("$PYTHON" -c 'from grpo_engine import ops, _C; print(*_C.cpu_isas())'); do
+  [ "$isa" = "$best" ] && continue
+  echo "op tests on $isa"
+  GRPO_ENGINE_ISA=$isa "$PYTHON" -m pytest python_tests/ops
+done
