@@ -34,7 +34,9 @@ GatherLogprobArgs arguments(const at::Tensor& logits, const at::Tensor& target, 
   args.dtype = dtype_of(logits);
   args.T = logits.size(0);
   args.V = logits.size(1);
-  args.inv_temperature = 1.0 / temperature;
+  // float32 as in sample_token, whose temperatures are float32: the log-probs must agree in every bit
+  args.inv_temperature = arithmetic(logits) == at::kDouble ? 1.0 / temperature
+                                                           : 1.f / static_cast<float>(temperature);
   args.logits = logits.const_data_ptr();
   args.target = target.const_data_ptr<int64_t>();
   return args;

@@ -19,7 +19,7 @@ namespace grpo_engine {
 struct GatherLogprobArgs {
   DType dtype;
   int64_t T, V;
-  double inv_temperature;
+  double inv_temperature;  // a float32 number unless dtype is f64
   const void* logits;      // [T, V]
   const int64_t* target;   // [T]
   const void* g_logprob;   // [T]; backward only

@@ -66,9 +66,11 @@ void backward(const GatherLogprobArgs& a, int64_t begin, int64_t end) {
       const V p = vexp(log_p);
       store(p * fma(ge, log_p + entropy, gl), dx + v, n);
     });
-    // the target's own element again, in full precision before the one rounding of the store
+    // the target's own element again, in full precision before the one rounding of the store; its z
+    // is rounded as in the forward pass, or p could exceed 1
     const int64_t target = a.target[t];
-    const double log_p = static_cast<double>(to_arith(x[target])) * a.inv_temperature - saved[0] - saved[1];
+    const A z = to_arith(x[target]) * scale;
+    const double log_p = static_cast<double>(z) - saved[0] - saved[1];
     const double p = ::exp(log_p);
     const double g = static_cast<double>(g_logprob) * (1.0 - p) -
                      (p > 0.0 ? static_cast<double>(g_entropy) * p * (log_p + saved[2]) : 0.0);

@@ -34,7 +34,7 @@ int parse(const char* argument, std::string_view value, std::initializer_list<st
 
 void require_optional(const char* name, const OptionalTensor& t, at::ScalarType dtype,
                       const at::Tensor& logprob) {
-  if (t) require_tensor(kOp, name, *t, logprob.sizes(), "[R]", dtype, logprob);
+  if (t) require_tensor(kOp, name, *t, {logprob.size(0)}, "[R]", dtype, logprob);
 }
 
 struct Contract {
@@ -53,12 +53,12 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
                    ": logprob must be Float or Double, got ", logprob.scalar_type());
   require_contiguous(kOp, "logprob", logprob);
   const at::ScalarType dtype = logprob.scalar_type();
-  require_tensor(kOp, "advantage", advantage, logprob.sizes(), "[R]", dtype, logprob);
+  require_tensor(kOp, "advantage", advantage, {logprob.size(0)}, "[R]", dtype, logprob);
   require_optional("old_logprob", old_logprob, dtype, logprob);
   require_optional("ref_logprob", ref_logprob, dtype, logprob);
   require_optional("mask", mask, at::kBool, logprob);
   require_tensor(kOp, "cu_seqlens", cu_seqlens, {-1}, "[N+1]", at::kInt, logprob);
-  TORCH_CHECK_VALUE(cu_seqlens.numel() >= 1, kOp, ": cu_seqlens must be [N+1] with N >= 0, got ",
+  TORCH_CHECK_VALUE(cu_seqlens.size(0) >= 1, kOp, ": cu_seqlens must be [N+1] with N >= 0, got ",
                     cu_seqlens.sizes());
   TORCH_CHECK_VALUE(clip_low >= 0.0 && clip_low <= 1.0, kOp, ": clip_low must be in [0, 1], got ",
                     clip_low);
@@ -74,7 +74,7 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
 
   Contract c{};
   c.args.dtype = dtype_of(logprob);
-  c.args.N = cu_seqlens.numel() - 1;
+  c.args.N = cu_seqlens.size(0) - 1;
   c.args.ratio = static_cast<PolicyRatio>(parse("ratio", ratio, {"token", "sequence"}));
   c.args.objective = static_cast<PolicyObjective>(parse("objective", objective, {"clip", "cispo"}));
   c.args.kl = static_cast<PolicyKl>(parse("kl", kl, {"k1", "k2", "k3"}));

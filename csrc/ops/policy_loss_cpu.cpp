@@ -51,8 +51,8 @@ struct Sequence {
       const A e = c.keep[j] && ref_logprob ? ref_logprob[t] - logprob[t] : A(0);
       c.d[j] = clamp_log(d);
       c.e[j] = clamp_log(e);
-      c.d_inside[j] = c.d[j] == d;
-      c.e_inside[j] = c.e[j] == e;
+      c.d_inside[j] = c.d[j] == d || d != d;  // NaN keeps its slope, so that it reaches the gradient
+      c.e_inside[j] = c.e[j] == e || e != e;
       const double size = d < A(0) ? -d : d;
       mismatch = size > mismatch || size != size ? size : mismatch;
     }
@@ -102,13 +102,14 @@ void one_sequence(const PolicyLossArgs& a, int64_t n) {
                       static_cast<A>(a.clip_high), static_cast<A>(a.dual_clip), inside);
       A kl = A(0), kl_slope = A(0);
       if (s.ref_logprob) kl_term(a.kl, c.e[j], c.exp_e[j], c.e_inside[j], &kl, &kl_slope);
+      stats[kStatKl] += static_cast<double>(kl);
+      if (a.kl_coef == 0.0) kl = kl_slope = A(0);  // only measured: a NaN must not reach the loss
       const bool shared = by_sequence && a.objective == PolicyObjective::clip;
       if (shared) slope_sum += weight * static_cast<double>(term.slope);
       const double own = shared ? 0.0 : static_cast<double>(term.slope);
       s.dlogprob[t] = static_cast<A>(weight * (own + a.kl_coef * static_cast<double>(kl_slope)));
       stats[kStatPolicyLoss] += weight * static_cast<double>(term.value);
       stats[kStatKlLoss] += weight * a.kl_coef * static_cast<double>(kl);
-      stats[kStatKl] += static_cast<double>(kl);
       stats[kStatRatio] += static_cast<double>(ratio);
       if (!(static_cast<double>(ratio) <= stats[kStatRatioMax])) stats[kStatRatioMax] = ratio;
       stats[kStatClipLow] += term.low;

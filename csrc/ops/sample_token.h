@@ -11,7 +11,8 @@
 // seed and its position alone.
 //   temperature 0   the lowest id among the largest logits; log-prob 0; entropy and full log-prob are
 //                   those of temperature 1
-//   a row with NaN or +inf, or of -inf only: token -1, NaN everywhere else; other rows are untouched
+//   a row whose z holds NaN or +inf, or -inf only: token -1, NaN everywhere else; other rows are
+//   untouched
 // Philox: Salmon et al. 2011, SC'11; nucleus: Holtzman et al. 2020, arXiv:1904.09751; min-p: Nguyen et
 // al. 2024, arXiv:2407.01082.
 #pragma once
