@@ -421,6 +421,46 @@ _register_autograd("rms_norm", _rms_norm_setup, _rms_norm_backward)
 # ---------------------------------------------------------------- rope
 
 
+def rope(x: Tensor, position: Tensor, *, theta: float) -> Tensor:
+    """Rotate each head by its token's position (rotary embedding, the ``rotate_half`` form).
+
+    Element ``i`` of the first half of a head turns with element ``i`` of the second half, by the angle
+    ``position / theta^(2i/E)``.  Frequency and angle are rounded to float32, as in the models that
+    were trained so; cos and sin of that angle are exact to one float32 rounding at any position.
+
+    Args:
+        x: [T, H, E] float32, bfloat16 or float64; E even.  Contiguous in its last two axes, any
+            stride over T, so a slice of a fused qkv projection needs no copy.
+        position: [T] int64, >= 0, in any order.  Unit: tokens.  Above 2^24 rounded to float32.
+        theta: base of the frequencies; finite and > 0.
+
+    Returns:
+        [T, H, E] contiguous, dtype and device of ``x``.  Differentiable in ``x``.  T = 0 is allowed;
+        position 0 returns ``x`` itself.
+
+    Raises:
+        ValueError: wrong shape, odd E, inner axes not contiguous, bad theta, a negative position.
+        TypeError: wrong dtype.
+
+    Source:
+        Su et al. 2021, arXiv:2104.09864.
+    """
+    return _ops.rope(x, position, theta, False)
+
+
+def _rope_setup(ctx, inputs, output):
+    _, position, ctx.theta, ctx.inverse = inputs
+    ctx.save_for_backward(position)
+
+
+def _rope_backward(ctx, dy):
+    (position,) = ctx.saved_tensors
+    return _ops.rope(dy.contiguous(), position, ctx.theta, not ctx.inverse), None, None, None
+
+
+_register_autograd("rope", _rope_setup, _rope_backward)
+
+
 # ---------------------------------------------------------------- swiglu
 
 
@@ -510,7 +550,123 @@ _register_autograd("linear", _linear_setup, _linear_backward)
 # ---------------------------------------------------------------- kv_write
 
 
+def kv_write(
+    key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slot: Tensor
+) -> None:
+    """Store the keys and values of new tokens in the paged cache, in place.
+
+    Args:
+        key: [T, K, E] float32, bfloat16 or float64, contiguous in its last two axes, any stride
+            over T.
+        value: [T, K, E], dtype of ``key``, likewise.
+        key_pages: [num_pages, K, E, page], dtype of ``key``, contiguous; written.  A page holds its
+            keys transposed.  ``page`` is a multiple of 16.
+        value_pages: [num_pages, K, page, E], dtype of ``key``, contiguous; written.
+        slot: [T] int64, ``page_index * page + offset``; -1 skips the token.  Of two tokens with one
+            slot the later wins.
+
+    Returns:
+        None.  Bits are copied as they are.  No gradient.
+
+    Raises:
+        ValueError: wrong shape, inner axes not contiguous, page not a multiple of 16, or a slot below
+            -1 or past the last page (names the row; nothing is written).
+        TypeError: wrong dtype.
+
+    Source:
+        Kwon et al. 2023, arXiv:2309.06180.
+    """
+    _ops.kv_write(key, value, key_pages, value_pages, slot)
+
+
 # ---------------------------------------------------------------- paged_attention
 
 
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    cu_query: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Causal attention of new tokens over the paged cache; decoding and chunked prefill alike.
+
+    Token j of the q_n new tokens of sequence n sits at position ``kv_len[n] - q_n + j`` and sees the
+    keys 0 .. its position, its own included: call ``kv_write`` first.  A row has the same bits in
+    every batch, chunking and page layout, and the same as from ``ragged_attention``.
+
+    Args:
+        query: [T, H, E] float32, bfloat16 or float64, contiguous in its last two axes.  Query head h
+            reads kv head ``h // (H // K)``.
+        key_pages: [num_pages, K, E, page], dtype of ``query``, contiguous; page a multiple of 16.
+        value_pages: [num_pages, K, page, E], likewise.
+        page_table: [N, max_pages] int32; entries past the pages that ``kv_len`` needs are not read.
+        cu_query: [N + 1] int32, first token of each sequence in ``query``, then T.  A sequence may
+            have no new token; its pages are not read.
+        kv_len: [N] int32, keys of each sequence in the cache, new tokens included.
+        scale: factor of the scores, usually ``E ** -0.5``; finite and > 0.
+
+    Returns:
+        [T, H, E] contiguous, dtype of ``query``.  Slots past ``kv_len`` may hold anything, NaN too; a
+        NaN in a visible key makes its rows NaN.  No gradient.
+
+    Raises:
+        ValueError: wrong shape, K does not divide H, cu_query falls, kv_len less than the new tokens,
+            or a needed page missing or out of range (names the sequence).
+        TypeError: wrong dtype.
+
+    Source:
+        Kwon et al. 2023, arXiv:2309.06180.
+    """
+    return _ops.paged_attention(
+        query, key_pages, value_pages, page_table, cu_query, kv_len, scale
+    )
+
+
 # ---------------------------------------------------------------- ragged_attention
+
+
+def ragged_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float
+) -> Tensor:
+    """Causal self-attention within each of N packed sequences, for training.
+
+    Args:
+        query: [T, H, E] float32, bfloat16 or float64, contiguous in its last two axes, any stride
+            over T.  Query head h reads kv head ``h // (H // K)``.
+        key: [T, K, E], dtype of ``query``, likewise; K divides H.
+        value: [T, K, E], dtype of ``query``, likewise.
+        cu_seqlens: [N + 1] int32, first token of each sequence, then T; empty sequences are allowed.
+        scale: factor of the scores, usually ``E ** -0.5``; finite and > 0.
+
+    Returns:
+        [T, H, E] contiguous, dtype of ``query``.  Differentiable in ``query``, ``key`` and ``value``;
+        result and gradients of a sequence depend on that sequence alone.  A NaN in a token reaches
+        the tokens after it, not those before.
+
+    Raises:
+        ValueError: wrong shape, K does not divide H, inner axes not contiguous, or cu_seqlens falls
+            or does not run from 0 to T.
+        TypeError: wrong dtype.
+
+    Source:
+        Vaswani et al. 2017, arXiv:1706.03762; recomputation in the backward pass: Dao et al. 2022,
+        arXiv:2205.14135.
+    """
+    return _ops.ragged_attention(query, key, value, cu_seqlens, scale)[0]
+
+
+def _ragged_attention_setup(ctx, inputs, output):
+    query, key, value, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, cu_seqlens, *output)
+
+
+def _ragged_attention_backward(ctx, dout, _dstats):
+    grads = _ops.ragged_attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale)
+    return *grads, None, None
+
+
+_register_autograd("ragged_attention", _ragged_attention_setup, _ragged_attention_backward)

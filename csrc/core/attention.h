@@ -22,13 +22,20 @@
 namespace grpo_engine::GE_ISA {
 namespace {
 
-// Rows, and vectors of 16 columns, whose accumulators fit in the registers.
+// Rows, and vectors of 16 columns, whose accumulators fit in the registers. Where there are no vector
+// registers one row is as good as many and takes less code.
+template <typename A>
+constexpr int kRows = 1;
 #if defined(__AVX512F__)
-constexpr int kRows = 8, kWide = 2;
+template <>
+constexpr int kRows<float> = 8;
+constexpr int kWide = 2;
 #elif defined(__AVX2__)
-constexpr int kRows = 6, kWide = 1;
+template <>
+constexpr int kRows<float> = 6;
+constexpr int kWide = 1;
 #else
-constexpr int kRows = 4, kWide = 1;
+constexpr int kWide = 1;
 #endif
 
 // Rows of a tile: float64 is for gradcheck, not for speed, and unrolling its array lanes is slow to
@@ -113,7 +120,7 @@ GE_INLINE void score_blocks(const Arith<S>* q, const S* const* key, int64_t key_
     for (int n = 0; n < N; ++n) k[n] = V::load(key[n] + e * key_stride);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const V x = V::set1(q[e * kRows + m]);
+      const V x = V::set1(q[e * kRows<Arith<S>> + m]);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) acc[m][n] = fma(x, k[n], acc[m][n]);
     }
@@ -269,14 +276,18 @@ GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t group, int64_t E
                          int m, Arith<S>* q) {
   for (int i = 0; i < m; ++i) {
     const S* row = rows + (first + i) / group * stride + (first + i) % group * E;
-    for (int64_t e = 0; e < E; ++e) q[e * kRows + i] = to_arith(row[e]);
+    for (int64_t e = 0; e < E; ++e) q[e * kRows<Arith<S>> + i] = to_arith(row[e]);
   }
 }
 
 // The next tile takes 1/tiles of what is left, so that no tile is much thinner than the others.
 template <typename A>
 GE_INLINE int tile_rows(int64_t left) {
+<<<<<<< HEAD
   const int64_t tiles = (left + kTileRows<A> - 1) / kTileRows<A>;
+=======
+  const int64_t tiles = (left + kRows<A> - 1) / kRows<A>;
+>>>>>>> attn
   return static_cast<int>((left + tiles - 1) / tiles);
 }
 
@@ -316,7 +327,7 @@ __attribute__((noinline)) void attend_tile(const QueryRows<S>& rows, const KeyBl
 template <typename S>
 GE_INLINE int64_t attend_bytes(int64_t E, int64_t max_visible) {
   using A = Arith<S>;
-  return Arena::bytes<A>(E * kRows) + Arena::bytes<A>(kRows * blocks_of(max_visible) * kLanes);
+  return Arena::bytes<A>(E * kRows<Arith<S>>) + Arena::bytes<A>(kRows<Arith<S>> * blocks_of(max_visible) * kLanes);
 }
 
 template <typename S>
@@ -326,15 +337,19 @@ struct Attend {
   int64_t s_stride;
 
   Attend(Arena& arena, int64_t E, int64_t max_visible)
-      : q(arena.take<Arith<S>>(E * kRows)),
-        s(arena.take<Arith<S>>(kRows * blocks_of(max_visible) * kLanes)),
+      : q(arena.take<Arith<S>>(E * kRows<Arith<S>>)),
+        s(arena.take<Arith<S>>(kRows<Arith<S>> * blocks_of(max_visible) * kLanes)),
         s_stride(blocks_of(max_visible) * kLanes) {}
 
   void operator()(const QueryRows<S>& rows, const KeyBlocks<S>& keys, Arith<S> scale) const {
     const int64_t num_rows = rows.num_tokens * rows.group;
     for (int64_t first = 0; first < num_rows;) {
       const int m = tile_rows<Arith<S>>(num_rows - first);
+<<<<<<< HEAD
       with_rows<kTileRows<Arith<S>>>(m, [&](auto count) {
+=======
+      with_rows<kRows<Arith<S>>>(m, [&](auto count) {
+>>>>>>> attn
         attend_tile<S, decltype(count)::value>(rows, keys, scale, first, q, s, s_stride);
       });
       first += m;

@@ -34,8 +34,10 @@ inline void require_contiguous(const char* op, const char* name, const at::Tenso
 // [T, X, E] whose rows t are contiguous; from row to row any stride, as in a slice of a fused
 // projection.
 inline void require_row_contiguous(const char* op, const char* name, const at::Tensor& t) {
-  const bool ok = t.numel() == 0 || ((t.size(2) == 1 || t.stride(2) == 1) &&
-                                     (t.size(1) == 1 || t.stride(1) == t.size(2)));
+  // not numel(), which a tensor of symbolic shape (torch.compile) refuses
+  const bool empty = t.size(0) == 0 || t.size(1) == 0 || t.size(2) == 0;
+  const bool ok = empty || ((t.size(2) == 1 || t.stride(2) == 1) &&
+                            (t.size(1) == 1 || t.stride(1) == t.size(2)));
   TORCH_CHECK_VALUE(ok, op, ": ", name, " must be contiguous in its last two axes, got sizes ",
                     t.sizes(), " with strides ", t.strides());
 }

@@ -71,7 +71,9 @@ void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
 
 // ---------------------------------------------------------------- backward
 
-constexpr int kTile = 2 * kRows;  // query rows whose p and ds are held before keys gather from them
+// Query rows whose p and ds are held before the keys gather from them.
+template <typename A>
+constexpr int kTile = 2 * kRows<A>;
 
 // sums[m][16 n + lane] += sum_r weight[r][m] * rows[r][16 n + lane] for M keys, r ascending.
 template <typename A, int M, int N>
@@ -132,8 +134,8 @@ struct Backward {
   static int64_t bytes(const RaggedAttentionArgs& a) {
     const int64_t blocks = blocks_of(a.max_len), padded = blocks_of(a.E) * kLanes;
     return 3 * Arena::bytes<const S*>(blocks) + 2 * Arena::bytes<S>(blocks * kLanes * a.E) +
-           2 * Arena::bytes<A>(a.E * kRows) + 2 * Arena::bytes<A>(kTile * blocks * kLanes) +
-           2 * Arena::bytes<A>(kTile * padded) + 2 * Arena::bytes<A>(blocks * kLanes * padded);
+           2 * Arena::bytes<A>(a.E * kRows<A>) + 2 * Arena::bytes<A>(kTile<A> * blocks * kLanes) +
+           2 * Arena::bytes<A>(kTile<A> * padded) + 2 * Arena::bytes<A>(blocks * kLanes * padded);
   }
 
   Backward(const RaggedAttentionArgs& args, Arena& arena) : a(args), E(args.E) {
@@ -146,12 +148,12 @@ struct Backward {
     value = arena.take<const S*>(blocks);
     packed_key = arena.take<S>(s_stride * E);
     packed_value = arena.take<S>(s_stride * E);
-    q = arena.take<A>(E * kRows);
-    dout_t = arena.take<A>(E * kRows);
-    p = arena.take<A>(kTile * s_stride);
-    ds = arena.take<A>(kTile * s_stride);
-    query_rows = arena.take<A>(kTile * padded);
-    dout_rows = arena.take<A>(kTile * padded);
+    q = arena.take<A>(E * kRows<A>);
+    dout_t = arena.take<A>(E * kRows<A>);
+    p = arena.take<A>(kTile<A> * s_stride);
+    ds = arena.take<A>(kTile<A> * s_stride);
+    query_rows = arena.take<A>(kTile<A> * padded);
+    dout_rows = arena.take<A>(kTile<A> * padded);
     dkey = arena.take<A>(s_stride * padded);
     dvalue = arena.take<A>(s_stride * padded);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -173,21 +175,33 @@ struct Backward {
     memset(dvalue, 0, blocks * kLanes * padded * sizeof(A));
 
     const int64_t num_rows = S_n * group;
-    for (int64_t tile = 0; tile < num_rows; tile += kTile) {
-      const int count = num_rows - tile < kTile ? static_cast<int>(num_rows - tile) : kTile;
+    for (int64_t tile = 0; tile < num_rows; tile += kTile<A>) {
+      const int count = num_rows - tile < kTile<A> ? static_cast<int>(num_rows - tile) : kTile<A>;
       const int64_t seen = (tile + count - 1) / group + 1;  // keys that the last row sees
       for (int done = 0; done < count;) {
         const int m = tile_rows<A>(count - done);
+<<<<<<< HEAD
         with_rows<kTileRows<A>>(m, [&](auto rows) {
+=======
+        with_rows<kRows<A>>(m, [&](auto rows) {
+>>>>>>> attn
           differentiate<decltype(rows)::value>(start, kv_head, tile + done, done, seen);
         });
         done += m;
       }
+<<<<<<< HEAD
       for (int64_t j = 0; j < seen; j += kTileRows<A>) {
         // the first row that sees key j
         const int64_t skip = j * group > tile ? j * group - tile : 0;
         const int m = seen - j < kTileRows<A> ? static_cast<int>(seen - j) : kTileRows<A>;
         with_rows<kTileRows<A>>(m, [&](auto rows) {
+=======
+      for (int64_t j = 0; j < seen; j += kRows<A>) {
+        // the first row that sees key j
+        const int64_t skip = j * group > tile ? j * group - tile : 0;
+        const int m = seen - j < kRows<A> ? static_cast<int>(seen - j) : kRows<A>;
+        with_rows<kRows<A>>(m, [&](auto rows) {
+>>>>>>> attn
           constexpr int M = decltype(rows)::value;
           gather<A, M>(ds + skip * s_stride + j, s_stride, query_rows + skip * padded, padded,
                        count - skip, dkey + j * padded);

@@ -1,0 +1,228 @@
+"""ragged_attention: float64 reference, gradients, invariance, NaN, packed edges, contract."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import reference
+import torch
+from bars import assert_as_good_as_torch
+
+from grpo_engine import _C
+from grpo_engine.ops import ragged_attention
+
+# lengths around a block of 16 keys, an empty sequence at each end, one past a chunk of 128 tokens
+LENGTHS = [0, 1, 15, 16, 17, 0, 33, 2, 130, 0]
+# H, K, E: GQA ratios 1, 2, 3, 7; widths below, off and at the vector width; Qwen2.5 heads
+HEADS = [(1, 1, 8), (2, 2, 20), (4, 2, 16), (6, 2, 16), (7, 1, 64), (2, 1, 128), (3, 3, 1), (14, 2, 32)]
+
+
+def offsets(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def make(lengths, H, K, E, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed + 100 * H + E)
+    T = sum(lengths)
+    tensors = [torch.randn(T, heads, E, generator=g).to(dtype) for heads in (H, K, K, H)]
+    return *tensors[:3], offsets(lengths), tensors[3]
+
+
+def plain(query, key, value, cu, *, scale):
+    out = []
+    for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
+        y = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, scale=scale
+        )
+        out.append(y[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def run(fn, query, key, value, cu, dout, scale):
+    inputs = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    out = fn(*inputs, cu, scale=scale)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H,K,E", HEADS)
+def test_forward_and_backward_are_as_good_as_torch(H, K, E, dtype):
+    query, key, value, cu, dout = make([n for n in LENGTHS if n], H, K, E, dtype)
+    scale = E**-0.5
+    ours = run(ragged_attention, query, key, value, cu, dout, scale)
+    theirs = run(plain, query, key, value, cu, dout, scale)
+    double = [x.double() for x in (query, key, value)]
+    exact = run(reference.ragged_attention, *double, cu, dout.double(), scale)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as_torch(a, b, c, floor=2.0**-22)
+
+
+def test_large_scores_do_not_overflow():
+    query, key, value, cu, dout = make([20, 5], 2, 1, 16, torch.float32)
+    ours = run(ragged_attention, 40 * query, 40 * key, value, cu, dout, 1.0)  # scores near 6000
+    theirs = run(plain, 40 * query, 40 * key, value, cu, dout, 1.0)
+    double = [40 * query.double(), 40 * key.double(), value.double()]
+    exact = run(reference.ragged_attention, *double, cu, dout.double(), 1.0)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert_as_good_as_torch(a, b, c, floor=2.0**-22)
+
+
+@pytest.mark.parametrize("H,K,E", [(2, 2, 3), (4, 2, 5), (7, 1, 2)])
+def test_gradcheck(H, K, E):
+    query, key, value, cu, _ = make([0, 3, 1, 18], H, K, E, torch.float64)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: ragged_attention(q, k, v, cu, scale=0.7), inputs, nondet_tol=0.0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H,K,E", [(6, 2, 16), (7, 1, 20), (2, 2, 64)])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(H, K, E, dtype, one_and_two_threads):
+    lengths = LENGTHS * 3 + [300]
+    query, key, value, cu, dout = make(lengths, H, K, E, dtype)
+    one, two = one_and_two_threads(
+        lambda: run(ragged_attention, query, key, value, cu, dout, 0.25)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+    for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        part = [x[begin:end] for x in (query, key, value)]
+        alone = run(ragged_attention, *part, offsets([end - begin]), dout[begin:end], 0.25)
+        for a, b in zip(alone, one, strict=True):
+            assert torch.equal(a, b[begin:end])
+
+
+def test_a_token_does_not_depend_on_those_after_it():
+    query, key, value, cu, _ = make([140], 4, 2, 16, torch.float32)
+    whole = ragged_attention(query, key, value, cu, scale=0.25)
+    for n in (1, 15, 16, 17, 100, 129):
+        first = ragged_attention(query[:n], key[:n], value[:n], offsets([n]), scale=0.25)
+        assert torch.equal(first, whole[:n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_reaches_only_the_tokens_that_see_it(dtype):
+    query, key, value, cu, _ = make([5, 30, 7], 4, 2, 20, dtype)
+    clean = ragged_attention(query, key, value, cu, scale=0.25)
+    for poisoned in (key, value):
+        kept = poisoned[18].clone()
+        poisoned[18] = float("nan")  # token 13 of the second sequence
+        out = ragged_attention(query, key, value, cu, scale=0.25)
+        assert out[18:35].isnan().all()
+        assert torch.equal(out[:18], clean[:18]) and torch.equal(out[35:], clean[35:])
+        poisoned[18] = kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_qkv_views_need_no_copy(dtype):
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(23, 8 * 20, generator=g).to(dtype).requires_grad_()
+    dout = torch.randn(23, 4, 20, generator=g).to(dtype)
+    cu = offsets([17, 6])
+
+    def views(x):
+        return x[:, :80].view(23, 4, 20), x[:, 80:120].view(23, 2, 20), x[:, 120:].view(23, 2, 20)
+
+    out = ragged_attention(*views(qkv), cu, scale=0.3)
+    (grad,) = torch.autograd.grad(out, qkv, dout)
+    copies = [x.detach().contiguous() for x in views(qkv)]
+    want = run(ragged_attention, *copies, cu, dout, 0.3)
+    assert torch.equal(out, want[0])
+    assert torch.equal(grad, torch.cat([x.flatten(1) for x in want[1:]], dim=1))
+
+
+def test_no_tokens_and_no_sequences():
+    empty = torch.empty(0, 2, 8, requires_grad=True)
+    for cu in (offsets([]), offsets([0, 0])):
+        out = ragged_attention(empty, empty, empty, cu, scale=1.0)
+        assert out.shape == (0, 2, 8)
+        out.sum().backward()
+
+
+def test_the_first_token_returns_its_value():
+    query, key, value, cu, _ = make([1] * 5, 4, 2, 20, torch.float32)
+    out = ragged_attention(query, key, value, cu, scale=0.25)
+    assert torch.equal(out, value.repeat_interleave(2, dim=1))
+
+
+ISA_SCRIPT = """
+import hashlib, torch
+from grpo_engine.ops import ragged_attention, rope
+g = torch.Generator().manual_seed(0)
+digest = hashlib.sha256()
+for H, K, E, dtype in [(6, 2, 16, torch.float32), (7, 1, 20, torch.bfloat16), (2, 2, 64, torch.float32)]:
+    q, k, v = (torch.randn(96, h, E, generator=g).to(dtype).requires_grad_() for h in (H, K, K))
+    cu = torch.tensor([0, 1, 18, 50, 96], dtype=torch.int32)
+    position = torch.arange(96)
+    out = ragged_attention(rope(q, position, theta=1e4), rope(k, position, theta=1e4), v, cu, scale=.3)
+    grads = torch.autograd.grad(out, (q, k, v), torch.randn(out.shape, generator=g).to(dtype))
+    for t in (out, *grads):
+        digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif("avx512" not in _C.cpu_isas(), reason="this CPU has no AVX-512")
+def test_avx2_and_avx512_give_the_same_bits():
+    digests = set()
+    for isa in ("avx2", "avx512"):
+        done = subprocess.run(
+            [sys.executable, "-c", ISA_SCRIPT],
+            env={**os.environ, "GRPO_ENGINE_ISA": isa},
+            capture_output=True, text=True, check=True,
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1 and len(digests.pop().strip()) == 2 * hashlib.sha256().digest_size
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "change,error,says",
+    [
+        ({"query": torch.zeros(9, 32)}, ValueError, r"query must be \[T, H, E\].*got \[9, 32\]"),
+        ({"query": torch.zeros(9, 0, 8)}, ValueError, r"H >= 1 heads and E >= 1, got \[9, 0, 8\]"),
+        ({"query": torch.zeros(9, 4, 8).half()}, TypeError, "query must be Float, BFloat16 or Double"),
+        ({"query": torch.zeros(9, 8, 4).mT}, ValueError, "query must be contiguous in its last two"),
+        ({"key": torch.zeros(8, 2, 8)}, ValueError, r"key must be \[T, K, E\] = \[9, -1, 8\], got"),
+        ({"key": torch.zeros(9, 3, 8)}, ValueError, "key must have .* divides H = 4, got 3"),
+        ({"value": torch.zeros(9, 4, 8)}, ValueError, r"value must be \[T, K, E\] = \[9, 2, 8\], got"),
+        ({"value": torch.zeros(9, 2, 8).double()}, TypeError, "value must be Float, got Double"),
+        ({"cu": torch.zeros(2)}, TypeError, "cu_seqlens must be Int, got Float"),
+        ({"cu": torch.zeros(0).int()}, ValueError, r"cu_seqlens needs N \+ 1 >= 1 entries"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite and > 0, got nan"),
+    ],
+)
+def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, change, error, says):
+    given = {
+        "query": torch.zeros(9, 4, 8), "key": torch.zeros(9, 2, 8), "value": torch.zeros(9, 2, 8),
+        "cu": offsets([4, 5]), "scale": 1.0, **change,
+    }  # fmt: skip
+    scale = given.pop("scale")
+    with pytest.raises(error, match="ragged_attention: .*" + says):
+        ragged_attention(*(x.to(device) for x in given.values()), scale=scale)
+
+
+@pytest.mark.parametrize(
+    "cu,says",
+    [
+        ([1, 9], "must start at 0 and end at T = 9, got 1 and 9"),
+        ([0, 8], "must start at 0 and end at T = 9, got 0 and 8"),
+        ([0, 6, 4, 9], "must not fall, got 6 then 4 at sequence 1"),
+        ([0], "must start at 0 and end at T = 9, got 0 and 0"),
+    ],
+)
+def test_bad_offsets_are_refused(cu, says):
+    x = torch.zeros(9, 2, 8)
+    with pytest.raises(ValueError, match="ragged_attention: cu_seqlens " + says):
+        ragged_attention(x, x, x, torch.tensor(cu, dtype=torch.int32), scale=1.0)
+
+
+def test_registration():
+    query, key, value, cu, _ = make([3, 0, 5], 4, 2, 8, torch.float32)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    torch.library.opcheck(torch.ops.grpo_engine.ragged_attention.default, (*inputs, cu, 0.3))
