@@ -38,11 +38,6 @@ constexpr int kWide = 1;
 constexpr int kWide = 1;
 #endif
 
-// Rows of a tile: float64 is for gradcheck, not for speed, and unrolling its array lanes is slow to
-// compile.
-template <typename A>
-constexpr int kTileRows = sizeof(A) == sizeof(double) ? 1 : kRows;
-
 GE_INLINE int64_t blocks_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
 
 // Memory of one kernel call. The sizes of all parts are known before the first is taken.
@@ -283,11 +278,7 @@ GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t group, int64_t E
 // The next tile takes 1/tiles of what is left, so that no tile is much thinner than the others.
 template <typename A>
 GE_INLINE int tile_rows(int64_t left) {
-<<<<<<< HEAD
-  const int64_t tiles = (left + kTileRows<A> - 1) / kTileRows<A>;
-=======
   const int64_t tiles = (left + kRows<A> - 1) / kRows<A>;
->>>>>>> attn
   return static_cast<int>((left + tiles - 1) / tiles);
 }
 
@@ -345,11 +336,7 @@ struct Attend {
     const int64_t num_rows = rows.num_tokens * rows.group;
     for (int64_t first = 0; first < num_rows;) {
       const int m = tile_rows<Arith<S>>(num_rows - first);
-<<<<<<< HEAD
-      with_rows<kTileRows<Arith<S>>>(m, [&](auto count) {
-=======
       with_rows<kRows<Arith<S>>>(m, [&](auto count) {
->>>>>>> attn
         attend_tile<S, decltype(count)::value>(rows, keys, scale, first, q, s, s_stride);
       });
       first += m;

@@ -180,28 +180,16 @@ struct Backward {
       const int64_t seen = (tile + count - 1) / group + 1;  // keys that the last row sees
       for (int done = 0; done < count;) {
         const int m = tile_rows<A>(count - done);
-<<<<<<< HEAD
-        with_rows<kTileRows<A>>(m, [&](auto rows) {
-=======
         with_rows<kRows<A>>(m, [&](auto rows) {
->>>>>>> attn
           differentiate<decltype(rows)::value>(start, kv_head, tile + done, done, seen);
         });
         done += m;
       }
-<<<<<<< HEAD
-      for (int64_t j = 0; j < seen; j += kTileRows<A>) {
-        // the first row that sees key j
-        const int64_t skip = j * group > tile ? j * group - tile : 0;
-        const int m = seen - j < kTileRows<A> ? static_cast<int>(seen - j) : kTileRows<A>;
-        with_rows<kTileRows<A>>(m, [&](auto rows) {
-=======
       for (int64_t j = 0; j < seen; j += kRows<A>) {
         // the first row that sees key j
         const int64_t skip = j * group > tile ? j * group - tile : 0;
         const int m = seen - j < kRows<A> ? static_cast<int>(seen - j) : kRows<A>;
         with_rows<kRows<A>>(m, [&](auto rows) {
->>>>>>> attn
           constexpr int M = decltype(rows)::value;
           gather<A, M>(ds + skip * s_stride + j, s_stride, query_rows + skip * padded, padded,
                        count - skip, dkey + j * padded);
