@@ -8,10 +8,11 @@
 // advance together, so the bits of C[m,n] depend on row m of A and column n of B alone: not on M, N,
 // the tile sizes, the threads, or whether the CPU has AVX2 or AVX-512.
 //
-// Structure: for each slice of kSlice values of k and each panel of kTileColumns columns, B is copied
-// to [k][column] (transposed on the way when k is its adjacent index), then tiles of kTileRows rows
+// Structure: for each slice of k and each panel of up to three vectors of columns, B is copied to
+// [k][column] (transposed on the way when k is its adjacent index), then tiles of TileShape::rows rows
 // run down the panel with their sums in registers. Between slices the sums rest in C, or in a float
-// copy of it when C is narrower. A is read in place when it is already in arithmetic type.
+// copy of it when C is narrower. A and B are read in place when they are already in arithmetic type
+// and are not used often enough to pay for the copy.
 #pragma once
 #include <stdlib.h>
 
@@ -49,9 +50,11 @@ template <typename A>
 struct TileShape { static constexpr int rows = 2, vectors = 1; };
 #endif
 
-constexpr int64_t kSlice = 192;      // a panel of 48 columns then takes 36 KiB of the first-level cache
-constexpr int64_t kPanelRows = 48;   // rows of a copied panel of A; a multiple of every tile height
-constexpr int64_t kCopyColumns = 96; // A with adjacent rows is copied when this many columns reuse it
+// Values of k in a slice: many, so that sums rarely travel; few when few rows use a panel, so that
+// copying the next panel overlaps the sums of this one.
+constexpr int64_t kSlice = 256, kShortSlice = 64, kFewRows = 32;
+// Copying pays when a value is used this often: B by so many rows, A (rows adjacent) by so many columns.
+constexpr int64_t kCopyRows = 48, kCopyColumns = 96;
 
 template <typename T, typename U>
 struct Same { static constexpr bool value = false; };
@@ -84,6 +87,16 @@ T* scratch(ScratchUse use, int64_t count) {
 
 // ---------------------------------------------------------------- copies of slices
 
+// Vectors of the next panel when `columns` are left: a lone vector runs at the speed of its latency,
+// so four are split in two halves and not three and one.
+template <typename A>
+GE_INLINE int panel_vectors(int64_t columns) {
+  constexpr int kMax = TileShape<A>::vectors;
+  const int64_t left = (columns + kLanes - 1) / kLanes;
+  if (kMax == 3 && left == 4) return 2;
+  return static_cast<int>(left < kMax ? left : kMax);
+}
+
 // dst[k * width + i] = src[k * stride + i] for i < count; lanes past count are 0.
 template <typename A, typename S>
 void copy_across(const S* src, int64_t stride, int64_t depth, int64_t count, A* dst, int64_t width) {
@@ -101,6 +114,22 @@ template <typename A, typename S>
 void copy_rows(const S* src, int64_t stride, int64_t rows, int64_t depth, A* dst, int64_t width) {
   for (int64_t r = 0; r < rows; ++r, src += stride, dst += width) {
     each_vector(depth, [&](int64_t k, int n) { store(load<Vec16<A>>(src + k, n), dst + k, n); });
+  }
+}
+
+// Tiles of R rows, [R * kSlice] each: dst[k * R + i] = src[k * stride + i].
+template <int R, typename A, typename S>
+void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t rows, A* dst) {
+  for (int64_t m = 0; m < rows; m += R, src += R, dst += R * kSlice) {
+    if (m + R <= rows) {
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int i = 0; i < R; ++i) dst[k * R + i] = to_arith(src[k * stride + i]);
+      }
+    } else {
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t i = 0; i < rows - m; ++i) dst[k * R + i] = to_arith(src[k * stride + i]);
+      }
+    }
   }
 }
 
@@ -227,7 +256,8 @@ template <typename A>
 struct Tile {
   const A* a;             // a[i * a_row + k * a_col], i < rows of the tile
   int64_t a_row, a_col;
-  const A* b;             // [depth][vectors * 16]
+  const A* b;             // b[k * b_row + j], j < columns of the tile
+  int64_t b_row;
   int64_t depth;
   const A* init;          // sums so far, or null for 0
   int64_t init_row;
@@ -235,40 +265,61 @@ struct Tile {
   int last;               // columns of the last vector that exist
 };
 
-template <typename A, typename S, int R, int NV>
-void run_tile(const Tile<A>& t, S* out, int64_t out_row) {
+template <typename A, typename S, int R, int NV, bool kWhole>
+GE_INLINE void run_tile_of(const Tile<A>& tile, S* out, int64_t out_row) {
   using V = Vec16<A>;
+  const Tile<A> t = tile;  // a copy: stores to `out` cannot change it
+  const int last = kWhole ? kLanes : t.last;
   V sums[R][NV];
+  if (t.init) {
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
+    for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) {
-      sums[i][j] = !t.init ? V::zero()
-                           : load<V>(t.init + i * t.init_row + j * kLanes, j < NV - 1 ? kLanes : t.last);
+      for (int j = 0; j < NV; ++j) {
+        sums[i][j] = load<V>(t.init + i * t.init_row + j * kLanes, j < NV - 1 ? kLanes : last);
+      }
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; ++j) sums[i][j] = V::zero();
     }
   }
   const A* a = t.a;
   const A* b = t.b;
-  const int64_t a_row = t.a_row, a_col = t.a_col;
-  for (int64_t k = 0; k < t.depth; ++k, a += a_col, b += NV * kLanes) {
+  for (int64_t k = 0; k < t.depth; ++k, a += t.a_col, b += t.b_row) {
     V bs[NV];
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) bs[j] = V::load(b + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const V x = V::set1(a[i * a_row]);
+      const V x = V::set1(a[i * t.a_row]);
 #pragma GCC unroll 3
       for (int j = 0; j < NV; ++j) sums[i][j] = fma(x, bs[j], sums[i][j]);
+    }
+  }
+  if (t.bias) {
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) {
+      const V bias = V::load(t.bias + j * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) sums[i][j] = sums[i][j] + bias;
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) {
-      if (t.bias) sums[i][j] = sums[i][j] + V::load(t.bias + j * kLanes);
-      store(sums[i][j], out + i * out_row + j * kLanes, j < NV - 1 ? kLanes : t.last);
+      store(sums[i][j], out + i * out_row + j * kLanes, j < NV - 1 ? kLanes : last);
     }
   }
+}
+
+template <typename A, typename S, int R, int NV>
+void run_tile(const Tile<A>& t, S* out, int64_t out_row) {
+  if (t.last == kLanes) return run_tile_of<A, S, R, NV, true>(t, out, out_row);
+  run_tile_of<A, S, R, NV, false>(t, out, out_row);
 }
 
 template <typename A, typename S, int NV>
@@ -294,16 +345,6 @@ GE_INLINE void run_tile_of(int vectors, int rows, const Tile<A>& t, S* out, int6
   run_tile_of<A, S, kMax>(rows, t, out, out_row);
 }
 
-// Vectors of the next panel when `columns` are left: a lone vector runs at the speed of its latency,
-// so four are split in two halves and not three and one.
-template <typename A>
-GE_INLINE int panel_vectors(int64_t columns) {
-  constexpr int kMax = TileShape<A>::vectors;
-  const int64_t left = (columns + kLanes - 1) / kLanes;
-  if (kMax == 3 && left == 4) return 2;
-  return static_cast<int>(left < kMax ? left : kMax);
-}
-
 // ---------------------------------------------------------------- the product
 
 template <typename SA, typename SB, typename SC>
@@ -313,11 +354,13 @@ void run_gemm(const Gemm<SA, SB, SC>& g) {
   constexpr int64_t kColumns = TileShape<A>::vectors * kLanes;
   if (g.M <= 0 || g.N <= 0) return;
 
+  const int64_t slice = g.M <= kFewRows ? kShortSlice : kSlice;
   const bool a_by_rows = g.a_col == 1;
   const bool copy_a = !Same<SA, A>::value || (!a_by_rows && g.N > kCopyColumns);
-  const int64_t panels = (g.M + kPanelRows - 1) / kPanelRows;
-  A* a_copy = copy_a ? scratch<A>(kScratchA, panels * kPanelRows * kSlice) : nullptr;
-  A* b_copy = scratch<A>(kScratchB, kColumns * kSlice);
+  A* a_copy = copy_a ? scratch<A>(kScratchA, (g.M + kRows) * kSlice) : nullptr;
+  const bool b_by_rows = g.b_col == 1;
+  const bool copy_b = !Same<SB, A>::value || !b_by_rows || g.N % kLanes != 0 || g.M > kCopyRows;
+  A* b_copy = copy_b ? scratch<A>(kScratchB, kColumns * kSlice) : nullptr;
   A bias[kColumns];
 
   // where the sums rest between slices
@@ -325,34 +368,36 @@ void run_gemm(const Gemm<SA, SB, SC>& g) {
   int64_t carry_row = g.c_row;
   if constexpr (Same<SC, A>::value) {
     carry = g.c;
-  } else if (g.K > kSlice) {
+  } else if (g.K > slice) {
     carry = scratch<A>(kScratchC, g.M * g.N);
     carry_row = g.N;
   }
 
   int64_t k = 0;
   do {  // once for K = 0: the result is then the bias
-    const int64_t depth = g.K - k < kSlice ? g.K - k : kSlice;
+    const int64_t depth = g.K - k < slice ? g.K - k : slice;
     const bool first = k == 0 && !g.accumulate, last = k + depth == g.K;
     if (copy_a && a_by_rows) copy_rows(g.a + k, g.a_row, g.M, depth, a_copy, kSlice);
-    if (copy_a && !a_by_rows) {
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t m = p * kPanelRows, rows = g.M - m < kPanelRows ? g.M - m : kPanelRows;
-        copy_across(g.a + m + k * g.a_col, g.a_col, depth, rows, a_copy + m * kSlice, kPanelRows);
-      }
-    }
+    if (copy_a && !a_by_rows) copy_tiles<kRows>(g.a + k * g.a_col, g.a_col, depth, g.M, a_copy);
     int vectors = 0;
     for (int64_t n = 0; n < g.N; n += vectors * kLanes) {
       vectors = panel_vectors<A>(g.N - n);
       const int64_t width = vectors * kLanes;
       const int64_t columns = g.N - n < width ? g.N - n : width;
-      if (g.b_col == 1) {
-        copy_across(g.b + k * g.b_row + n, g.b_row, depth, columns, b_copy, width);
-      } else {
-        copy_transposed(g.b + n * g.b_col + k, g.b_col, depth, columns, b_copy, width);
-      }
       Tile<A> tile{};
-      tile.b = b_copy;
+      const SB* b = g.b + k * g.b_row + n * g.b_col;
+      if (copy_b) {
+        if (b_by_rows) {
+          copy_across(b, g.b_row, depth, columns, b_copy, width);
+        } else {
+          copy_transposed(b, g.b_col, depth, columns, b_copy, width);
+        }
+        tile.b = b_copy;
+        tile.b_row = width;
+      } else if constexpr (Same<SB, A>::value) {
+        tile.b = b;
+        tile.b_row = g.b_row;
+      }
       tile.depth = depth;
       tile.init_row = carry_row;
       tile.last = static_cast<int>(columns - (vectors - 1) * kLanes);
@@ -363,10 +408,9 @@ void run_gemm(const Gemm<SA, SB, SC>& g) {
       for (int64_t m = 0; m < g.M; m += kRows) {
         const int rows = static_cast<int>(g.M - m < kRows ? g.M - m : kRows);
         if (copy_a) {
-          tile.a = a_by_rows ? a_copy + m * kSlice
-                             : a_copy + m / kPanelRows * kPanelRows * kSlice + m % kPanelRows;
+          tile.a = a_copy + m * kSlice;
           tile.a_row = a_by_rows ? kSlice : 1;
-          tile.a_col = a_by_rows ? 1 : kPanelRows;
+          tile.a_col = a_by_rows ? 1 : kRows;
         } else if constexpr (Same<SA, A>::value) {
           tile.a = g.a + m * g.a_row + k * g.a_col;
           tile.a_row = g.a_row;
