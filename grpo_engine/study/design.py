@@ -72,6 +72,7 @@ class EstimateConfig(Config):
     answer_tokens: Annotated[float, Field(gt=0)] = 5.0  # an answer
     flops_per_s: Annotated[float, Field(gt=0)] = 30e9  # a process, on large matrices
     us_per_token: Annotated[float, Field(ge=0)] = 10.0  # a trained token, besides: what does not shrink with N
+    start_s: Annotated[float, Field(ge=0)] = 4.0  # until a process does its first step
     eval_sets: Annotated[int, Field(ge=1)] = 4
 
 
@@ -392,7 +393,8 @@ def _run_cost(config: RunConfig, params: int, estimate: EstimateConfig) -> Cost:
         flops += 2.0 * params * (prompts + answers * estimate.answer_tokens)
     tokens_evaluated = _eval_answers(config, estimate) * (estimate.prompt_tokens + estimate.answer_tokens)
     flops += 2.0 * params * tokens_evaluated
-    seconds = flops / estimate.flops_per_s + estimate.us_per_token * 1e-6 * (tokens + tokens_evaluated / 3)
+    passed = tokens + tokens_evaluated / 3  # an evaluation has no backward pass
+    seconds = estimate.start_s + flops / estimate.flops_per_s + estimate.us_per_token * 1e-6 * passed
     return Cost(trained_tokens=tokens, flops=flops, seconds=seconds)
 
 
@@ -410,7 +412,8 @@ def _model_cost(need: ModelNeed, study: StudyConfig) -> Cost:
     params = num_params(ModelSource(size=need.size, kind=need.kind))
     tokens = float(training_tokens(need.size, need.kind))
     flops = 6.0 * params * tokens
-    seconds = flops / study.estimate.flops_per_s + study.estimate.us_per_token * 1e-6 * tokens
+    estimate = study.estimate
+    seconds = estimate.start_s + flops / estimate.flops_per_s + estimate.us_per_token * 1e-6 * tokens
     return Cost(trained_tokens=tokens, flops=flops, seconds=seconds)
 
 
