@@ -9,7 +9,7 @@ from grpo_engine.rewards.extract import after_thinking, last_boxed
 
 LETTERS = "ABCDEFGHIJ"
 _MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm|bf)\b|[\s{}$*\\]")
-_LABEL = re.compile(r"\(?([A-J])(?:$|[).:])")
+_LABEL = re.compile(r"\(?\s*([A-J])\s*(?:$|[).:])")
 _LETTER = re.compile(r"(?<![A-Za-z])[A-J](?![A-Za-z])")
 
 
@@ -26,7 +26,7 @@ def chosen_letter(response: str) -> str | None:
     content = last_boxed(after_thinking(response))
     if content is None:
         return None
-    bare = _MARKUP.sub("", content)
+    bare = _MARKUP.sub(" ", content).strip()
     label = _LABEL.match(bare)
     if label:
         return label.group(1)

@@ -87,7 +87,7 @@ def functional_tests(answer: str) -> str:
     except (ValueError, KeyError, TypeError):
         tests = None
     if not isinstance(tests, str) or not tests.strip():
-        raise ValueError(f"code: the problem's answer must be JSON with the tests under 'functional', got {answer[:80]!r}")
+        raise ValueError(f"code: the answer must be JSON with the tests under 'functional', got {answer[:80]!r}")
     return tests
 
 

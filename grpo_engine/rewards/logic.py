@@ -66,7 +66,7 @@ def _true_grid(answer: str) -> tuple[list[str], list[list[str]]]:
             return header, rows
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"logic: the problem's answer must be JSON with header and rows of its length, got {answer[:80]!r}")
+    raise ValueError(f"logic: the answer must be JSON with a header and rows of its length, got {answer[:80]!r}")
 
 
 def _read_grid(response: str) -> dict | None:

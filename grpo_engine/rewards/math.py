@@ -54,14 +54,13 @@ def score(response: str, problem: Question) -> float:
         raise ValueError("math.score: the problem's answer is empty")
     text = after_thinking(response)
     found = last_boxed(text)
-    if found is None:
-        hashes = _HASHES.findall(text)
-        found = hashes[-1] if hashes else None
-    if found is None:
-        return float(_equal_somewhere(gold, text[-MAX_TAIL_CHARS:]))
-    if len(found) > MAX_ANSWER_CHARS:
-        return 0.0
-    return float(_equal(gold, found.strip()))
+    if found is not None:
+        return float(_equal(gold, _unescaped(found.strip()))) if len(found) <= MAX_ANSWER_CHARS else 0.0
+    hashes = _HASHES.findall(text)
+    if hashes:
+        line = hashes[-1].strip()[:MAX_ANSWER_CHARS]
+        return float(_equal(gold, line) or _equal_somewhere(gold, line))  # "#### 18 dollars" holds the number 18
+    return float(_equal_somewhere(gold, text[-MAX_TAIL_CHARS:]))
 
 
 def warm_up() -> None:
@@ -82,12 +81,17 @@ def gold_text(answer: str) -> str:
         are single. "" for an empty answer.
     """
     answer = answer.rpartition("####")[2].strip()
-    runs = re.findall(r"\\+", answer)
-    # A row break ("\\ ") looks the same as a doubled backslash, but then some other run ("\frac") is odd.
-    if re.search(r"\\\\[A-Za-z]", answer) and all(len(run) % 2 == 0 for run in runs):
-        answer = answer.replace("\\\\", "\\")
+    answer = _unescaped(answer)
     boxed = last_boxed(answer)
     return (answer if boxed is None else boxed).strip()
+
+
+def _unescaped(latex: str) -> str:
+    runs = re.findall(r"\\+", latex)
+    # A row break ("\\ ") looks the same as a doubled backslash, but then some other run ("\frac") is odd.
+    if re.search(r"\\\\[A-Za-z]", latex) and all(len(run) % 2 == 0 for run in runs):
+        return latex.replace("\\\\", "\\")
+    return latex
 
 
 # One problem's answers come in groups and are often the same: a cache of verdicts saves most of the parsing.

@@ -11,6 +11,8 @@ import collections
 import concurrent.futures
 import logging
 import math
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +64,7 @@ class RewardPool:
         self.workers = workers
         self.timeout_s = timeout_s
         self._lanes: list[_Lane] = []
+        self._scratch: tempfile.TemporaryDirectory | None = None
         self._targets: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._closed = False
@@ -128,12 +131,16 @@ class RewardPool:
                 _log.warning("programs run without protection of %s: this kernel refuses it", ", ".join(missing))
         self._targets = wanted
         if not self._lanes:
-            self._lanes = [_Lane(self.timeout_s, wanted) for _ in range(self.workers)]
+            self._scratch = tempfile.TemporaryDirectory(prefix="grpo_engine-pool-", ignore_cleanup_errors=True)
+            os.chmod(self._scratch.name, 0o711)  # a sandbox that gives up its user must still reach its own folder
+            self._lanes = [_Lane(self.timeout_s, wanted, self._scratch.name) for _ in range(self.workers)]
 
     def _stop_lanes(self) -> None:
         lanes, self._lanes = self._lanes, []
         for lane in lanes:
             lane.stop()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def _drive(self, scoring: _Scoring) -> None:
         idle = list(self._lanes)
@@ -215,8 +222,8 @@ class _Scoring:
 class _Lane:
     """One worker process with at most one answer in it, replaced whenever it is lost."""
 
-    def __init__(self, timeout_s: float, targets: tuple[str, ...]) -> None:
-        self._timeout_s, self._targets = timeout_s, targets
+    def __init__(self, timeout_s: float, targets: tuple[str, ...], scratch: str) -> None:
+        self._timeout_s, self._targets, self._scratch = timeout_s, targets, scratch
         self._restarts = 0
         self._pool = self._start()
         self.deadline = math.inf
@@ -256,7 +263,10 @@ class _Lane:
 
     def _start(self) -> pebble.ProcessPool:
         return pebble.ProcessPool(
-            max_workers=1, initializer=prepare, initargs=(self._targets, MEMORY_BYTES), context=WorkerContext()
+            max_workers=1,
+            initializer=prepare,
+            initargs=(self._targets, MEMORY_BYTES, self._scratch),
+            context=WorkerContext(),
         )
 
     def _restart(self) -> None:

@@ -7,6 +7,7 @@ import math
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,14 +31,16 @@ class Outcome(NamedTuple):
 _load = functools.cache(import_scorer)
 
 
-def prepare(targets: tuple[str, ...], memory_bytes: int) -> None:
+def prepare(targets: tuple[str, ...], memory_bytes: int, scratch: str) -> None:
     """Called once when a worker starts.
 
     Args:
         targets: scorers to import now, and to warm up by their module's `warm_up()` if it has one, so that no
             answer's time pays for it.
         memory_bytes: of address space; a scorer that wants more gets a MemoryError.
+        scratch: folder for temporary files; whoever owns it removes it, since a killed worker removes nothing.
     """
+    tempfile.tempdir = scratch
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

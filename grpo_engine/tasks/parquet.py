@@ -1,0 +1,285 @@
+"""Problems from parquet files in verl's format.
+
+One row a problem: data_source (text), prompt (chat messages, {role, content}), reward_model.ground_truth, and
+extra_info with whatever the source says besides. data_source decides the family and the scorer:
+
+    math__*, aime*, openai/gsm8k    math    math
+    codegen__humaneval*             code    code
+    logic__zebra_puzzle*            logic   logic
+    stem__supergpqa*                stem    choice
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_engine.rewards.choice import LETTERS
+from grpo_engine.rewards.code import functional_tests
+from grpo_engine.types import EvalSet, Problem, Task
+
+COLUMNS = ("data_source", "prompt", "reward_model")
+PASS_RATE_SUFFIX = "_pass_rate"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """How the problems of a source are called and scored."""
+
+    domain: str
+    reward: str
+
+
+FAMILIES: dict[str, Family] = {  # by the start of data_source
+    "math__": Family(domain="math", reward="math"),
+    "aime": Family(domain="math", reward="math"),
+    "openai/gsm8k": Family(domain="math", reward="math"),
+    "codegen__humaneval": Family(domain="code", reward="code"),
+    "logic__zebra_puzzle": Family(domain="logic", reward="logic"),
+    "stem__supergpqa": Family(domain="stem", reward="choice"),
+}
+
+
+def read_problems(path: str | Path, *, limit: int | None = None) -> list[Problem]:
+    """The problems of a file, in its order.
+
+    Of one user message the prompt is its content; a system message before it is put in front, with an empty line
+    between. A content that is itself a list of messages written as text (as in the HumanEval file) is read as that
+    list. The uid is data_source and a hash of prompt and answer: the same problem has the same uid in every file. A
+    row that repeats an earlier one is left out, with a warning.
+
+    info holds data_source, every plain value of extra_info, and pass_rate: the first column of extra_info that ends
+    in "_pass_rate", a share in [0, 1], or None where it is null or NaN.
+
+    Args:
+        path: a parquet file.
+        limit: at most this many problems, spaced evenly over the file: of a file that is sorted by difficulty they
+            have the whole's mix, in the same order. None: all.
+
+    Returns:
+        At least one problem.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a parquet file, a missing column, no rows, a bad value or an unknown data_source: file, row and
+            column are named; or limit < 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"read_problems: limit must be at least 1 or None, got {limit}")
+    return _spaced(_read(Path(path)), limit)
+
+
+def parquet_task(
+    *,
+    train: str | Path,
+    evals: Mapping[str, str | Path],
+    train_problems: int | None = None,
+    eval_problems: int | None = None,
+    name: str = "parquet",
+) -> Task:
+    """A task from one file to train on and any number of files to be tested on.
+
+    A training problem whose prompt is in one of the evaluation files (white space and case aside) is left out, with a
+    warning that counts them. An evaluation set is in domain when all of its families are trained on: for a mathematical
+    training file GSM8K is, HumanEval is not.
+
+    Args:
+        train: file to train on.
+        evals: name of an evaluation set to its file; may be empty.
+        train_problems: at most this many training problems, spaced evenly over the file; None: all.
+        eval_problems: the same for each evaluation set.
+        name: of the task.
+
+    Returns:
+        The `Task`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as `read_problems`, or no training problem is left.
+    """
+    for argument, value in (("train_problems", train_problems), ("eval_problems", eval_problems)):
+        if value is not None and value < 1:
+            raise ValueError(f"parquet_task: {argument} must be at least 1 or None, got {value}")
+    test = {set_name: _read(Path(path)) for set_name, path in evals.items()}
+    held_out = {_same_text(p.prompt) for problems in test.values() for p in problems}
+    everything = _read(Path(train))
+    training = [p for p in everything if _same_text(p.prompt) not in held_out]
+    if len(training) < len(everything):
+        _log.warning(
+            "%s: %d of %d training problems are also in an evaluation file and are left out",
+            train, len(everything) - len(training), len(everything),
+        )  # fmt: skip
+    if not training:
+        raise ValueError(f"{train}: every training problem is also in an evaluation file")
+    trained = {p.domain for p in training}
+    return Task(
+        name=name,
+        train=_spaced(training, train_problems),
+        evals={
+            set_name: EvalSet(
+                name=set_name,
+                in_domain={p.domain for p in problems} <= trained,
+                problems=_spaced(problems, eval_problems),
+            )
+            for set_name, problems in test.items()
+        },
+    )
+
+
+def family_of(data_source: str) -> Family:
+    """The family that a data_source belongs to.
+
+    Args:
+        data_source: as in the file.
+
+    Returns:
+        Domain and scorer.
+
+    Raises:
+        ValueError: none of `FAMILIES` begins it.
+    """
+    for start, family in FAMILIES.items():
+        if data_source.startswith(start):
+            return family
+    raise ValueError(f"unknown data_source {data_source!r}: known ones begin with {', '.join(FAMILIES)}")
+
+
+def _read(path: Path) -> list[Problem]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no problem file {path}")
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f"{path}: not a readable parquet file: {e}") from e
+    for column in COLUMNS:
+        if column not in table.column_names:
+            raise ValueError(f"{path}: column {column!r} is missing; there are {', '.join(table.column_names)}")
+    if table.num_rows == 0:
+        raise ValueError(f"{path}: the file holds no rows")
+    wanted = [c for c in (*COLUMNS, "extra_info") if c in table.column_names]
+    found: dict[str, Problem] = {}
+    for number, row in enumerate(table.select(wanted).to_pylist()):
+        try:
+            problem = _problem(row)
+        except ValueError as e:
+            raise ValueError(f"{path}: row {number}: {e}") from e
+        found.setdefault(problem.uid, problem)
+    if len(found) < table.num_rows:
+        _log.warning("%s: %d of %d rows repeat an earlier one and are left out",
+                     path, table.num_rows - len(found), table.num_rows)  # fmt: skip
+    return list(found.values())
+
+
+def _problem(row: Mapping[str, object]) -> Problem:
+    source = row["data_source"]
+    if not isinstance(source, str):
+        raise ValueError(f"data_source must be text, got {_shown(source)}")
+    family = family_of(source)
+    prompt = _prompt(row["prompt"])
+    answer = _answer(row["reward_model"], family)
+    digest = hashlib.sha256(f"{prompt}\0{answer}".encode()).hexdigest()[:16]
+    return Problem(
+        uid=f"{source}/{digest}",
+        prompt=prompt,
+        answer=answer,
+        domain=family.domain,
+        reward=family.reward,
+        info={"data_source": source, **_info(row.get("extra_info"))},
+    )
+
+
+def _prompt(messages: object) -> str:
+    if isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict):
+        content = messages[0].get("content")
+        if isinstance(content, str) and content.startswith("[{"):
+            try:
+                inner = ast.literal_eval(content)
+            except (ValueError, SyntaxError):
+                inner = None  # a question that merely begins like a list
+            if isinstance(inner, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in inner):
+                messages = inner
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise ValueError(f"prompt must be a list of messages with role and content, got {_shown(messages)}")
+    roles = [m["role"] for m in messages]
+    if roles not in (["user"], ["system", "user"]):
+        raise ValueError(f"prompt must be one user message, with or without a system message before it, got {roles}")
+    if not messages[-1]["content"].strip():
+        raise ValueError("prompt: the user's message is empty")
+    return "\n\n".join(m["content"] for m in messages if m["content"])
+
+
+def _answer(reward_model: object, family: Family) -> str:
+    if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
+        raise ValueError(f"reward_model must hold a ground_truth, got {_shown(reward_model)}")
+    truth = reward_model["ground_truth"]
+    if family.reward == "logic":
+        return _grid(truth)
+    if not isinstance(truth, str):
+        raise ValueError(f"reward_model.ground_truth must be text for {family.domain} problems, got {_shown(truth)}")
+    if not truth.strip():
+        raise ValueError("reward_model.ground_truth is empty")
+    if family.reward == "choice" and not (len(truth.strip()) == 1 and truth.strip() in LETTERS):
+        raise ValueError(f"reward_model.ground_truth must be a letter A to J, got {_shown(truth)}")
+    if family.reward == "code":
+        functional_tests(truth)
+    return truth
+
+
+def _grid(truth: object) -> str:
+    header = truth.get("header") if isinstance(truth, dict) else None
+    rows = truth.get("rows") if isinstance(truth, dict) else None
+    if not header or not rows or not all(row and len(row) == len(header) for row in rows):
+        raise ValueError(f"reward_model.ground_truth must hold a header and rows of its length, got {_shown(truth)}")
+    return json.dumps({"header": header, "rows": rows})
+
+
+def _info(extra: object) -> dict[str, object]:
+    if extra is None:
+        return {}
+    if not isinstance(extra, dict):
+        raise ValueError(f"extra_info must hold named values, got {_shown(extra)}")
+    info: dict[str, object] = {}
+    for key, value in extra.items():
+        if key.endswith(PASS_RATE_SUFFIX) or key == "pass_rate":
+            value = _pass_rate(key, value)
+            info.setdefault("pass_rate", value)
+        if value is None or isinstance(value, (str, int, float, bool)):
+            info[key] = value
+    return info
+
+
+def _pass_rate(key: str, value: object) -> float | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"extra_info.{key} must be a share in [0, 1], got {_shown(value)}")
+    return float(value)
+
+
+def _spaced(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
+    count = len(problems)
+    if limit is None or limit >= count:
+        return list(problems)
+    return [problems[i * count // limit] for i in range(limit)]
+
+
+def _same_text(prompt: str) -> str:
+    return " ".join(prompt.split()).lower()
+
+
+def _shown(value: object) -> str:
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 100 else text[:97] + "..."
