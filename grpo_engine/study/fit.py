@@ -19,7 +19,9 @@ Intervals are 95 % percentile intervals of a bootstrap. Two things are drawn ane
   * runs, wherever a size has at least two: the deviations of whole runs from their mean, times sqrt(n / (n - 1)). The
     blocks are then scaled down to the part of the residuals that the spread of runs does not explain already.
 They do not cover which problems were evaluated (all runs answer the same ones) nor which sizes were chosen; for the
-latter `JointFit.without_one` shows how far the law moves when one size is left out.
+latter `JointFit.without_one` shows how far the law moves when one size is left out. In simulations of five sizes the 95 %
+intervals of K_max and N0 held the truth in 91 to 96 % of cases, with white noise or with two or three runs that drift
+apart; with one run whose noise had an autocorrelation of .8 over 60 points, in 75 %: such intervals are too narrow.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.special import ndtri, stdtrit
 
 from .. import records
 from .laws import SLOPES, CurveLaw, ExponentialSaturation, JointLaw, LogLinear, ScaleRLSigmoid, Slope
@@ -648,17 +651,24 @@ def _points(curves: Sequence[Curve], objective: str) -> _Points:
 
 
 def _project(p: _Points, k: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals for slopes [M], the levels being the best: (residual [n], d residual / d k [n], log level [M])."""
+    """Residuals for given slopes, the levels being the best, of one data set or of several.
+
+    k: [..., M]; y: [..., n]. Returns (residual [..., n], d residual / d k of its curve [..., n], log level [..., M]).
+    """
+
+    def total(v: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(v, p.start, axis=-1)
+
     if p.log:
-        level = np.add.reduceat(y, p.start) / p.count  # u has mean 0, so the slope does not enter
-        return level[p.curve] - k[p.curve] * p.u - y, -p.u, level
-    z = np.exp(-k[p.curve] * p.u)
-    zz = np.add.reduceat(z * z, p.start)
-    zy = np.add.reduceat(z * y, p.start)
-    level = zy / zz
-    d_level = (-np.add.reduceat(p.u * z * y, p.start) + 2.0 * level * np.add.reduceat(p.u * z * z, p.start)) / zz
-    fitted = level[p.curve] * z
-    slope = (d_level[p.curve] - level[p.curve] * p.u) * z
+        level = total(y) / p.count  # u has mean 0, so the slope does not enter
+        residual = level[..., p.curve] - k[..., p.curve] * p.u - y
+        return residual, np.broadcast_to(-p.u, residual.shape), level
+    z = np.exp(-k[..., p.curve] * p.u)
+    zz = total(z * z)
+    level = total(z * y) / zz
+    d_level = (-total(p.u * z * y) + 2.0 * level * total(p.u * z * z)) / zz
+    fitted = level[..., p.curve] * z
+    slope = (d_level[..., p.curve] - level[..., p.curve] * p.u) * z
     return fitted - y, slope, np.log(np.maximum(level, 1e-300))
 
 
@@ -738,10 +748,8 @@ def _solve(
         return p.weight * _project(p, k_of(theta), y)[0]
 
     def jacobian(theta: np.ndarray) -> np.ndarray:
-        d = (p.weight * _project(p, k_of(theta), y)[1])[:, None]
-        h = 1e-6 * np.maximum(np.abs(theta), 1e-2)
-        dk = [(k_of(theta + e) - k_of(theta - e)) / (2 * e[i]) for i, e in enumerate(np.diag(h))]
-        return d * np.stack(dk, axis=1)[p.curve]
+        d = p.weight * _project(p, k_of(theta), y)[1]
+        return d[:, None] * _jacobian(form, theta[None], fixed, p.n)[0, p.curve]
 
     best, best_cost = None, math.inf
     inside = 1e-9 * (high - low)  # the solver wants to start strictly inside
@@ -756,6 +764,67 @@ def _solve(
     return best
 
 
+def _slopes(form: type[Slope], theta: np.ndarray, fixed: dict[str, float], n: np.ndarray) -> np.ndarray:
+    """k [B, S] at n [S] for many parameter vectors [B, q]."""
+    columns = {
+        name: np.exp(theta[:, i : i + 1]) if name in form.LOG else theta[:, i : i + 1]
+        for i, name in enumerate(form.PARAMETERS)
+    }
+    return form(**columns, **fixed).k(n)
+
+
+def _jacobian(form: type[Slope], theta: np.ndarray, fixed: dict[str, float], n: np.ndarray) -> np.ndarray:
+    """d k / d theta [B, S, q], by central differences: k(N) is smooth, and its slope law need not know of the fit."""
+    out = []
+    for i in range(theta.shape[1]):
+        h = np.zeros_like(theta)
+        h[:, i] = 1e-6 * np.maximum(np.abs(theta[:, i]), 1e-2)
+        gap = _slopes(form, theta + h, fixed, n) - _slopes(form, theta - h, fixed, n)
+        out.append(gap / (2 * h[:, i : i + 1]))
+    return np.stack(out, axis=-1)
+
+
+def _solve_many(
+    p: _Points, form: type[Slope], y: np.ndarray, start: np.ndarray, fixed: dict[str, float]
+) -> np.ndarray:
+    """`_solve` for many data sets y [B, n] at once, all from one start: Levenberg-Marquardt with projected bounds.
+
+    Returns theta [B, q]. A bootstrap asks for hundreds of fits that differ little from the one they start at; one
+    after another they would take most of the time of a report.
+    """
+    low, high = _theta_bounds(form, p.n)
+    theta = np.repeat(np.clip(start, low, high)[None], len(y), axis=0)
+    damping = np.full(len(y), 1e-3)
+
+    def cost_of(t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        r, d, _ = _project(p, _slopes(form, t, fixed, p.n), y)
+        return np.sum((p.weight * r) ** 2, axis=1), p.weight * r, p.weight * d
+
+    cost, r, d = cost_of(theta)
+    for _ in range(60):
+        jac = d[:, :, None] * _jacobian(form, theta, fixed, p.n)[:, p.curve, :]
+        gradient = np.einsum("bnq,bn->bq", jac, r)
+        normal = np.einsum("bnq,bns->bqs", jac, jac)
+        # a parameter that sits at a bound and is pushed outwards stays there, and the others move without it
+        stuck = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
+        free = ~stuck[:, :, None] & ~stuck[:, None, :]
+        diagonal = np.einsum("bqq->bq", normal)
+        scale = np.where(diagonal > 0, diagonal, 1.0)
+        matrix = np.where(free, normal, 0.0) + np.eye(len(low)) * (damping[:, None] * scale + stuck * scale)[:, None, :]
+        step = np.linalg.solve(matrix, np.where(stuck, 0.0, -gradient)[:, :, None])[:, :, 0]
+        there = np.clip(theta + step, low, high)
+        new_cost, new_r, new_d = cost_of(there)
+        better = new_cost <= cost
+        moved = np.max(np.abs(there - theta) / (1e-3 + np.abs(theta)), axis=1)
+        theta = np.where(better[:, None], there, theta)
+        r, d = np.where(better[:, None], new_r, r), np.where(better[:, None], new_d, d)
+        cost = np.where(better, new_cost, cost)
+        damping = np.clip(np.where(better, damping / 5, damping * 8), 1e-12, 1e12)
+        if np.all((moved < 1e-9) | (damping >= 1e12)):
+            break
+    return theta
+
+
 def _fit_slope(p: _Points, form: type[Slope], own: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     """Parameters of k(N) and constants of the form, from the three most promising of the form's starts."""
     fixed = form.fixed(p.n)
@@ -764,9 +833,9 @@ def _fit_slope(p: _Points, form: type[Slope], own: np.ndarray) -> tuple[np.ndarr
     return _solve(p, form, p.y, starts[:3], fixed), fixed
 
 
-def _at_bound(value: float, low: float, high: float) -> str:
-    """Whether a value lies within a thousandth of its range of a bound."""
-    near = 1e-3 * (high - low)
+def _at_bound(value: float, low: float, high: float, *, log: bool) -> str:
+    """Whether a search ended at a bound: within a millionth of its range, or a thousandth where that is in logs."""
+    near = (1e-3 if log else 1e-6) * (high - low)
     return "low" if value - low < near else ("high" if high - value < near else "")
 
 
@@ -803,13 +872,21 @@ def _block_length(residual: np.ndarray) -> int:
 def _resample(
     p: _Points, curves: Sequence[Curve], fitted: np.ndarray, *, spent: float, n_boot: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """[n_boot, n] data sets around fitted values; `spent` is the number of parameters a curve costs."""
-    out = np.repeat(fitted[None], n_boot, axis=0)
+    """[n_boot, n] data sets around fitted values; `spent` is the number of parameters a curve costs.
+
+    A curve of n points in blocks of b has n / b independent pieces, of which the fit has used up `spent`. The scatter
+    of few pieces, or of few runs, is itself uncertain, so all deviations are widened as Student's t is wider than the
+    normal distribution, at the degrees of freedom of all curves together (Welch-Satterthwaite within a curve).
+    """
+    out = np.zeros((n_boot, len(fitted)))
+    freedom = 0.0
     for m, c in enumerate(curves):
         part = slice(p.start[m], p.start[m] + p.count[m])
         n = int(p.count[m])
         residual = p.y[part] - fitted[part]
-        residual = (residual - residual.mean()) * math.sqrt(n / max(n - spent, 1.0))
+        length = _block_length(residual)
+        pieces = max(n / length - spent, 1.0)
+        residual = (residual - residual.mean()) * math.sqrt(n / length / pieces)
         explained = 0.0
         if len(c.by_run) > 1:
             deviation = c.by_run - c.loss
@@ -826,12 +903,15 @@ def _resample(
             out[:, part] += shift * math.sqrt(r / (r - 1))
         total = float(np.mean(residual**2))
         share = math.sqrt(max(0.0, 1.0 - explained / total)) if total > 0 else 0.0
-        length = _block_length(residual)
+        rest = share * share * total
+        if explained + rest > 0:
+            freedom += (explained + rest) ** 2 / (explained**2 / max(len(c.by_run) - 1, 1) + rest**2 / pieces)
         first = rng.integers(0, n - length + 1, size=(n_boot, -(-n // length)))
         index = (first[:, :, None] + np.arange(length)).reshape(n_boot, -1)[:, :n]
         drawn = residual[index]
         out[:, part] += share * (drawn - drawn.mean(axis=1, keepdims=True))
-    return out
+    wider = float(stdtrit(freedom, 0.975) / ndtri(0.975)) if freedom > 0 else 1.0
+    return fitted + wider * out
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> tuple[Any, Any]:
@@ -860,10 +940,8 @@ def draws_of(fit: JointFit, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     form, names = SLOPES[fit.form], list(fit.parameters)
     draws = np.asarray(fit.draws)
-    k = np.stack(
-        [form(**dict(zip(names, map(float, d[: len(names)]), strict=True)), **fit.fixed).k(n) for d in draws]
-    )
-    return k, draws[:, len(names) :]
+    columns = {q: draws[:, i : i + 1] for i, q in enumerate(names)}
+    return form(**columns, **fit.fixed).k(n), draws[:, len(names) :]
 
 
 def _estimate(value: float, draws: np.ndarray, at_bound: str = "") -> Estimate:
@@ -876,7 +954,8 @@ def _estimate(value: float, draws: np.ndarray, at_bound: str = "") -> Estimate:
 
 def _r2(y: np.ndarray, fitted: np.ndarray) -> float | None:
     total = float(np.sum((y - y.mean()) ** 2))
-    return 1.0 - float(np.sum((y - fitted) ** 2)) / total if total > 0 else None
+    rounding = len(y) * (1e-14 * float(np.max(np.abs(y)))) ** 2
+    return 1.0 - float(np.sum((y - fitted) ** 2)) / total if total > rounding else None
 
 
 def _verdict(why: list[str], cautions: Sequence[str] = ()) -> Verdict:
@@ -896,19 +975,19 @@ def _fit_sizes(curves: Sequence[Curve], objective: str, n_boot: int, seed: int) 
     residual, _, level = _project(p, k, p.y)
     y = _resample(p, curves, p.y + residual, spent=2, n_boot=n_boot, rng=np.random.default_rng([seed, 1]))
     k_draws = _own_slopes(p, y)
-    level_draws = np.stack([_project(p, kd, yd)[2] for kd, yd in zip(k_draws, y, strict=True)])
+    level_draws = _project(p, k_draws, y)[2]
     out = []
     for m, c in enumerate(curves):
         e = level[m] + k[m] * p.center[m]
         law = LogLinear(k=float(k[m]), E=float(e))
         fitted = law.loss(c.x)
         noise = math.sqrt(float(np.sum((c.loss - fitted) ** 2)) / (len(c.x) - 2))
-        k_est = _estimate(k[m], k_draws[:, m], _at_bound(k[m], -2.0, 2.0))
+        k_est = _estimate(k[m], k_draws[:, m], _at_bound(k[m], -2.0, 2.0, log=False))
         change = abs(float(fitted[0] - fitted[-1]))
         why = []
         if k_est.at_bound:
             why.append("its slope ended at a bound of the search")
-        if k[m] <= 0:
+        if k[m] < 1e-9:  # a slope below that is rounding: over any range of X it changes no digit that is printed
             why.append(f"its loss does not fall (k = {k[m]:.4f})")
         elif k_est.low is not None and k_est.low <= 0:
             why.append(f"its slope cannot be told from 0 ({k_est.low:.4f} to {k_est.high:.4f})")
@@ -1028,21 +1107,17 @@ def fit_joint(
     e = level + k * p.center
     spent = 1 + len(theta) / len(curves)
     y = _resample(p, curves, p.y + residual, spent=spent, n_boot=n_boot, rng=np.random.default_rng([seed, 2]))
-    drawn = []
-    for one in y:
-        slope_one = _slope(cls, _solve(p, cls, one, [theta], fixed), fixed)
-        k_one = slope_one.k(p.n)
-        level_one = _project(p, k_one, one)[2]
-        drawn.append([*(getattr(slope_one, q) for q in cls.PARAMETERS), *(level_one + k_one * p.center)])
+    thetas = _solve_many(p, cls, y, theta, fixed)
+    k_draws = _slopes(cls, thetas, fixed, p.n)
+    level_draws = _project(p, k_draws, y)[2] + k_draws * p.center
+    values = [np.exp(t) if q in cls.LOG else t for q, t in zip(cls.PARAMETERS, thetas.T, strict=True)]
+    drawn = np.concatenate([np.stack(values, axis=1), level_draws], axis=1)
     draws = np.array([[float(f"{v:.9g}") for v in row] for row in drawn])  # so that fits.json stays small
     low, high = _theta_bounds(cls, p.n)
     parameters = {
-        q: _estimate(getattr(slope, q), draws[:, i], _at_bound(theta[i], low[i], high[i]))
+        q: _estimate(getattr(slope, q), draws[:, i], _at_bound(theta[i], low[i], high[i], log=q in cls.LOG))
         for i, q in enumerate(cls.PARAMETERS)
     }
-    k_draws = np.stack(
-        [cls(**dict(zip(cls.PARAMETERS, map(float, d), strict=False)), **fixed).k(p.n) for d in draws[:, : len(theta)]]
-    )
     law = JointLaw(slope=slope, n=tuple(map(float, p.n)), E=tuple(map(float, e)))
     levels, fitted_all, loss_all = [], [], []
     for m, c in enumerate(curves):
@@ -1283,7 +1358,7 @@ def fit_shape(curve: Curve, shape: type[ScaleRLSigmoid] | type[ExponentialSatura
         value, b = getattr(law, name), bounds[name]
         scale = math.log if name in ("X_mid", "X_scale", "B") else float
         fixed = name == "R0" and curve.loss_before is not None
-        at = "" if fixed else _at_bound(scale(value), scale(b.low), scale(b.high))
+        at = "" if fixed else _at_bound(scale(value), scale(b.low), scale(b.high), log=scale is math.log)
         parameters[name] = Estimate(
             value=value, low=1 - worst if name == "A" and worst is not None else None,
             high=1 - best if name == "A" and best is not None else None, at_bound=at,

@@ -51,7 +51,8 @@ def e_log10(e: float) -> float:
 class SaturatingSlope:
     """k(N) = K_max N / (N + N0): proportional to N far below N0, K_max far above it.
 
-    Tan et al. 2025, equation 2. At N = N0 half of K_max is reached.
+    Tan et al. 2025, equation 2. At N = N0 half of K_max is reached. Parameters of slope laws may be [B, 1] arrays, one
+    row a bootstrap draw; k is then [B, M].
     """
 
     K_max: float  # slope of an infinitely large model; no unit
@@ -86,7 +87,10 @@ class SaturatingSlope:
         """
         return {
             "K_max": Bound(
-                low=0.0, high=2.0, why="below 0 the loss rises; at 2 it falls fourfold when X doubles: no RL run did"
+                low=0.0,
+                high=2.0 * 101.0,
+                why="below 0 the loss rises; above, even at the largest N0 the largest measured model has a slope over "
+                "2, so that its loss falls more than fourfold when X doubles: no RL run did",
             ),
             "N0": Bound(
                 low=float(np.min(n)) / 100,
@@ -111,7 +115,7 @@ class SaturatingSlope:
         out = []
         for n0 in np.geomspace(b["N0"].low, b["N0"].high, 11)[1:-1]:
             shape = n / (n + n0)
-            k_max = float(np.clip(shape @ k / (shape @ shape), 1e-4, 1.9))
+            k_max = float(np.clip(shape @ k / (shape @ shape), 1e-4, 0.99 * b["K_max"].high))
             out.append(cls(K_max=k_max, N0=float(n0)))
         return out
 
