@@ -20,7 +20,7 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,8 @@ from .figures import (
     size_colors,
     tick_text,
 )
-from .fit import Estimate, Fits, draws_of, fit_table, interval, write_fits
+from .fit import AxisFit, Estimate, Fits, draws_of, fit_table, interval, write_fits
+from .recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 TABLE_FILE = "runs.parquet"
 FITS_FILE = "fits.json"
 REPORT = "report"
-AXIS_NAMES = {"compute": "compute, 6NT", "ledger": "compute, all phases", "data": "data"}
+AXIS_NAMES = {"compute": "6NT", "ledger": "ledger", "data": "prompts"}
 NOISE = 2.0  # standard errors; a smaller difference is called no difference
 
 
@@ -234,27 +235,29 @@ def _fit(data: StudyData, folder: Path, n_boot: int) -> Fits:
 
 
 def law_table(fits: Fits) -> Group:
-    """The fitted laws for a terminal.
+    """The fitted laws for a terminal, 80 columns wide.
 
     Args:
         fits: of `fit_study`.
 
     Returns:
-        Two rich tables: the joint law with its verdict for each axis and kind, and the slope of each size by itself.
+        The joint law for each axis and kind, why the data do not carry those that they do not, and the slope of each
+        size by itself.
     """
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    tables = []
-    for ours in (_joint_table(fits), _size_table(fits)):
-        table = Table(title=ours.title, title_justify="left")
+    def table(ours: _Table, gap: int) -> Table:
+        out = Table(title=ours.title, title_justify="left", box=None, padding=(0, gap, 0, 0))
         for i, name in enumerate(ours.head):
-            last = i == len(ours.head) - 1
-            table.add_column(name, justify="left" if i < ours.text_columns or last else "right", no_wrap=not last)
+            out.add_column(name, justify="left" if i < ours.text_columns else "right", no_wrap=True)
         for row in ours.rows:
-            table.add_row(*row)
-        tables.append(table)
-    return Group(*tables)
+            out.add_row(*row)
+        return out
+
+    notes = [Text(f"- {line}") for line in [*_verdicts(fits), *_cautions(fits)]]
+    return Group(table(_joint_table(fits), 2), Text(), *notes, Text(), table(_size_table(fits), 1))
 
 
 def _joint_table(fits: Fits) -> _Table:
@@ -265,15 +268,16 @@ def _joint_table(fits: Fits) -> _Table:
             (
                 AXIS_NAMES[f.axis], f.kind, _interval(p.get("K_max"), "{:.3f}".format),
                 _interval(p.get("N0"), human), "" if not f.joint or f.joint.r2 is None else f"{f.joint.r2:.3f}",
-                "carried by the data" if f.verdict.ok else f"not carried: {f.verdict.why}",
+                "yes" if f.verdict.ok else "no",
             )
         )  # fmt: skip
     return _Table(
         title="log L = \u2212k(N) log X + E(N), k(N) = K_max N / (N + N0)",
-        head=("X", "models", "K_max", "N0", "R\u00b2", "verdict"),
+        head=("X", "models", "K_max", "N0", "R\u00b2", "carried"),
         rows=rows,
         text_columns=2,
-        note="95 % intervals. R\u00b2 is pooled over sizes, so most of it is the difference between sizes.",
+        note="X: compute as 6NT, as the ledger of all phases but evaluation, or prompts seen. 95 % intervals. Carried: "
+        "whether the data determine the law. R\u00b2 is pooled over sizes: most of it is their difference.",
     )
 
 
@@ -286,18 +290,37 @@ def _size_table(fits: Fits) -> _Table:
             rows.append(
                 (
                     AXIS_NAMES[f.axis], s.kind, s.size, human(s.params), _interval(s.k, "{:.3f}".format),
-                    f"{s.E.value:.3f}", "" if s.r2 is None else f"{s.r2:.2f}", f"{s.num_runs}",
-                    "loss falls" if s.verdict.ok else s.verdict.why,
+                    f"{s.E.value:.2f}", "" if s.r2 is None else f"{s.r2:.2f}", f"{s.num_runs}",
+                    "yes" if s.verdict.ok else "no",
                 )
             )  # fmt: skip
     return _Table(
         title="Each size by itself: log L = \u2212k log X + E",
-        summary="Each size by itself",
-        head=("X", "models", "size", "N", "k", "E", "R\u00b2", "runs", "verdict"),
+        head=("X", "models", "size", "N", "k", "E", "R\u00b2", "runs", "falls"),
         rows=rows,
         text_columns=3,
-        note="95 % intervals; natural logarithms, so that E is the logarithm of the loss at X = 1.",
+        summary="Each size by itself",
+        note="95 % intervals; natural logarithms, so that E is the logarithm of the loss at X = 1. Falls: whether the "
+        "loss falls beyond its scatter.",
     )
+
+
+def _verdicts(fits: Fits) -> list[str]:
+    """Why the data do not carry the laws that they do not."""
+    return _by_reason((f, [f"not carried: {f.verdict.why}"]) for f in fits.fits if not f.verdict.ok)
+
+
+def _cautions(fits: Fits) -> list[str]:
+    return _by_reason((f, f.verdict.cautions) for f in fits.fits)
+
+
+def _by_reason(found: Iterable[tuple[AxisFit, Sequence[str]]]) -> list[str]:
+    """A line for each reason and kind, with all the axes that it holds for."""
+    axes: dict[tuple[str, str], list[str]] = {}
+    for fit, reasons in found:
+        for reason in reasons:
+            axes.setdefault((fit.kind, reason), []).append(AXIS_NAMES[fit.axis])
+    return [f"{kind}, X = {_list(names)}: {reason}." for (kind, reason), names in axes.items()]
 
 
 def _interval(e: Estimate | None, show: Callable[[float], str]) -> str:
@@ -708,8 +731,12 @@ def _findings(data: StudyData, fits: Fits) -> list[str]:
                     f"N0 = {_interval(p['N0'], human)} parameters"
                 )
             else:
-                parts.append(f"for {f.kind} models the data do not carry it: {f.verdict.why}")
+                parts.append(f"for {f.kind} models the data do not carry it ({f.verdict.why.split('; ')[0]})")
         out.append(f"One law for all sizes, loss against {axis} (95 % intervals): {'; '.join(parts)}.")
+    largest = {kind: (budget, r) for kind, budget, r in _picks(data, fits) if r.budget == "compute"}
+    for kind, (budget, r) in largest.items():
+        sure = "decided" if r.decided else "not decided, see below"
+        out.append(f"Which {kind} model to train for {budget}: {r.pick} ({sure}).")
     return out
 
 
@@ -815,6 +842,62 @@ def _change(a: Point, b: Point) -> str:
     return f"{change:+.1f}\u00a0±\u00a0{100 * math.hypot(a.error, b.error):.1f}".replace("-", "\u2212")
 
 
+def _picks(data: StudyData, fits: Fits) -> list[tuple[str, str, Recommendation]]:
+    """(kind, budget in words, recommendation) for the budgets that the runs ended with, rising."""
+    out = []
+    for kind in data.kinds:
+        for axis, unit in (("compute", "FLOPs"), ("data", "prompts")):
+            fit = fits.get(axis, kind)
+            if fit.joint is None:
+                continue
+            for amount in sorted({round_to(s.x_max, 2) for s in fit.sizes}):
+                budget = {"compute" if axis == "compute" else "prompts": amount}
+                out.append((kind, f"{tick_text(amount)} {unit}", recommend(fit, **budget)))
+    return out
+
+
+def _recommendation_section(picks: Sequence[tuple[str, str, Recommendation]]) -> _Section:
+    rows, reasons = [], []
+    for kind, budget, r in picks:
+        best = r.candidates[0]
+        rows.append(
+            (
+                kind, budget, r.pick, _interval(best.loss, "{:.3f}".format),
+                "" if best.prompts is None else f"{best.prompts:,.0f}", "yes" if r.decided else "no",
+                _list(r.tied) if r.tied else "none",
+            )
+        )  # fmt: skip
+        if not r.decided:
+            why = r.why.partition(" Intervals: ")[0]
+            reasons.append(f"{kind.capitalize()} models, {budget}: not decided. {why}")
+    table = _Table(
+        head=("models", "budget", "size", "loss", "prompts", "decided", "not told apart from it"),
+        rows=rows,
+        text_columns=2,
+        note="The size with the smallest loss that the fitted law predicts for a budget, with the 95 % interval of "
+        "that loss. Decided: the data carry the law, every other size is behind beyond the 95 % interval of the "
+        "difference, and the budget lies where that size was measured.",
+    )
+    text = (
+        "Budgets are those that the runs of the ladder ended with. A budget of compute buys a small model more "
+        "prompts; a budget of prompts costs a large model more compute."
+    )
+    return _Section(id="recommendation", title="Which size to train", text=[text], tables=[table], points=reasons)
+
+
+def round_to(value: float, digits: int) -> float:
+    """A number with so many significant digits.
+
+    Args:
+        value: any finite number.
+        digits: at least 1.
+
+    Returns:
+        The nearest such number.
+    """
+    return float(f"{value:.{digits - 1}e}")
+
+
 def _method_points(data: StudyData) -> list[str]:
     run = next(iter(data.runs.values()))
     head = next(e for e in run.evals if e.eval_set == data.headline and e.mode == "sample")
@@ -882,12 +965,9 @@ def _sections(data: StudyData, fits: Fits) -> list[_Section]:
         _Section(
             id="law", title="The fitted law", figures=[slopes] if slopes else [],
             tables=[_joint_table(fits), _size_table(fits)],
-            points=[
-                f"{f.kind.capitalize()} models, {AXIS_NAMES[f.axis]}: {caution}."
-                for f in fits.fits
-                for caution in f.verdict.cautions
-            ],
+            points=[*_verdicts(fits), *_cautions(fits)],
         ),
+        *([_recommendation_section(picks)] if (picks := _picks(data, fits)) else []),
         _Section(id="losses", title="Where the runs end", figures=[kinds] if kinds else [], tables=[_loss_table(data)]),
     ]
     if control:

@@ -32,6 +32,7 @@ import yaml
 
 from .. import records
 from .design import (
+    CELLS,
     PLAN_FILE,
     STUDY_FILE,
     Cell,
@@ -568,6 +569,7 @@ class _Display:
         self.folder = folder
         self.study = the_plan.study.name
         self.num_cells = len(the_plan.cells)
+        self.folders = {c.folder for c in the_plan.cells}
         self.tracked = tracked
         self.num_skipped = num_skipped
         self.jobs = jobs
@@ -579,6 +581,8 @@ class _Display:
             f"study {self.study} in {self.folder}: {self.num_cells} cells, {self.num_skipped} done before, "
             f"{len(self.tracked) - (self.num_cells - self.num_skipped)} models to prepare, {self.jobs} at once"
         )
+        if strangers := self._strangers():
+            self._say(f"{strangers} folders of an earlier plan lie in {self.folder / CELLS} and are left alone")
         if self.console.is_terminal:
             from rich.live import Live
 
@@ -590,6 +594,11 @@ class _Display:
         if self.live:
             self.live.update(self._table())
             self.live.__exit__(None, None, None)
+
+    def _strangers(self) -> int:
+        """Folders of cells that the study no longer has, because a setting or the engine's defaults changed."""
+        found = {f"{CELLS}/{p.name}" for p in (self.folder / CELLS).iterdir() if p.is_dir()}
+        return len(found - self.folders)
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -647,7 +656,7 @@ class _Display:
             if t.state in ("running", "waiting"):
                 left += t.job.seconds * (1 - share)
                 longest = max(longest, t.job.seconds * (1 - share))
-        if planned == 0:
+        if planned == 0 or left == 0:
             return None
         return max(left / self.jobs, longest) * spent / planned
 

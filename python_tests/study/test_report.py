@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import shutil
@@ -85,6 +86,7 @@ def test_the_page_says_what_the_data_say(page):
     assert "Every larger base model ends lower than the one before it." in text
     assert "Base models against plain pretraining of the same length: RL ends lower at every size" in text
     assert "One law for all sizes, loss against data (95 % intervals): for base models K_max = 0.1" in text
+    assert re.search(r"Which base model to train for 2\.2·10¹² FLOPs: l \(decided\)", text)
     assert "What these data cannot show" in text and "How it was measured" in text
     assert "2 answers" not in text and "4 answers to each" in text
 
@@ -147,10 +149,23 @@ def test_standard_errors_hold_problems_and_runs(study):
 
 
 def test_the_terminal_table_holds_the_law(study):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
-    console.print(law_table(read_fits(study / "fits.json")))
-    text = console.export_text()
-    assert "K_max" in text and "carried by the data" in text and "loss falls" in text
+    console = Console(width=80, file=io.StringIO())
+    console.print(law_table(fits := read_fits(study / "fits.json")))
+    text = console.file.getvalue()
+    assert "\u2026" not in text  # nothing is cut short
+    (line,) = [x.split() for x in text.splitlines() if x.split()[:2] == ["prompts", "base"] and "xs" not in x][:1]
+    found = fits.get("data", "base")
+    assert line[2] == f"{found.joint.parameters['K_max'].value:.3f}" and line[-1] == "yes"
+    assert "falls" in text
+
+
+def test_the_terminal_says_why_a_law_is_not_carried(tmp_path):
+    make_study(tmp_path / "s", sizes=("xs", "s"), axes=(AxesConfig(),))
+    console = Console(width=80, file=io.StringIO())
+    console.print(law_table(fit_study(tmp_path / "s", n_boot=20)))
+    text = " ".join(console.file.getvalue().split())
+    assert "base, X = 6NT, prompts and ledger: not carried: 2 sizes" in text
+    assert "\u2026" not in text
 
 
 def test_a_report_can_be_made_of_a_part(tmp_path):
@@ -161,8 +176,8 @@ def test_a_report_can_be_made_of_a_part(tmp_path):
     text = text_of(page)
     assert "1 of 3 cells are not finished and not in this report: m-base-seed0" in text
     assert "There is no control" in text and "With one run at some or all sizes" in text
-    assert "for base models the data do not carry it: 2 sizes" in text
-    assert len(the_plan.cells) == 3
+    assert "for base models the data do not carry it (2 sizes" in text
+    assert len(the_plan.cells) == 3 and re.search(r"Which base model to train for .*: s \(not decided", text)
     assert not fit_study(tmp_path / "s", n_boot=20).get("data", "base").verdict.ok
 
 

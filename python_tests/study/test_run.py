@@ -107,6 +107,17 @@ def test_a_second_run_does_nothing(tmp_path):
     assert "8 done before" in text
 
 
+def test_cells_that_a_changed_study_no_longer_has_are_mentioned_and_left_alone(tmp_path):
+    run_it(tmp_path, FakeExecutor(tmp_path))
+    longer = STUDY.model_copy(update={"run": STUDY.run | {"steps": 5}})
+    text = io.StringIO()
+    result = run_study(tmp_path, study=longer, jobs=2, console=Console(file=text, width=200),
+                       executor=FakeExecutor(tmp_path), poll_s=0.0)  # fmt: skip
+    assert len(result.done) == len(NAMES) and result.skipped == ()
+    assert f"{len(NAMES)} folders of an earlier plan" in text.getvalue()
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * len(NAMES)
+
+
 def test_a_failure_names_the_cell_and_shows_its_log_and_the_others_go_on(tmp_path):
     result, text = run_it(tmp_path, FakeExecutor(tmp_path, fails=["s-base-seed1"]))
     assert result.exit_code == 1 and [f.name for f in result.failures] == ["s-base-seed1"]
