@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo_engine import checkpoint, pretrain, records, weights
 from grpo_engine.config import RunConfig, TaskConfig
-from grpo_engine.evaluate import eval_steps, evaluate
+from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
 from grpo_engine.model import Model
 from grpo_engine.progress import RunProgress
@@ -56,6 +56,42 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool | None = None) -> P
     return Run(config, Path(out), quiet=quiet).complete()
 
 
+def evaluate_only(config: RunConfig) -> list[EvalResult]:
+    """Answers every evaluation set of a configuration with the model as it is.
+
+    Args:
+        config: model, task, evaluation, rollout limits and seed are read.
+
+    Returns:
+        One result for each set and mode.
+
+    Raises:
+        ValueError: no evaluation set, or bad input.
+    """
+    tokenizer, model = _tokenizer_and_model(config)
+    task = load_task(config.task, seed=config.seed, needed=1)
+    if not task.evals:
+        raise ValueError("evaluate: task.evals names no evaluation set")
+    with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
+        return [
+            evaluate(model, s, tokenizer=tokenizer, pool=pool, config=config, greedy=greedy)
+            for s in task.evals.values()
+            for greedy in ((False, True) if config.evaluation.greedy else (False,))
+        ]
+
+
+def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
+    m = config.model
+    folder = Path(m.path) if m.path else pretrain.ensure_model(m.size, m.kind)
+    tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)
+    model = weights.load_model(folder, dtype=DTYPES[m.dtype])
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
+        )
+    return tokenizer, model
+
+
 class Run:
     """The state of one run: model, optimizer, counters and open record files."""
 
@@ -91,9 +127,7 @@ class Run:
 
     def _load(self) -> None:
         c = self.config
-        folder = Path(c.model.path) if c.model.path else pretrain.ensure_model(c.model.size, c.model.kind)
-        self.tokenizer = load_tokenizer("micro" if c.task.name == "micro" else folder)
-        self.model = weights.load_model(folder, dtype=DTYPES[c.model.dtype])
+        self.tokenizer, self.model = _tokenizer_and_model(c)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
         self.optimizer = torch.optim.AdamW(

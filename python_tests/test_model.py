@@ -45,8 +45,9 @@ def test_greedy_generation_equals_transformers_for_64_tokens(heads, kv_heads, ti
         config=RolloutConfig(max_new_tokens=64),
     )  # fmt: skip
     for prompt, answer in zip(prompts, rollout.answers(), strict=True):
+        ids = torch.tensor([prompt])
         want = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=96, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=96, pad_token_id=0
         )[0, len(prompt) :].tolist()
         assert answer == want
 
