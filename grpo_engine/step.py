@@ -90,8 +90,7 @@ def grpo_step(
             T = micro.tokens.numel()
             flops = training_flops(policy, micro)
             with ledger.timed("forward", tokens=T, flops=flops):
-                logprob, _ = policy.logprobs(micro.tokens, micro.cu_seqlens, rows=micro.rows, target=micro.target,
-                                             positions_T=micro.positions, temperature=config.rollout.temperature)  # fmt: skip
+                logprob = logprobs(policy, micro, config)
                 result = policy_loss(logprob, micro, minibatch, config)
             if index == 0:
                 mismatch = max(mismatch, _assert_on_policy(logprob.detach(), micro))
@@ -115,6 +114,18 @@ def grpo_step(
         grad_norm=sum(norms) / len(norms),
         mismatch_max=mismatch,
     )
+
+
+def logprobs(model: Model, micro: TrainBatch, config: RunConfig) -> Tensor:
+    """[R] float32, the log-probs of a micro-batch's answer tokens at the temperature that sampled them."""
+    return model.logprobs(
+        micro.tokens,
+        micro.cu_seqlens,
+        rows=micro.rows,
+        target=micro.target,
+        positions_T=micro.positions,
+        temperature=config.rollout.temperature,
+    )[0]
 
 
 def policy_loss(logprob: Tensor, micro: TrainBatch, minibatch: Minibatch, config: RunConfig) -> ops.PolicyLoss:
@@ -189,9 +200,7 @@ def _minibatches(rollout: RolloutBatch, advantage_PG: Tensor, reference: Model |
 @torch.no_grad()
 def _with_reference(micro: TrainBatch, reference: Model, config: RunConfig, ledger: Ledger) -> TrainBatch:
     with ledger.timed("reference", tokens=micro.tokens.numel(), flops=training_flops(reference, micro)):
-        logprob, _ = reference.logprobs(micro.tokens, micro.cu_seqlens, rows=micro.rows, target=micro.target,
-                                        positions_T=micro.positions, temperature=config.rollout.temperature)  # fmt: skip
-    return dataclasses.replace(micro, ref_logprob=logprob)
+        return dataclasses.replace(micro, ref_logprob=logprobs(reference, micro, config))
 
 
 def _assert_on_policy(logprob: Tensor, micro: TrainBatch) -> float:

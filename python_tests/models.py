@@ -21,7 +21,7 @@ def random_model(config: ModelConfig | None = None, *, seed: int = 0, scale: flo
     model = Model(config or small_config()).init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             p.mul_(scale if p.dim() == 2 else 1.0)
             if p.dim() == 1:
                 p.add_(0.2 * torch.randn(p.shape, generator=generator))

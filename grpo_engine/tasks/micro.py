@@ -286,20 +286,6 @@ def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]
     return list(found.values())
 
 
-def grade_answer(response: str, problem: Problem) -> float:
-    """1.0 when the last word of a response is the answer, else 0.0; what comes before is the model's own affair.
-
-    Args:
-        response: decoded answer, special tokens left out; "" is wrong.
-        problem: of a micro task.
-
-    Returns:
-        0.0 or 1.0.
-    """
-    words = response.split()
-    return float(bool(words) and words[-1] == problem.answer)
-
-
 def eval_sets(eval_problems: int | None = 500) -> dict[str, EvalSet]:
     """The four evaluation sets, the same in every run and for every model.
 

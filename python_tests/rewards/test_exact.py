@@ -27,11 +27,3 @@ def test_the_last_word_counts(response, value):
 def test_words_are_answers_too():
     assert score("b > a so c", problem("c")) == 1
     assert score("b > a so C", problem("c")) == 0
-
-
-def test_the_micro_tasks_grade_alike():
-    from grpo_engine.tasks import micro
-
-    for p in micro.problems("chain", 5, seed=0, test=False):
-        for response in (p.answer, f"1 {p.answer}", f"{p.answer} ?", ""):
-            assert score(response, p) == micro.grade_answer(response, p)

@@ -63,6 +63,9 @@ def test_only_what_follows_the_thinking_counts():
         (r"\$42409", "42409"),
         (r"\frac{1}{2}", "0.5"),
         (r"\frac{1}{2}", "1/2"),
+        (r"\frac{1}{2}", r"\frac{4}{8}"),
+        (r"-\frac{1}{2}", "-1/2"),
+        ("2", r"\frac{4}{2}"),
         (r"\frac{1}{2}", r"\dfrac12"),
         (r"\\frac{1}{2}", r"\frac{1}{2}"),  # escaped twice in the data
         (r"\frac{1}{3}", "0.333333"),
@@ -97,6 +100,9 @@ def test_equal_answers(gold, found):
         ("7", ""),
         ("9007199254740993", "9007199254740992"),  # the same float64
         (r"\frac{1}{2}", r"\frac{2}{1}"),
+        (r"\frac{1}{2}", r"-\frac{1}{2}"),
+        (r"\frac{1}{2}", r"\frac{1}{0}"),
+        ("0", r"\frac{0}{0}"),
         (r"\frac{1}{3}", "0.33"),
         ("2", "1, 2, 3"),
         ("(1, 2)", "(2, 1)"),

@@ -117,6 +117,7 @@ def test_a_worker_outlives_its_answers(pool):
 def test_a_worker_killed_from_outside_is_replaced():
     with RewardPool(workers=1, timeout_s=5.0) as pool:
         (before,) = pool.score(["x"], [problem("bad_pid")])
+        assert before.status == "ok" and before.value > 0
         os.kill(round(before.value * (1 << 23)), signal.SIGKILL)
         time.sleep(0.3)
         (after,) = pool.score(["x"], [problem("bad_pid")])

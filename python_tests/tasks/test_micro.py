@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from grpo_engine.rewards import exact
 from grpo_engine.tasks import micro
 from grpo_engine.tasks.micro import CorpusConfig, MicroTokenizer
 
@@ -34,9 +35,9 @@ def test_answers_are_right_and_in_the_vocabulary(domain, test):
         assert tokenizer.decode(tokenizer.encode(p.prompt)) == p.prompt
         assert tokenizer.decode(tokenizer.encode(p.answer)) == p.answer
         assert micro.is_test(micro.key_of(p.prompt)) == test
-        assert micro.grade_answer(f"1 2 {p.answer}", p) == 1.0
-        assert micro.grade_answer(f"{p.answer} ;", p) == 0.0
-        assert micro.grade_answer("", p) == 0.0
+        assert exact.score(f"1 2 {p.answer}", p) == 1.0
+        assert exact.score(f"{p.answer} ;", p) == 0.0
+        assert exact.score("", p) == 0.0
 
 
 def test_sums_that_stop_at_an_end_are_common():
