@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -104,9 +105,10 @@ def passes(program: str, *, tests: str) -> bool:
     """
     # Leaving before the tests have run must not look like passing them, so the exit status decides nothing.
     token = secrets.token_hex(16)
-    job = json.dumps({"program": program, "tests": tests, "token": token}).encode()
     with tempfile.TemporaryDirectory(prefix="grpo_engine-", ignore_cleanup_errors=True) as folder:
-        return _run(job, folder) == token.encode()
+        job = {"program": program, "tests": tests, "token": token}
+        Path(folder, "job.json").write_text(json.dumps(job))
+        return _run(folder) == token.encode()
 
 
 @functools.cache
@@ -131,7 +133,8 @@ def missing_protections() -> tuple[str, ...]:
     return tuple(name for name, program in probes.items() if passes(program, tests="pass"))
 
 
-def _run(job: bytes, folder: str) -> bytes:
+def _run(folder: str) -> bytes:
+    """What the sandbox reports; its processes have ended when this returns."""
     command = [sys.executable, "-s", "-B", "-c", _START, str(SANDBOX), str(os.getpid()), folder]
     command += [str(limit) for limit in (CPU_S, MEMORY_BYTES, FILE_BYTES)]
     # Nothing of the caller's environment, which may hold credentials; a fixed hash seed, so that sets have one order.
@@ -139,7 +142,7 @@ def _run(job: bytes, folder: str) -> bytes:
     environment |= {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
@@ -147,15 +150,12 @@ def _run(job: bytes, folder: str) -> bytes:
         start_new_session=True,
     )
     try:
-        return process.communicate(job, timeout=WALL_S)[0]
-    except subprocess.TimeoutExpired:
-        return b""
+        # One write of a few bytes, or the end of the last process that could have written.
+        ready, _, _ = select.select([process.stdout], [], [], WALL_S)
+        return os.read(process.stdout.fileno(), 1024) if ready else b""
     finally:
-        # The whole group, whether the launcher has ended or not: a program may have left children behind.
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        # The whole group, whether its leader has ended or not: a program may have left children behind. The leader
+        # is not waited for until then, so its number cannot have passed to somebody else's group.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            pipe.close()
+        process.stdout.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from fractions import Fraction
 
 from grpo_engine.rewards import Question
 from grpo_engine.rewards.extract import after_thinking, last_boxed
@@ -25,7 +26,7 @@ _DEGREES = re.compile(r"\^\{?\\circ\}?")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
 _ASSIGNED = re.compile(r"[A-Za-z]=(?=[^=])")
 _WORD = re.compile(r"[A-Za-z]{2,}")
-_INTEGER = re.compile(r"[-+]?\d+(?:\.0*)?")
+_RATIONAL = re.compile(r"([-+]?)(?:(\d+)(?:\.0*)?|(?:\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+)))")
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 
 
@@ -102,8 +103,10 @@ def _equal(gold: str, found: str) -> bool:
         return True
     if not plain_found:
         return False
-    if _INTEGER.fullmatch(plain_gold) and _INTEGER.fullmatch(plain_found):
-        return int(plain_gold.partition(".")[0]) == int(plain_found.partition(".")[0])
+    # Most answers are integers or plain fractions: decided here, exactly, a hundred times as fast.
+    rational_gold, rational_found = _rational(plain_gold), _rational(plain_found)
+    if rational_gold is not None and rational_found is not None:
+        return rational_gold == rational_found
     if _WORD.fullmatch(plain_gold):
         return plain_gold.lower() == plain_found.lower()
     return _verify(_parse(f"\\boxed{{{gold}}}"), _parse(f"\\boxed{{{found}}}"))
@@ -127,6 +130,17 @@ def _plain(latex: str) -> str:
     if _THOUSANDS.fullmatch(text):
         text = text.replace("{,}", "").replace(",", "")
     return text
+
+
+def _rational(plain: str) -> Fraction | None:
+    match = _RATIONAL.fullmatch(plain)
+    if match is None:
+        return None
+    sign, *groups = match.groups()
+    numbers = [int(g) for g in groups if g is not None]
+    if len(numbers) == 2 and numbers[1] == 0:
+        return None
+    return Fraction(*numbers) * (-1 if sign == "-" else 1)
 
 
 @functools.lru_cache(maxsize=8192)
