@@ -265,13 +265,35 @@ struct QueryRows {
   int64_t first_visible;  // how many keys the first token sees; the next sees one more
 };
 
-// q[e][m] of the rows [first, first + m).
-template <typename S>
-GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t group, int64_t E, int64_t first,
-                         int m, Arith<S>* q) {
-  for (int i = 0; i < m; ++i) {
-    const S* row = rows + (first + i) / group * stride + (first + i) % group * E;
-    for (int64_t e = 0; e < E; ++e) q[e * kRows<Arith<S>> + i] = to_arith(row[e]);
+// A row of a group, counted without divisions: they would cost as much as a short row.
+struct RowPlace {
+  int64_t token = 0, head = 0;
+
+  GE_MEMBER void advance(int64_t rows, int64_t group) {
+    for (head += rows; head >= group; head -= group) ++token;
+  }
+};
+
+// The M rows from `first` on.
+template <int M>
+GE_INLINE void place_rows(RowPlace first, int64_t group, RowPlace (&place)[M]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    place[m] = first;
+    first.advance(1, group);
+  }
+}
+
+// q[e][m] = rows[token m][head m][e].
+template <typename S, int M>
+GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t E, const RowPlace (&place)[M],
+                         Arith<S>* q) {
+  const S* row[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) row[m] = rows + place[m].token * stride + place[m].head * E;
+  for (int64_t e = 0; e < E; ++e) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) q[e * kRows<Arith<S>> + m] = to_arith(row[m][e]);
   }
 }
 
@@ -284,64 +306,65 @@ GE_INLINE int tile_rows(int64_t left) {
 
 template <typename S, int M>
 __attribute__((noinline)) void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys,
-                                           Arith<S> scale, int64_t first, Arith<S>* q, Arith<S>* s,
+                                           Arith<S> scale, RowPlace first, Arith<S>* q, Arith<S>* s,
                                            int64_t s_stride) {
   using A = Arith<S>;
+  RowPlace place[M];
   int64_t visible[M];
-  S* out[M];
   A inverse[M];
-  for (int m = 0; m < M; ++m) {
-    const int64_t token = (first + m) / rows.group, head = (first + m) % rows.group;
-    visible[m] = rows.first_visible + token;
-    out[m] = rows.out + token * rows.out_stride + head * rows.E;
-  }
-  load_rows(rows.query, rows.query_stride, rows.group, rows.E, first, M, q);
+  place_rows(first, rows.group, place);
+  for (int m = 0; m < M; ++m) visible[m] = rows.first_visible + place[m].token;
+  load_rows(rows.query, rows.query_stride, rows.E, place, q);
   score_rows<S, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
                    s_stride);
   for (int m = 0; m < M; ++m) {
     const RowSum<A> r = exp_row(s + m * s_stride, visible[m]);
     inverse[m] = A(1) / r.sum;
     if (rows.stats) {
-      const int64_t token = (first + m) / rows.group, head = (first + m) % rows.group;
-      A* stats = rows.stats + token * rows.stats_stride + head * 2;
+      A* stats = rows.stats + place[m].token * rows.stats_stride + place[m].head * 2;
       stats[0] = r.max;
       stats[1] = inverse[m];
     }
   }
   weigh_rows<S, M>(s, s_stride, keys.value, keys.value_stride, rows.E, visible,
                    [&](int m, int64_t column, int lanes, Vec16<A> acc) {
-                     store(acc * Vec16<A>::set1(inverse[m]), out[m] + column, lanes);
+                     S* out = rows.out + place[m].token * rows.out_stride + place[m].head * rows.E;
+                     store(acc * Vec16<A>::set1(inverse[m]), out + column, lanes);
                    });
 }
 
-// Bytes of the arena that attend() takes for at most max_visible keys.
+// The loop over tiles of one chunk, with its memory.
 template <typename S>
-GE_INLINE int64_t attend_bytes(int64_t E, int64_t max_visible) {
+class Attend {
+ public:
   using A = Arith<S>;
-  return Arena::bytes<A>(E * kRows<Arith<S>>) + Arena::bytes<A>(kRows<Arith<S>> * blocks_of(max_visible) * kLanes);
-}
 
-template <typename S>
-struct Attend {
-  Arith<S>* q;  // [E][kRows]
-  Arith<S>* s;  // [kRows][s_stride]
-  int64_t s_stride;
-
+  static int64_t bytes(int64_t E, int64_t max_visible) {
+    return Arena::bytes<A>(E * kRows<A>) + Arena::bytes<A>(kRows<A> * stride(max_visible));
+  }
   Attend(Arena& arena, int64_t E, int64_t max_visible)
-      : q(arena.take<Arith<S>>(E * kRows<Arith<S>>)),
-        s(arena.take<Arith<S>>(kRows<Arith<S>> * blocks_of(max_visible) * kLanes)),
-        s_stride(blocks_of(max_visible) * kLanes) {}
+      : q_(arena.take<A>(E * kRows<A>)),
+        s_(arena.take<A>(kRows<A> * stride(max_visible))),
+        s_stride_(stride(max_visible)) {}
 
-  void operator()(const QueryRows<S>& rows, const KeyBlocks<S>& keys, Arith<S> scale) const {
-    const int64_t num_rows = rows.num_tokens * rows.group;
-    for (int64_t first = 0; first < num_rows;) {
-      const int m = tile_rows<Arith<S>>(num_rows - first);
-      with_rows<kRows<Arith<S>>>(m, [&](auto count) {
-        attend_tile<S, decltype(count)::value>(rows, keys, scale, first, q, s, s_stride);
+  void operator()(const QueryRows<S>& rows, const KeyBlocks<S>& keys, A scale) const {
+    RowPlace place;
+    for (int64_t left = rows.num_tokens * rows.group; left > 0;) {
+      const int m = tile_rows<A>(left);
+      with_rows<kRows<A>>(m, [&](auto count) {
+        attend_tile<S, decltype(count)::value>(rows, keys, scale, place, q_, s_, s_stride_);
       });
-      first += m;
+      place.advance(m, rows.group);
+      left -= m;
     }
   }
+
+ private:
+  static int64_t stride(int64_t max_visible) { return blocks_of(max_visible) * kLanes; }
+
+  A* q_;  // [E][kRows]
+  A* s_;  // [kRows][s_stride]
+  int64_t s_stride_;
 };
 
 // ---------------------------------------------------------------- work items
