@@ -22,6 +22,9 @@
 namespace grpo_engine::GE_ISA {
 namespace {
 
+// The products are functions of their own: inlined among other loops, they spill their accumulators.
+#define GE_NOINLINE static __attribute__((noinline))
+
 // Rows, and vectors of 16 columns, whose accumulators fit in the registers. Where there are no vector
 // registers one row is as good as many and takes less code.
 template <typename A>
@@ -130,7 +133,7 @@ GE_INLINE void score_blocks(const Arith<S>* q, const S* const* key, int64_t key_
 
 // The same for any number of blocks. q is [E][kRows], its first M columns in use.
 template <typename S, int M>
-GE_INLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
+GE_NOINLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
                           Arith<S> scale, int64_t blocks, Arith<S>* s, int64_t s_stride) {
   int64_t b = 0;
   for (; b + kWide <= blocks; b += kWide) {
@@ -141,13 +144,16 @@ GE_INLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_st
   }
 }
 
-// acc[m][n] += sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]; visible is non-decreasing.
+// sums[m][16 n + lane] = sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]; visible never falls.
 // value[b] points at the first of 16 rows; `lanes` of the last vector exist (16 unless N is 1).
 template <typename S, int M, int N>
-GE_INLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
-                     int64_t value_stride, int64_t column, int lanes, const int64_t* visible,
-                     Vec16<Arith<S>> (&acc)[M][N]) {
+GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
+                       int64_t value_stride, int64_t column, int lanes, const int64_t* visible,
+                       Arith<S>* sums) {
   using V = Vec16<Arith<S>>;
+  V acc[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * N; ++i) acc[i / N][i % N] = V::zero();
   const int64_t all = visible[0];
   for (int64_t b = 0; b * kLanes < all; ++b) {
     const S* row = value[b] + column;
@@ -181,6 +187,11 @@ GE_INLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
       }
     }
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) acc[m][n].store(sums + (m * N + n) * kLanes);
+  }
 }
 
 // write(m, column, lanes, vector) of sum_j p[m][j] * value_j over all E columns.
@@ -188,26 +199,20 @@ template <typename S, int M, typename Write>
 GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* value,
                           int64_t value_stride, int64_t E, const int64_t* visible, Write write) {
   using V = Vec16<Arith<S>>;
+  Arith<S> sums[M * kWide * kLanes];
   int64_t column = 0;
   for (; column + kWide * kLanes <= E; column += kWide * kLanes) {
-    V acc[M][kWide];
-#pragma GCC unroll 16
-    for (int i = 0; i < M * kWide; ++i) acc[i / kWide][i % kWide] = V::zero();
-    weigh<S, M, kWide>(p, p_stride, value, value_stride, column, kLanes, visible, acc);
-#pragma GCC unroll 16
+    weigh<S, M, kWide>(p, p_stride, value, value_stride, column, kLanes, visible, sums);
     for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-      for (int n = 0; n < kWide; ++n) write(m, column + n * kLanes, kLanes, acc[m][n]);
+      for (int n = 0; n < kWide; ++n) {
+        write(m, column + n * kLanes, kLanes, V::load(sums + (m * kWide + n) * kLanes));
+      }
     }
   }
   for (; column < E; column += kLanes) {
-    V acc[M][1];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m][0] = V::zero();
     const int lanes = E - column < kLanes ? static_cast<int>(E - column) : kLanes;
-    weigh<S, M, 1>(p, p_stride, value, value_stride, column, lanes, visible, acc);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) write(m, column, lanes, acc[m][0]);
+    weigh<S, M, 1>(p, p_stride, value, value_stride, column, lanes, visible, sums);
+    for (int m = 0; m < M; ++m) write(m, column, lanes, V::load(sums + m * kLanes));
   }
 }
 
@@ -305,9 +310,8 @@ GE_INLINE int tile_rows(int64_t left) {
 }
 
 template <typename S, int M>
-__attribute__((noinline)) void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys,
-                                           Arith<S> scale, RowPlace first, Arith<S>* q, Arith<S>* s,
-                                           int64_t s_stride) {
+GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys, Arith<S> scale,
+                             RowPlace first, Arith<S>* q, Arith<S>* s, int64_t s_stride) {
   using A = Arith<S>;
   RowPlace place[M];
   int64_t visible[M];
@@ -360,7 +364,8 @@ class Attend {
   }
 
  private:
-  static int64_t stride(int64_t max_visible) { return blocks_of(max_visible) * kLanes; }
+  // an odd number of vectors: rows a power of two apart would compete for the same cache sets
+  static int64_t stride(int64_t max_visible) { return (blocks_of(max_visible) | 1) * kLanes; }
 
   A* q_;  // [E][kRows]
   A* s_;  // [kRows][s_stride]

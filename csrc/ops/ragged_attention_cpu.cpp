@@ -105,7 +105,7 @@ GE_INLINE void gather_columns(const A* weight, int64_t weight_stride, const A* r
 }
 
 template <typename A, int M>
-GE_INLINE void gather(const A* weight, int64_t weight_stride, const A* rows, int64_t row_stride,
+GE_NOINLINE void gather(const A* weight, int64_t weight_stride, const A* rows, int64_t row_stride,
                       int count, A* sums) {
   int64_t column = 0;
   for (; column + kWide * kLanes <= row_stride; column += kWide * kLanes) {
