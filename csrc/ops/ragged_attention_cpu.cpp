@@ -221,12 +221,11 @@ struct Backward {
     RowPlace place[M];
     int64_t visible[M];
     A centre[M];
-    place_rows(first, group, place);
+    place_rows(first, group, 1, place, visible);
     const S* query = static_cast<const S*>(a.query) + start * a.query_stride + kv_head * group * E;
     const int64_t rows = (start * a.H + kv_head * group) * E, stride = a.H * E;
     const S* dout = static_cast<const S*>(a.dout) + rows;
     for (int m = 0; m < M; ++m) {
-      visible[m] = place[m].token + 1;
       const S* g_row = dout + place[m].token * stride + place[m].head * E;
       const S* q_row = query + place[m].token * a.query_stride + place[m].head * E;
       const S* out = static_cast<const S*>(a.out) + rows + (g_row - dout);
