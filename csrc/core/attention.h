@@ -22,6 +22,9 @@
 namespace grpo_engine::GE_ISA {
 namespace {
 
+// The products are functions of their own: inlined among other loops, they spill their accumulators.
+#define GE_NOINLINE static __attribute__((noinline))
+
 // Rows, and vectors of 16 columns, whose accumulators fit in the registers. Where there are no vector
 // registers one row is as good as many and takes less code.
 template <typename A>
@@ -130,7 +133,7 @@ GE_INLINE void score_blocks(const Arith<S>* q, const S* const* key, int64_t key_
 
 // The same for any number of blocks. q is [E][kRows], its first M columns in use.
 template <typename S, int M>
-GE_INLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
+GE_NOINLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
                           Arith<S> scale, int64_t blocks, Arith<S>* s, int64_t s_stride) {
   int64_t b = 0;
   for (; b + kWide <= blocks; b += kWide) {
@@ -141,13 +144,16 @@ GE_INLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_st
   }
 }
 
-// acc[m][n] += sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]; visible is non-decreasing.
+// sums[m][16 n + lane] = sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]; visible never falls.
 // value[b] points at the first of 16 rows; `lanes` of the last vector exist (16 unless N is 1).
 template <typename S, int M, int N>
-GE_INLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
-                     int64_t value_stride, int64_t column, int lanes, const int64_t* visible,
-                     Vec16<Arith<S>> (&acc)[M][N]) {
+GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
+                       int64_t value_stride, int64_t column, int lanes, const int64_t* visible,
+                       Arith<S>* sums) {
   using V = Vec16<Arith<S>>;
+  V acc[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * N; ++i) acc[i / N][i % N] = V::zero();
   const int64_t all = visible[0];
   for (int64_t b = 0; b * kLanes < all; ++b) {
     const S* row = value[b] + column;
@@ -181,6 +187,11 @@ GE_INLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
       }
     }
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) acc[m][n].store(sums + (m * N + n) * kLanes);
+  }
 }
 
 // write(m, column, lanes, vector) of sum_j p[m][j] * value_j over all E columns.
@@ -188,26 +199,20 @@ template <typename S, int M, typename Write>
 GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* value,
                           int64_t value_stride, int64_t E, const int64_t* visible, Write write) {
   using V = Vec16<Arith<S>>;
+  Arith<S> sums[M * kWide * kLanes];
   int64_t column = 0;
   for (; column + kWide * kLanes <= E; column += kWide * kLanes) {
-    V acc[M][kWide];
-#pragma GCC unroll 16
-    for (int i = 0; i < M * kWide; ++i) acc[i / kWide][i % kWide] = V::zero();
-    weigh<S, M, kWide>(p, p_stride, value, value_stride, column, kLanes, visible, acc);
-#pragma GCC unroll 16
+    weigh<S, M, kWide>(p, p_stride, value, value_stride, column, kLanes, visible, sums);
     for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-      for (int n = 0; n < kWide; ++n) write(m, column + n * kLanes, kLanes, acc[m][n]);
+      for (int n = 0; n < kWide; ++n) {
+        write(m, column + n * kLanes, kLanes, V::load(sums + (m * kWide + n) * kLanes));
+      }
     }
   }
   for (; column < E; column += kLanes) {
-    V acc[M][1];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m][0] = V::zero();
     const int lanes = E - column < kLanes ? static_cast<int>(E - column) : kLanes;
-    weigh<S, M, 1>(p, p_stride, value, value_stride, column, lanes, visible, acc);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) write(m, column, lanes, acc[m][0]);
+    weigh<S, M, 1>(p, p_stride, value, value_stride, column, lanes, visible, sums);
+    for (int m = 0; m < M; ++m) write(m, column, lanes, V::load(sums + m * kLanes));
   }
 }
 
@@ -265,13 +270,40 @@ struct QueryRows {
   int64_t first_visible;  // how many keys the first token sees; the next sees one more
 };
 
-// q[e][m] of the rows [first, first + m).
-template <typename S>
-GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t group, int64_t E, int64_t first,
-                         int m, Arith<S>* q) {
-  for (int i = 0; i < m; ++i) {
-    const S* row = rows + (first + i) / group * stride + (first + i) % group * E;
-    for (int64_t e = 0; e < E; ++e) q[e * kRows<Arith<S>> + i] = to_arith(row[e]);
+// A row of a group, counted without divisions: they would cost as much as a short row.
+struct RowPlace {
+  int64_t token = 0, head = 0;
+
+  GE_MEMBER void advance(int64_t rows, int64_t group) {
+    for (head += rows; head >= group; head -= group) ++token;
+  }
+};
+
+// The M rows from `first` on, and how many keys each sees. No branch: whether a row starts the next
+// token is a pattern that the predictor would have to learn.
+template <int M>
+GE_INLINE void place_rows(RowPlace first, int64_t group, int64_t first_visible,
+                          RowPlace (&place)[M], int64_t (&visible)[M]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    place[m] = first;
+    visible[m] = first_visible + first.token;
+    const int64_t next = first.head + 1 == group;
+    first.token += next;
+    first.head = next ? 0 : first.head + 1;
+  }
+}
+
+// q[e][m] = rows[token m][head m][e].
+template <typename S, int M>
+GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t E, const RowPlace (&place)[M],
+                         Arith<S>* q) {
+  const S* row[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) row[m] = rows + place[m].token * stride + place[m].head * E;
+  for (int64_t e = 0; e < E; ++e) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) q[e * kRows<Arith<S>> + m] = to_arith(row[m][e]);
   }
 }
 
@@ -283,65 +315,65 @@ GE_INLINE int tile_rows(int64_t left) {
 }
 
 template <typename S, int M>
-__attribute__((noinline)) void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys,
-                                           Arith<S> scale, int64_t first, Arith<S>* q, Arith<S>* s,
-                                           int64_t s_stride) {
+GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys, Arith<S> scale,
+                             RowPlace first, Arith<S>* q, Arith<S>* s, int64_t s_stride) {
   using A = Arith<S>;
+  RowPlace place[M];
   int64_t visible[M];
-  S* out[M];
   A inverse[M];
-  for (int m = 0; m < M; ++m) {
-    const int64_t token = (first + m) / rows.group, head = (first + m) % rows.group;
-    visible[m] = rows.first_visible + token;
-    out[m] = rows.out + token * rows.out_stride + head * rows.E;
-  }
-  load_rows(rows.query, rows.query_stride, rows.group, rows.E, first, M, q);
+  place_rows(first, rows.group, rows.first_visible, place, visible);
+  load_rows(rows.query, rows.query_stride, rows.E, place, q);
   score_rows<S, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
                    s_stride);
   for (int m = 0; m < M; ++m) {
     const RowSum<A> r = exp_row(s + m * s_stride, visible[m]);
     inverse[m] = A(1) / r.sum;
     if (rows.stats) {
-      const int64_t token = (first + m) / rows.group, head = (first + m) % rows.group;
-      A* stats = rows.stats + token * rows.stats_stride + head * 2;
+      A* stats = rows.stats + place[m].token * rows.stats_stride + place[m].head * 2;
       stats[0] = r.max;
       stats[1] = inverse[m];
     }
   }
   weigh_rows<S, M>(s, s_stride, keys.value, keys.value_stride, rows.E, visible,
                    [&](int m, int64_t column, int lanes, Vec16<A> acc) {
-                     store(acc * Vec16<A>::set1(inverse[m]), out[m] + column, lanes);
+                     S* out = rows.out + place[m].token * rows.out_stride + place[m].head * rows.E;
+                     store(acc * Vec16<A>::set1(inverse[m]), out + column, lanes);
                    });
 }
 
-// Bytes of the arena that attend() takes for at most max_visible keys.
+// The loop over tiles of one chunk, with its memory.
 template <typename S>
-GE_INLINE int64_t attend_bytes(int64_t E, int64_t max_visible) {
+class Attend {
+ public:
   using A = Arith<S>;
-  return Arena::bytes<A>(E * kRows<Arith<S>>) + Arena::bytes<A>(kRows<Arith<S>> * blocks_of(max_visible) * kLanes);
-}
 
-template <typename S>
-struct Attend {
-  Arith<S>* q;  // [E][kRows]
-  Arith<S>* s;  // [kRows][s_stride]
-  int64_t s_stride;
-
+  static int64_t bytes(int64_t E, int64_t max_visible) {
+    return Arena::bytes<A>(E * kRows<A>) + Arena::bytes<A>(kRows<A> * stride(max_visible));
+  }
   Attend(Arena& arena, int64_t E, int64_t max_visible)
-      : q(arena.take<Arith<S>>(E * kRows<Arith<S>>)),
-        s(arena.take<Arith<S>>(kRows<Arith<S>> * blocks_of(max_visible) * kLanes)),
-        s_stride(blocks_of(max_visible) * kLanes) {}
+      : q_(arena.take<A>(E * kRows<A>)),
+        s_(arena.take<A>(kRows<A> * stride(max_visible))),
+        s_stride_(stride(max_visible)) {}
 
-  void operator()(const QueryRows<S>& rows, const KeyBlocks<S>& keys, Arith<S> scale) const {
-    const int64_t num_rows = rows.num_tokens * rows.group;
-    for (int64_t first = 0; first < num_rows;) {
-      const int m = tile_rows<Arith<S>>(num_rows - first);
-      with_rows<kRows<Arith<S>>>(m, [&](auto count) {
-        attend_tile<S, decltype(count)::value>(rows, keys, scale, first, q, s, s_stride);
+  void operator()(const QueryRows<S>& rows, const KeyBlocks<S>& keys, A scale) const {
+    RowPlace place;
+    for (int64_t left = rows.num_tokens * rows.group; left > 0;) {
+      const int m = tile_rows<A>(left);
+      with_rows<kRows<A>>(m, [&](auto count) {
+        attend_tile<S, decltype(count)::value>(rows, keys, scale, place, q_, s_, s_stride_);
       });
-      first += m;
+      place.advance(m, rows.group);
+      left -= m;
     }
   }
+
+ private:
+  // an odd number of vectors: rows a power of two apart would compete for the same cache sets
+  static int64_t stride(int64_t max_visible) { return (blocks_of(max_visible) | 1) * kLanes; }
+
+  A* q_;  // [E][kRows]
+  A* s_;  // [kRows][s_stride]
+  int64_t s_stride_;
 };
 
 // ---------------------------------------------------------------- work items

@@ -10,7 +10,7 @@ void attend_pages(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
   using A = Arith<S>;
   const KvPageShape shape = a.shape;
   const int64_t E = shape.E, group = a.H / a.plan.K, max_blocks = blocks_of(a.max_kv_len);
-  Arena arena(2 * Arena::bytes<const S*>(max_blocks) + attend_bytes<S>(E, a.max_kv_len));
+  Arena arena(2 * Arena::bytes<const S*>(max_blocks) + Attend<S>::bytes(E, a.max_kv_len));
   const S** key = arena.take<const S*>(max_blocks);
   const S** value = arena.take<const S*>(max_blocks);
   const Attend<S> attend(arena, E, a.max_kv_len);

@@ -28,7 +28,7 @@ void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
   using A = Arith<S>;
   const int64_t E = a.E, group = a.H / a.plan.K, max_blocks = blocks_of(a.max_len);
   Arena arena(2 * Arena::bytes<const S*>(max_blocks) + Arena::bytes<S>(max_blocks * kLanes * E) +
-              attend_bytes<S>(E, a.max_len));
+              Attend<S>::bytes(E, a.max_len));
   const S** key = arena.take<const S*>(max_blocks);
   const S** value = arena.take<const S*>(max_blocks);
   S* packed = arena.take<S>(max_blocks * kLanes * E);
@@ -71,22 +71,19 @@ void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
 
 // ---------------------------------------------------------------- backward
 
-// Query rows whose p and ds are held before the keys gather from them.
-template <typename A>
-constexpr int kTile = 2 * kRows<A>;
+// Query rows whose p and ds are held before the keys gather from them. Their sum is a chain of its
+// own, added to the total once: short chains lose less, and the bits need one size on every CPU.
+constexpr int kTile = 32;
 
-// sums[m][16 n + lane] += sum_r weight[r][m] * rows[r][16 n + lane] for M keys, r ascending.
+// sums[m][16 n + lane] += sum_r weight[r][m] * rows[r][16 n + lane] for M keys.
 template <typename A, int M, int N>
 GE_INLINE void gather_columns(const A* weight, int64_t weight_stride, const A* rows,
-                              int64_t row_stride, int64_t count, A* sums) {
+                              int64_t row_stride, int count, A* sums) {
   using V = Vec16<A>;
   V acc[M][N];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) acc[m][n] = V::load(sums + m * row_stride + n * kLanes);
-  }
-  for (int64_t r = 0; r < count; ++r) {
+  for (int i = 0; i < M * N; ++i) acc[i / N][i % N] = V::zero();
+  for (int r = 0; r < count; ++r) {
     V v[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) v[n] = V::load(rows + r * row_stride + n * kLanes);
@@ -100,13 +97,16 @@ GE_INLINE void gather_columns(const A* weight, int64_t weight_stride, const A* r
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) acc[m][n].store(sums + m * row_stride + n * kLanes);
+    for (int n = 0; n < N; ++n) {
+      A* total = sums + m * row_stride + n * kLanes;
+      (V::load(total) + acc[m][n]).store(total);
+    }
   }
 }
 
 template <typename A, int M>
-GE_INLINE void gather(const A* weight, int64_t weight_stride, const A* rows, int64_t row_stride,
-                      int64_t count, A* sums) {
+GE_NOINLINE void gather(const A* weight, int64_t weight_stride, const A* rows, int64_t row_stride,
+                      int count, A* sums) {
   int64_t column = 0;
   for (; column + kWide * kLanes <= row_stride; column += kWide * kLanes) {
     gather_columns<A, M, kWide>(weight, weight_stride, rows + column, row_stride, count,
@@ -134,8 +134,8 @@ struct Backward {
   static int64_t bytes(const RaggedAttentionArgs& a) {
     const int64_t blocks = blocks_of(a.max_len), padded = blocks_of(a.E) * kLanes;
     return 3 * Arena::bytes<const S*>(blocks) + 2 * Arena::bytes<S>(blocks * kLanes * a.E) +
-           2 * Arena::bytes<A>(a.E * kRows<A>) + 2 * Arena::bytes<A>(kTile<A> * blocks * kLanes) +
-           2 * Arena::bytes<A>(kTile<A> * padded) + 2 * Arena::bytes<A>(blocks * kLanes * padded);
+           2 * Arena::bytes<A>(a.E * kRows<A>) + 2 * Arena::bytes<A>(kTile * blocks * kLanes) +
+           2 * Arena::bytes<A>(kTile * padded) + 2 * Arena::bytes<A>(blocks * kLanes * padded);
   }
 
   Backward(const RaggedAttentionArgs& args, Arena& arena) : a(args), E(args.E) {
@@ -150,10 +150,10 @@ struct Backward {
     packed_value = arena.take<S>(s_stride * E);
     q = arena.take<A>(E * kRows<A>);
     dout_t = arena.take<A>(E * kRows<A>);
-    p = arena.take<A>(kTile<A> * s_stride);
-    ds = arena.take<A>(kTile<A> * s_stride);
-    query_rows = arena.take<A>(kTile<A> * padded);
-    dout_rows = arena.take<A>(kTile<A> * padded);
+    p = arena.take<A>(kTile * s_stride);
+    ds = arena.take<A>(kTile * s_stride);
+    query_rows = arena.take<A>(kTile * padded);
+    dout_rows = arena.take<A>(kTile * padded);
     dkey = arena.take<A>(s_stride * padded);
     dvalue = arena.take<A>(s_stride * padded);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -174,20 +174,26 @@ struct Backward {
     memset(dkey, 0, blocks * kLanes * padded * sizeof(A));
     memset(dvalue, 0, blocks * kLanes * padded * sizeof(A));
 
-    const int64_t num_rows = S_n * group;
-    for (int64_t tile = 0; tile < num_rows; tile += kTile<A>) {
-      const int count = num_rows - tile < kTile<A> ? static_cast<int>(num_rows - tile) : kTile<A>;
-      const int64_t seen = (tile + count - 1) / group + 1;  // keys that the last row sees
+    RowPlace place;
+    for (int64_t left = S_n * group; left > 0;) {
+      const int count = left < kTile ? static_cast<int>(left) : kTile;
+      left -= count;
+      RowPlace last = place;
+      last.advance(count - 1, group);
+      const int64_t seen = last.token + 1;  // keys that the last row sees
+      const RowPlace first = place;
       for (int done = 0; done < count;) {
         const int m = tile_rows<A>(count - done);
         with_rows<kRows<A>>(m, [&](auto rows) {
-          differentiate<decltype(rows)::value>(start, kv_head, tile + done, done, seen);
+          differentiate<decltype(rows)::value>(start, kv_head, place, done, seen);
         });
+        place.advance(m, group);
         done += m;
       }
       for (int64_t j = 0; j < seen; j += kRows<A>) {
-        // the first row that sees key j
-        const int64_t skip = j * group > tile ? j * group - tile : 0;
+        // the first row of the tile that sees key j
+        const int64_t before = (j - first.token) * group - first.head;
+        const int skip = before > 0 ? static_cast<int>(before) : 0;
         const int m = seen - j < kRows<A> ? static_cast<int>(seen - j) : kRows<A>;
         with_rows<kRows<A>>(m, [&](auto rows) {
           constexpr int M = decltype(rows)::value;
@@ -207,42 +213,40 @@ struct Backward {
     }
   }
 
-  // p and ds of the rows [first, first + M), which become rows [slot, slot + M) of the tile, and
+  // p and ds of the M rows from `first` on, which become rows [slot, slot + M) of the tile, and
   // their dquery. Columns up to the block of key seen - 1 are written.
   template <int M>
-  __attribute__((noinline)) void differentiate(int64_t start, int64_t kv_head, int64_t first,
+  __attribute__((noinline)) void differentiate(int64_t start, int64_t kv_head, RowPlace first,
                                                int slot, int64_t seen) {
+    RowPlace place[M];
     int64_t visible[M];
-    S* dquery[M];
     A centre[M];
+    place_rows(first, group, 1, place, visible);
     const S* query = static_cast<const S*>(a.query) + start * a.query_stride + kv_head * group * E;
-    const int64_t rows = (start * a.H + kv_head * group) * E, token_stride = a.H * E;
+    const int64_t rows = (start * a.H + kv_head * group) * E, stride = a.H * E;
     const S* dout = static_cast<const S*>(a.dout) + rows;
     for (int m = 0; m < M; ++m) {
-      const int64_t token = (first + m) / group, head = (first + m) % group;
-      const int64_t at = token * token_stride + head * E;
-      visible[m] = token + 1;
-      dquery[m] = static_cast<S*>(a.dquery) + rows + at;
-      const S* out = static_cast<const S*>(a.out) + rows + at;
+      const S* g_row = dout + place[m].token * stride + place[m].head * E;
+      const S* q_row = query + place[m].token * a.query_stride + place[m].head * E;
+      const S* out = static_cast<const S*>(a.out) + rows + (g_row - dout);
       V dots = V::zero();
       each_vector(E, [&](int64_t e, int n) {
-        const V g = load<V>(dout + at + e, n);
+        const V g = load<V>(g_row + e, n);
         dots = fma(g, load<V>(out + e, n), dots);
         g.store(dout_rows + (slot + m) * padded + e);
-        load<V>(query + token * a.query_stride + head * E + e, n)
-            .store(query_rows + (slot + m) * padded + e);
+        load<V>(q_row + e, n).store(query_rows + (slot + m) * padded + e);
       });
       centre[m] = sum(dots);
     }
-    load_rows(query, a.query_stride, group, E, first, M, q);
-    load_rows(dout, token_stride, group, E, first, M, dout_t);
+    load_rows(query, a.query_stride, E, place, q);
+    load_rows(dout, stride, E, place, dout_t);
     const int64_t blocks = blocks_of(visible[M - 1]);
     const A scale = static_cast<A>(a.scale);
     score_rows<S, M>(q, key, kLanes, E, scale, blocks, p + slot * s_stride, s_stride);
     score_rows<S, M>(dout_t, value, kLanes, E, A(1), blocks, ds + slot * s_stride, s_stride);
     for (int m = 0; m < M; ++m) {
       const A* stats = static_cast<const A*>(a.stats) +
-                       ((start + visible[m] - 1) * a.H + kv_head * group + (first + m) % group) * 2;
+                       ((start + place[m].token) * a.H + kv_head * group + place[m].head) * 2;
       const V max = V::set1(stats[0]), inverse = V::set1(stats[1]);
       const V mean = V::set1(centre[m]), factor = V::set1(scale);
       A* p_row = p + (slot + m) * s_stride;
@@ -258,7 +262,9 @@ struct Backward {
     }
     weigh_rows<S, M>(ds + slot * s_stride, s_stride, key_row, a.key_stride, E, visible,
                      [&](int m, int64_t column, int lanes, V acc) {
-                       store(acc, dquery[m] + column, lanes);
+                       S* dquery = static_cast<S*>(a.dquery) + rows +
+                                   place[m].token * stride + place[m].head * E;
+                       store(acc, dquery + column, lanes);
                      });
   }
 };
