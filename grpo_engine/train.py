@@ -68,10 +68,10 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
     Raises:
         ValueError: no evaluation set, or bad input.
     """
-    tokenizer, model = _tokenizer_and_model(config)
     task = load_task(config.task, seed=config.seed, needed=1)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
+    tokenizer, model = _tokenizer_and_model(config)
     with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
         return [
             evaluate(model, s, tokenizer=tokenizer, pool=pool, config=config, greedy=greedy)
@@ -127,6 +127,8 @@ class Run:
 
     def _load(self) -> None:
         c = self.config
+        # problems first: a wrong file is found before a model of the ladder is pretrained
+        self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
         self.tokenizer, self.model = _tokenizer_and_model(c)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
@@ -137,7 +139,6 @@ class Run:
             eps=c.optimizer.eps,
             weight_decay=c.optimizer.weight_decay,
         )
-        self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
         self._leave_out_long_prompts()
         self.corpus = pretrain.control_corpus(c) if c.method == "pretrain" else None
 
