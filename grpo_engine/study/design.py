@@ -68,10 +68,10 @@ class AxesConfig(Config):
 class EstimateConfig(Config):
     """What the plan assumes of cells that have not run (`grpo_engine.study.run.measured_plan` knows the others)."""
 
-    prompt_tokens: Annotated[float, Field(gt=0)] = 10.0  # a prompt
+    prompt_tokens: Annotated[float, Field(gt=0)] = 6.0  # a prompt
     answer_tokens: Annotated[float, Field(gt=0)] = 5.0  # an answer
-    flops_per_s: Annotated[float, Field(gt=0)] = 30e9  # a process, on large matrices
-    us_per_token: Annotated[float, Field(ge=0)] = 10.0  # a trained token, besides: what does not shrink with N
+    flops_per_s: Annotated[float, Field(gt=0)] = 40e9  # a process, on large matrices
+    us_per_token: Annotated[float, Field(ge=0)] = 6.0  # a trained token, besides: what does not shrink with N
     start_s: Annotated[float, Field(ge=0)] = 4.0  # until a process does its first step
     eval_sets: Annotated[int, Field(ge=1)] = 4
 

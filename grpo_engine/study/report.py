@@ -315,12 +315,39 @@ def _cautions(fits: Fits) -> list[str]:
 
 
 def _by_reason(found: Iterable[tuple[AxisFit, Sequence[str]]]) -> list[str]:
-    """A line for each reason and kind, with all the axes that it holds for."""
-    axes: dict[tuple[str, str], list[str]] = {}
+    """A line for each reason, with the kinds and the axes that it holds for; "all" only where no kind has it."""
+    kinds: dict[str, dict[str, list[str]]] = {}
     for fit, reasons in found:
         for reason in reasons:
-            axes.setdefault((fit.kind, reason), []).append(AXIS_NAMES[fit.axis])
-    return [f"{kind}, X = {_list(names)}: {reason}." for (kind, reason), names in axes.items()]
+            kinds.setdefault(reason, {}).setdefault(fit.kind, []).append(AXIS_NAMES[fit.axis])
+    out = []
+    for reason, axes_of in kinds.items():
+        if len(axes_of) > 1:
+            axes_of.pop("all", None)
+        axes = list(dict.fromkeys(axis for axes in axes_of.values() for axis in axes))
+        out.append(f"{_list(list(axes_of))} (X: {_list(axes)}): {reason}.")
+    return out
+
+
+def _misses(data: StudyData, fits: Fits) -> list[str]:
+    """Sizes whose last points the fitted law misses by more than the noise: the curve bends, the law does not."""
+    out = []
+    for kind in data.kinds:
+        fit = fits.get("data", kind)
+        if not fit.joint or not fit.verdict.ok:
+            continue
+        for s in fit.sizes:
+            last = data.curve(data.main(s.size, kind))[-1]
+            law = float(fit.joint.loss(s.size, last.prompts))
+            if abs(last.loss - law) > NOISE * last.error:
+                side = "below" if last.loss < law else "above"
+                out.append(f"{s.size} {kind} ends {side} it, at {_pm(last)} where the law has {law:.3f}")
+    if not out:
+        return []
+    return [
+        f"The law is a straight line in these axes and not every curve is: {'; '.join(out)}. Its interval covers where "
+        "the line is, not that bend, so do not continue it beyond the last point."
+    ]
 
 
 def _interval(e: Estimate | None, show: Callable[[float], str]) -> str:
@@ -447,7 +474,7 @@ def _learning_figure(data: StudyData) -> Figure:
     colors = size_colors(data.sizes)
     panels = []
     for name, title, unit in (
-        ("reward_mean", "Reward", "mean reward of training answers"),
+        ("reward_mean", "Reward", "mean training reward"),
         ("entropy", "Entropy", "nats a token"),
         ("response_len_mean", "Response length", "tokens"),
     ):
@@ -520,8 +547,8 @@ def _control_figure(data: StudyData) -> Figure | None:
     return Figure(
         name="control",
         title="RL against plain pretraining",
-        caption="The control trains the same model for the same number of steps on its pretraining text. What RL "
-        "gains beyond it cannot be had by more pretraining of that length. Bars one standard error.",
+        caption="The control goes on with plain pretraining of the same model for the same number of steps: from the full "
+        "learning rate, hence its rise, annealed to the end, so compare the ends. Bars one standard error.",
         panels=[
             Panel(title=title, x_label="trained tokens", y_label=f"test loss ({data.headline})",
                   series=series, x_zero=True, y_range=(min(every), max(every)))
@@ -712,6 +739,16 @@ def _findings(data: StudyData, fits: Fits) -> list[str]:
                 f"Of {len(lower)} steps up the ladder of {kind} models, {sum(lower)} end lower by more than two "
                 "standard errors."
             )
+    greedy = []
+    for kind in data.kinds:
+        curves = {s: c for s in data.sizes if len(c := data.curve(data.main(s, kind), mode="greedy")) > 1}
+        changes = {s: _difference(c[0], c[-1]) for s, c in curves.items()}
+        if changes:
+            numbers = "; ".join(f"{s} {_pm(c[0])} to {_pm(c[-1])}" for s, c in curves.items())
+            words = _in_words(changes, "falls", "rises", "does not change beyond the noise")
+            greedy.append(f"for {kind} models it {words} ({numbers})")
+    if greedy:
+        out.append(f"The loss of greedy answers is another matter: {'; '.join(greedy)}.")
     against = {}
     for size in data.sizes:
         rl, control = data.curve(data.main(size, "base")), data.curve(data.control(size, "base"))
@@ -736,8 +773,10 @@ def _findings(data: StudyData, fits: Fits) -> list[str]:
     largest = {kind: (budget, r) for kind, budget, r in _picks(data, fits) if r.budget == "compute"}
     for kind, (budget, r) in largest.items():
         sure = "decided" if r.decided else "not decided, see below"
+        if r.pick == max(r.candidates, key=lambda c: c.params).label:
+            sure += "; it is the largest size here"
         out.append(f"Which {kind} model to train for {budget}: {r.pick} ({sure}).")
-    return out
+    return [*out, *_misses(data, fits)]
 
 
 def _difference(before: Point, after: Point) -> float:

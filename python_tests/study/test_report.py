@@ -86,7 +86,7 @@ def test_the_page_says_what_the_data_say(page):
     assert "Every larger base model ends lower than the one before it." in text
     assert "Base models against plain pretraining of the same length: RL ends lower at every size" in text
     assert "One law for all sizes, loss against data (95 % intervals): for base models K_max = 0.1" in text
-    assert re.search(r"Which base model to train for 2\.2·10¹² FLOPs: l \(decided\)", text)
+    assert re.search(r"Which base model to train for 2\.2·10¹² FLOPs: l \(decided; it is the largest size", text)
     assert "What these data cannot show" in text and "How it was measured" in text
     assert "2 answers" not in text and "4 answers to each" in text
 
@@ -164,8 +164,25 @@ def test_the_terminal_says_why_a_law_is_not_carried(tmp_path):
     console = Console(width=80, file=io.StringIO())
     console.print(law_table(fit_study(tmp_path / "s", n_boot=20)))
     text = " ".join(console.file.getvalue().split())
-    assert "base, X = 6NT, prompts and ledger: not carried: 2 sizes" in text
+    assert "base (X: 6NT, prompts and ledger): not carried: 2 sizes" in text
     assert "\u2026" not in text
+
+
+def test_a_curve_that_bends_away_from_the_law_is_told(tmp_path):
+    the_plan = make_study(tmp_path / "s", sizes=("xs", "s", "m", "l"), axes=(AxesConfig(seeds=(0, 1)),))
+    assert "not every curve is" not in write_report(tmp_path / "s", n_boot=20).read_text()
+    for cell in the_plan.cells:
+        if cell.size == "l":  # the last point of the largest size falls by a third more than the law has
+            path = tmp_path / "s" / cell.folder / "evals.jsonl"
+            evals = [json.loads(line) for line in path.read_text().splitlines()]
+            for e in evals:
+                if e["step"] == 60 and e["eval_set"] == "chain" and e["mode"] == "sample":
+                    e["loss"] -= 0.12
+                    e["pass1"] += 0.12
+            path.write_text("".join(json.dumps(e) + "\n" for e in evals))
+    data = load_data(tmp_path / "s")
+    (line,) = report._misses(data, fit_study(tmp_path / "s", n_boot=20))
+    assert "l base ends below it" in line and "m base" not in line
 
 
 def test_a_report_can_be_made_of_a_part(tmp_path):
