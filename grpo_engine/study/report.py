@@ -749,14 +749,15 @@ def _findings(data: StudyData, fits: Fits) -> list[str]:
             greedy.append(f"for {kind} models it {words} ({numbers})")
     if greedy:
         out.append(f"The loss of greedy answers is another matter: {'; '.join(greedy)}.")
-    against = {}
+    against, numbers = {}, []
     for size in data.sizes:
         rl, control = data.curve(data.main(size, "base")), data.curve(data.control(size, "base"))
         if len(rl) > 1 and len(control) > 1:
             against[size] = _difference(control[-1], rl[-1])
+            numbers.append(f"{size} {_pm(rl[-1])}, control {_pm(control[-1])}")
     if against:
         words = _in_words(against, "RL ends lower", "the control ends lower", "there is no difference beyond the noise")
-        out.append(f"Base models against plain pretraining of the same length: {words}.")
+        out.append(f"Base models against plain pretraining of the same length: {words} ({'; '.join(numbers)}).")
     for axis in ("compute", "data"):
         found = [f for f in fits.fits if f.axis == axis and f.kind in data.kinds]
         parts = []
