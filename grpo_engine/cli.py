@@ -151,10 +151,11 @@ def study_report(study_dir: StudyDir) -> None:
 
 
 def _report(study_dir: Path) -> None:
-    from grpo_engine.study.report import fit_study, law_table, write_report
+    from grpo_engine.study.fit import read_fits
+    from grpo_engine.study.report import FITS_FILE, law_table, write_report
 
     page = write_report(study_dir)
-    console.print(law_table(fit_study(study_dir)))
+    console.print(law_table(read_fits(study_dir / FITS_FILE)))
     console.print(f"report: {page}")
 
 
