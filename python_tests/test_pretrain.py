@@ -187,7 +187,7 @@ def _ensure(ladder, cache, queue):
 
 
 def test_two_processes_train_one_model(tiny, tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a forked child has no OpenMP threads
     queue = context.Queue()
     both = [context.Process(target=_ensure, args=({"tiny": tiny}, tmp_path, queue)) for _ in range(2)]
     for p in both:
