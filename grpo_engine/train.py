@@ -157,6 +157,7 @@ class Run:
         self.ledger = Ledger(self.counters.flops)
 
     def _leave_out_long_prompts(self) -> None:
+        self.num_too_long = 0
         limit = self.config.rollout.max_prompt_tokens
         if limit is None:
             return
@@ -166,8 +167,10 @@ class Run:
             return len(self.tokenizer.encode_prompt(p.prompt, chat)) <= limit
 
         kept = [p for p in self.task.train if fits(p)]
-        self.progress.say(f"{len(self.task.train) - len(kept)} of {len(self.task.train)} training prompts are longer "
-                          f"than {limit} tokens and left out")  # fmt: skip
+        self.num_too_long = len(self.task.train) - len(kept)
+        self.progress.say(
+            f"{self.num_too_long} of {len(self.task.train)} training prompts are longer than {limit} tokens and left out"
+        )
         if not kept:
             raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no training problem")
         evals = {
@@ -190,6 +193,7 @@ class Run:
                 "params_nominal": c.model.params_nominal,
                 "params_total": self.model.num_parameters,
             },
+            "task": {"train_problems": len(self.task.train), "left_out_too_long": self.num_too_long},
             "versions": records.collect_versions(),
             "hardware": records.collect_hardware(),
         }
