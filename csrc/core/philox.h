@@ -26,7 +26,8 @@ GE_HOST_DEVICE static inline PhiloxCounter philox4x32_10(PhiloxCounter ctr, uint
   return ctr;
 }
 
-// A uniform in (0, 1), 53 bits, never 0 or 1: the draw for the token at `position`.
+// A uniform in (0, 1], 53 bits, never 0 (and 1 with probability 2^-53): the draw for the token at
+// `position`.
 GE_HOST_DEVICE static inline double philox_uniform(uint64_t seed, uint64_t position) {
   const PhiloxCounter r = philox4x32_10(
       {{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0u, 0u}}, seed);
