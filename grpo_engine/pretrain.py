@@ -32,6 +32,7 @@ from torch import Tensor
 from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
 from grpo_engine.model import Model, ModelConfig
+from grpo_engine.optimizer import update
 from grpo_engine.tasks import micro
 from grpo_engine.tasks.micro import CorpusConfig, Document
 
@@ -219,42 +220,6 @@ def language_loss(model: Model, batch: DocumentBatch) -> Tensor:
     return -(batch.weight * logprob).sum() / batch.weight.sum()
 
 
-def _update(model: Model, optimizer: torch.optim.Optimizer, lr: float) -> float:
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM))
-    if not math.isfinite(norm):
-        raise RuntimeError(f"pretraining diverged: the gradient norm is {norm}")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-@torch.no_grad()
-def init_ladder_weights(model: Model, seed: int) -> Model:
-    """Draws weights for a narrow model: every matrix with variance 1 / inputs.
-
-    The usual 0.02 is meant for widths in the hundreds and above; at 16 to 160 it starves the first thousand steps.
-    The two projections into the stream are scaled by 1 / sqrt(2 layers) besides, as is usual.
-
-    Args:
-        model: filled in place.
-        seed: the same seed gives the same bits.
-
-    Returns:
-        The model.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    into_stream = 1.0 / math.sqrt(2 * model.config.num_hidden_layers)
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            scale = into_stream if name.endswith(("attn_out.weight", "down.weight")) else 1.0
-            p.copy_(torch.randn(p.shape, generator=generator) * (scale / math.sqrt(p.shape[1])))
-        else:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
-    return model
-
-
 def train_language(
     model: Model,
     schedule: Schedule,
@@ -286,7 +251,7 @@ def train_language(
         batch = pack_documents([next(documents) for _ in range(documents_per_step)])
         step_loss = language_loss(model, batch)
         step_loss.backward()
-        _update(model, optimizer, schedule.rate(done / schedule.tokens))
+        update(model, optimizer, lr=schedule.rate(done / schedule.tokens), clip_norm=CLIP_NORM)
         done += batch.tokens.numel()
         loss = float(step_loss.detach())
         if progress is not None:
@@ -388,7 +353,7 @@ def ensure_model(
             return folder
         r = recipe(size)
         if base is None:
-            model = init_ladder_weights(Model(_architecture(r)), r.seed)
+            model = Model(_architecture(r)).init_weights(r.seed, std=None)
         else:
             model = weights.load_model(base, dtype=torch.float32)
         train_language(
@@ -538,7 +503,7 @@ def control_step(
             loss.backward()
         with ledger.timed("optimizer"):
             share = (step - 1 + min(done / corpus.tokens, 1.0)) / config.steps
-            norms.append(_update(model, optimizer, schedule.rate(share)))
+            norms.append(update(model, optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
         losses.append(float(loss.detach()))
         done += T
     return ControlOutcome(

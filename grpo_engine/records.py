@@ -483,6 +483,31 @@ def read_jsonl(path: str | os.PathLike[str], *, allow_torn: bool = False) -> Jso
     return JsonlFile(records=out)
 
 
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads one JSON object, of whatever schema.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: not JSON, or not an object; the message names the file.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        obj = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(obj, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(obj).__name__}")
+    return obj
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads one JSON object and checks its schema number.
 
@@ -496,13 +521,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: not a JSON object, or another schema; the message names the file.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
-    try:
-        obj = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(obj, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(obj).__name__}")
+    obj = read_object(path)
     if obj.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema must be {SCHEMA}, got {obj.get('schema')!r}")
     return obj

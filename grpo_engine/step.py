@@ -14,6 +14,7 @@ from grpo_engine.batch import Minibatch, minibatches
 from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
 from grpo_engine.model import Model
+from grpo_engine.optimizer import update
 from grpo_engine.rewards.pool import RewardPool
 from grpo_engine.rollout import Progress, derive_seeds, generate
 from grpo_engine.tokenizer import Tokenizer
@@ -101,7 +102,8 @@ def grpo_step(
             stats = part if stats is None else stats.merge(part)
             trained_tokens += T
         with ledger.timed("optimizer"):
-            norms.append(update(policy, optimizer, config, step))
+            lr = learning_rate(config, step)
+            norms.append(update(policy, optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
         losses.append(loss)
 
     return StepOutcome(
@@ -149,25 +151,6 @@ def policy_loss(logprob: Tensor, micro: TrainBatch, minibatch: Minibatch, config
         num_sequences=minibatch.num_sequences,
         constant_length=c.constant_length,
     )
-
-
-def update(policy: Model, optimizer: torch.optim.Optimizer, config: RunConfig, step: int) -> float:
-    """Clips the gradient, takes one optimizer step and clears the gradient.
-
-    Returns:
-        The global gradient norm before clipping.
-
-    Raises:
-        RuntimeError: the norm is not finite; the weights are then unchanged.
-    """
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.clip_norm))
-    if not norm < float("inf"):
-        raise RuntimeError(f"step {step}: the gradient norm is {norm}; lower optimizer.lr or look at the data")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

@@ -256,15 +256,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, folder: str | os.PathLik
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        obj = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(obj, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(obj).__name__}")
-    return obj
+    return records.read_object(path) if path.is_file() else {}
 
 
 def _check_rows(folder: Path, tokens: int) -> None:

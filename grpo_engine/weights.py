@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_engine.model import Model, ModelConfig
+from grpo_engine.records import read_object
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -81,7 +82,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder (models are read from local Hugging Face folders)")
-    raw = _read_object(folder / CONFIG_FILE)
+    raw = read_object(folder / CONFIG_FILE)
     where = str(folder / CONFIG_FILE)
     _refuse_other_arithmetic(raw, where)
 
@@ -170,18 +171,6 @@ def _positive(value: Any, name: str, where: str) -> float:
     if not good:
         raise ValueError(f"{where}: {name} must be a finite number > 0, got {value!r}")
     return float(value)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        obj = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(obj, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(obj).__name__}")
-    return obj
 
 
 def _config_object(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -395,7 +384,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         other = sorted(p.name for p in folder.glob("*.bin"))
         hint = f"; {other[0]} is not read, save it as safetensors" if other else ""
         raise FileNotFoundError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must be an object of tensor -> file, got {weight_map!r}")
     files: dict[Path, set[str] | None] = {}

@@ -82,7 +82,7 @@ def test_pack_documents():
 
 
 def test_language_loss_is_weighted_cross_entropy():
-    model = pretrain.init_ladder_weights(Model(pretrain.architecture("xxs")), 0)
+    model = Model(pretrain.architecture("xxs")).init_weights(0, std=None)
     batch = batch_of(7)
     loss = pretrain.language_loss(model, batch)
     total = 0.0
@@ -102,7 +102,7 @@ def test_language_loss_is_weighted_cross_entropy():
 
 
 def test_training_lowers_the_loss_on_other_documents():
-    model = pretrain.init_ladder_weights(Model(pretrain.architecture("xxs")), 0)
+    model = Model(pretrain.architecture("xxs")).init_weights(0, std=None)
     unseen = batch_of(200, "unseen")
     with torch.no_grad():
         before = pretrain.language_loss(model, unseen).item()
@@ -120,7 +120,7 @@ def test_training_lowers_the_loss_on_other_documents():
 
 def test_a_leaking_corpus_stops_the_training():
     problem = micro.eval_sets(1)["chain"].problems[0]
-    model = pretrain.init_ladder_weights(Model(pretrain.architecture("xxs")), 0)
+    model = Model(pretrain.architecture("xxs")).init_weights(0, std=None)
 
     def leaking():
         micro.check_disjoint([problem.prompt], frozenset(), what="corpus")
@@ -255,7 +255,7 @@ def test_control_of_an_instruct_model_reads_chat(tiny):
 
 def test_control_steps_train_anneal_and_book_their_cost(tiny):
     config = control_config()
-    model = pretrain.init_ladder_weights(Model(pretrain.architecture("tiny")), 0)
+    model = Model(pretrain.architecture("tiny")).init_weights(0, std=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
     corpus, ledger = pretrain.control_corpus(config), Ledger()
     outcomes, rates = [], []

@@ -353,8 +353,25 @@ class LogLinear:
         return {"k": Bound(low=-2.0, high=2.0, why="at 2 the loss falls fourfold whenever X doubles: no RL run did")}
 
 
+class _Gain:
+    """What curves from R0 up to a ceiling A share: L = 1 - R0 - (A - R0) * gained."""
+
+    __slots__ = ()
+
+    def loss(self, x: np.ndarray | Sequence[float] | float) -> np.ndarray:
+        """Predicted loss.
+
+        Args:
+            x: [...] float, positive.
+
+        Returns:
+            [...] float64.
+        """
+        return 1.0 - self.R0 - (self.A - self.R0) * self.gained(x)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScaleRLSigmoid:
+class ScaleRLSigmoid(_Gain):
     """R = R0 + (A - R0) / (1 + (X_mid / X)^B), L = 1 - R: a sigmoid in log X from R0 up to the ceiling A.
 
     Khatri et al. 2025, arXiv:2510.13786. R0 is the pass rate before RL, measured where an evaluation at step 0 exists.
@@ -381,17 +398,6 @@ class ScaleRLSigmoid:
         """
         return 1.0 / (1.0 + (self.X_mid / np.asarray(x, dtype=np.float64)) ** self.B)
 
-    def loss(self, x: np.ndarray | Sequence[float] | float) -> np.ndarray:
-        """Predicted loss.
-
-        Args:
-            x: [...] float, positive.
-
-        Returns:
-            [...] float64.
-        """
-        return 1.0 - self.R0 - (self.A - self.R0) * self.gained(x)
-
     @classmethod
     def bounds(cls, x: np.ndarray) -> dict[str, Bound]:
         """Bounds of the parameters, given where the curve was measured.
@@ -412,7 +418,7 @@ class ScaleRLSigmoid:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExponentialSaturation:
+class ExponentialSaturation(_Gain):
     """R = A - (A - R0) exp(-X / X_scale), L = 1 - R: a gain that decays exponentially.
 
     The saturating phase of Nimmaturi et al. 2025, arXiv:2507.18014.
@@ -436,17 +442,6 @@ class ExponentialSaturation:
             [...] float64 in (0, 1).
         """
         return -np.expm1(-np.asarray(x, dtype=np.float64) / self.X_scale)
-
-    def loss(self, x: np.ndarray | Sequence[float] | float) -> np.ndarray:
-        """Predicted loss.
-
-        Args:
-            x: [...] float, positive.
-
-        Returns:
-            [...] float64.
-        """
-        return 1.0 - self.R0 - (self.A - self.R0) * self.gained(x)
 
     @classmethod
     def bounds(cls, x: np.ndarray) -> dict[str, Bound]:
