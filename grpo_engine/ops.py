@@ -18,6 +18,8 @@ from torch import Tensor
 from grpo_engine import _C  # noqa: F401  loading it registers the ops
 
 __all__ = [
+    "decoder_layer",
+    "decoder_layer_paged",
     "gather_logprob",
     "group_advantages",
     "kv_write",
@@ -670,3 +672,124 @@ def _ragged_attention_backward(ctx, dout, _dstats):
 
 
 _register_autograd("ragged_attention", _ragged_attention_setup, _ragged_attention_backward)
+
+
+# ---------------------------------------------------------------- decoder_layer
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one decoder layer, all of one dtype and contiguous."""
+
+    attn_norm: Tensor  # [D]
+    qkv_weight: Tensor  # [(H + 2K) E, D]; rows: q, then k, then v
+    qkv_bias: Tensor  # [(H + 2K) E]
+    out_weight: Tensor  # [D, H E]
+    mlp_norm: Tensor  # [D]
+    gate_up_weight: Tensor  # [2F, D]; rows: gate, then up
+    down_weight: Tensor  # [D, F]
+
+
+def decoder_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    position: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    theta: float,
+    eps: float,
+    cu_groups: Tensor | None = None,
+) -> Tensor:
+    """One layer of the Qwen2.5 decoder over N packed sequences, for training: ten ops in one call.
+
+    ``s = x + linear(ragged_attention(rope(qkv)), out_weight)`` with
+    ``qkv = linear(rms_norm(x), qkv_weight, qkv_bias)``, then
+    ``s + linear(swiglu(linear(rms_norm(s), gate_up_weight)), down_weight)``: the same bits as those ops give
+    one after another, and as `decoder_layer_paged`.
+
+    Args:
+        x: [T, D] float32, bfloat16 or float64, contiguous.  T = 0 is allowed.
+        weights: see `LayerWeights`; dtype of ``x``.
+        position: [T] int64, >= 0, of each token in its sequence.
+        cu_seqlens: [N + 1] int32, first token of each sequence, then T.
+        num_kv_heads: K; divides the number of query heads.
+        head_dim: E, even; attention scores are scaled by ``E ** -0.5``.
+        theta: base of the rotary frequencies; finite and > 0.
+        eps: of both norms; finite and >= 0.
+        cu_groups: [M + 1] int32, groups of sequences that share a prompt; see `ragged_attention`.
+
+    Returns:
+        [T, D], dtype of ``x``; differentiable in ``x`` and the weights.  A row depends on its own sequence
+        alone; a gradient of a weight is one sum over ascending tokens.
+
+    Raises:
+        ValueError: wrong shape or value, the argument named.
+        TypeError: wrong dtype.
+
+    Source:
+        Vaswani et al. 2017, arXiv:1706.03762; Qwen team 2024, arXiv:2412.15115.
+    """
+    save = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    return _ops.decoder_layer(
+        x, *weights, position, cu_seqlens, cu_groups, num_kv_heads, head_dim, theta, eps, save
+    )[0]
+
+
+def _decoder_layer_setup(ctx, inputs, output):
+    x_weights_position, (cu_seqlens, cu_groups, *ctx.numbers, _save) = inputs[:9], inputs[9:]
+    ctx.save_for_backward(*x_weights_position, cu_seqlens, *output[1:])
+    ctx.cu_groups = cu_groups
+
+
+def _decoder_layer_backward(ctx, dy, *_):
+    head, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+    grads = _ops.decoder_layer_backward(dy.contiguous(), *head, ctx.cu_groups, *saved, *ctx.numbers)
+    return *grads, *([None] * 8)
+
+
+_register_autograd("decoder_layer", _decoder_layer_setup, _decoder_layer_backward)
+
+
+def decoder_layer_paged(
+    x: Tensor,
+    weights: LayerWeights,
+    position: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    slot: Tensor,
+    page_table: Tensor,
+    cu_query: Tensor,
+    kv_len: Tensor,
+    *,
+    theta: float,
+    eps: float,
+) -> Tensor:
+    """The same layer over a paged cache: decoding and chunked prefill. No gradient.
+
+    Args:
+        x: [T, D] of the new tokens, sequence after sequence.
+        weights: see `LayerWeights`.
+        position: [T] int64, of each new token in its sequence.
+        key_pages: [num_pages, K, E, page], written by `kv_write` before attention reads it.
+        value_pages: [num_pages, K, page, E], likewise.
+        slot: [T] int64, where each new token's key and value go; see `kv_write`.
+        page_table: [N, max_pages] int32; see `paged_attention`, as the next two.
+        cu_query: [N + 1] int32.
+        kv_len: [N] int32.
+        theta: base of the rotary frequencies.
+        eps: of both norms.
+
+    Returns:
+        [T, D], dtype of ``x``: bit for bit what `decoder_layer` gives the same tokens.
+
+    Raises:
+        ValueError: wrong shape or value, the argument named; pages may have been written.
+        TypeError: wrong dtype.
+
+    Source:
+        Kwon et al. 2023, arXiv:2309.06180.
+    """
+    return _ops.decoder_layer_paged(
+        x, *weights, position, key_pages, value_pages, slot, page_table, cu_query, kv_len, theta, eps
+    )

@@ -7,7 +7,6 @@ the batch, the number of pages or preemption.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from grpo_engine import _C, ops
 from grpo_engine.config import RolloutConfig
 from grpo_engine.ledger import Ledger, forward_flops
-from grpo_engine.model import Model
+from grpo_engine.model import Layer, Model
 from grpo_engine.types import RolloutBatch, RolloutStats
 
 Progress = Callable[[int, int], None]  # (answers finished, answers asked for)
@@ -62,7 +61,6 @@ class KVCache:
         like = model.embed.weight
         self.key = like.new_empty((L, num_pages, K, E, page_size))
         self.value = like.new_empty((L, num_pages, K, page_size, E))
-        self.scale = 1.0 / math.sqrt(E)
 
     def copy_pages(self, pairs: Tensor) -> None:
         """Copies pages; pairs [C, 2] int64 of (source, destination)."""
@@ -70,17 +68,9 @@ class KVCache:
             self.key[:, pairs[:, 1]] = self.key[:, pairs[:, 0]]
             self.value[:, pairs[:, 1]] = self.value[:, pairs[:, 0]]
 
-    def attention(self, plan: _StepTensors):
-        """What `Model.forward` takes as attention: writes the step's keys and values, then reads pages."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            key, value = self.key[layer], self.value[layer]
-            ops.kv_write(k, v, key, value, plan.slots)
-            return ops.paged_attention(
-                q, key, value, plan.page_table, plan.cu_query, plan.kv_len, scale=self.scale
-            )
-
-        return attend
+    def at(self, step: _StepTensors) -> PagedSequences:
+        """What `Model.forward` takes as sequences in this step."""
+        return PagedSequences(self, step)
 
 
 class _StepTensors:
@@ -92,6 +82,21 @@ class _StepTensors:
             setattr(self, name, torch.from_numpy(getattr(plan, name)))
         self.page_table = torch.from_numpy(plan.page_table)
         self.page_copies = torch.from_numpy(plan.page_copies).long()
+
+
+class PagedSequences:
+    """The new tokens of a step, whose keys and values go to pages and meet those that are there."""
+
+    def __init__(self, cache: KVCache, step: _StepTensors) -> None:
+        self.cache, self.step = cache, step
+
+    def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
+        """See `model.Sequences`."""
+        s = self.step
+        return ops.decoder_layer_paged(
+            x_TD, layer.weights, positions_T, self.cache.key[index], self.cache.value[index], s.slots,
+            s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,
+        )  # fmt: skip
 
 
 def generate(
@@ -165,7 +170,7 @@ def generate(
             plan = scheduler.schedule()
             step = _StepTensors(plan)
             cache.copy_pages(step.page_copies)
-            hidden_TD = model(step.tokens, step.positions, cache.attention(step))
+            hidden_TD = model(step.tokens, step.positions, cache.at(step))
             S = step.sample_row.numel()
             if S:
                 sample = ops.sample_token(

@@ -136,6 +136,6 @@ def test_a_bad_request_is_refused_before_any_work(model, change, says):
 def test_diverged_weights_name_the_sequence():
     model = models.random_model()
     with torch.no_grad():
-        model.final_norm.weight.fill_(float("nan"))
+        model.final_norm.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="logits of sequence 0 at position 2 hold NaN"):
         run(model, [[1, 2]])

@@ -22,7 +22,7 @@ void gemm(GemmArgs args) {
   auto blocks = [&] {
     return ((args.M + args.block_m - 1) / args.block_m) * ((args.N + args.block_n - 1) / args.block_n);
   };
-  const int64_t threads = at::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
   while (blocks() < wanted && args.block_n > kPanel) args.block_n = round_up(args.block_n / 2, kPanel);
   while (blocks() < wanted && args.block_m > kTile) args.block_m = round_up(args.block_m / 2, kTile);
   const double cost = 2.0 / 16.0 * args.K * std::min(args.block_m, args.M) * std::min(args.block_n, args.N);

@@ -35,6 +35,23 @@ GE_CPU_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
 // Runs the whole product over the thread pool.
 void gemm(GemmArgs args);
 
+// The three products of a layer whose x, dy, weight and results all have one dtype and adjacent rows.
+// y [T, O] = x [T, I] weight^T + bias
+inline GemmArgs linear_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* x, const void* weight,
+                               const void* bias, void* y) {
+  return {dtype, dtype, dtype, T, O, I, x, I, 1, weight, 1, I, bias, y, O, false, 0, 0};
+}
+// dx [T, I] = dy [T, O] weight
+inline GemmArgs linear_dx_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
+                                  const void* weight, void* dx) {
+  return {dtype, dtype, dtype, T, I, O, dy, O, 1, weight, I, 1, nullptr, dx, I, false, 0, 0};
+}
+// dweight [O, I] = dy^T x
+inline GemmArgs linear_dweight_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
+                                       const void* x, void* dweight) {
+  return {dtype, dtype, dtype, O, I, T, dy, 1, O, x, I, 1, nullptr, dweight, I, false, 0, 0};
+}
+
 struct ColumnSumArgs {
   DType dtype;
   int64_t T, O;

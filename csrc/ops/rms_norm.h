@@ -21,7 +21,10 @@ struct RmsNormArgs {
   double eps;
   const void* x;       // [T, D]
   const void* weight;  // [D]
+  const void* residual;  // [T, D] or null
+  void* sum;           // [T, D] x + residual; forward only, null without residual
   const void* dy;      // [T, D]; backward only
+  const void* dsum;    // [T, D] or null: gradient that reaches the sum directly, added to dx; backward only
   void* y;             // [T, D]; forward only
   void* rstd;          // [T]; written by forward, read by backward
   void* dx;            // [T, D]; backward only

@@ -13,6 +13,12 @@ void forward(const RmsNormArgs& a, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const S* x = static_cast<const S*>(a.x) + t * a.D;
     S* y = static_cast<S*>(a.y) + t * a.D;
+    if (a.residual) {
+      const S* r = static_cast<const S*>(a.residual) + t * a.D;
+      S* sum_row = static_cast<S*>(a.sum) + t * a.D;
+      each_vector(a.D, [&](int64_t d, int n) { store(load<V>(x + d, n) + load<V>(r + d, n), sum_row + d, n); });
+      x = sum_row;
+    }
     V squares = V::zero();
     each_vector(a.D, [&](int64_t d, int n) {
       const V v = load<V>(x + d, n);
@@ -45,7 +51,9 @@ void backward_input(const RmsNormArgs& a, int64_t begin, int64_t end) {
     const V mean = V::set1(sum(dots) / static_cast<A>(a.D));
     each_vector(a.D, [&](int64_t d, int n) {
       const V g = load<V>(dy + d, n) * load<V>(weight + d, n);
-      store((g - load<V>(x + d, n) * rstd * mean) * rstd, dx + d, n);
+      V r = (g - load<V>(x + d, n) * rstd * mean) * rstd;
+      if (a.dsum) r = r + load<V>(static_cast<const S*>(a.dsum) + t * a.D + d, n);
+      store(r, dx + d, n);
     });
   }
 }
