@@ -10,6 +10,7 @@ V vocabulary, D width, F feed-forward width, H query heads, K key/value heads, E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from grpo_engine import _C  # noqa: F401  loading it registers the ops
 
 __all__ = [
+    "adamw",
     "decoder_layer",
     "decoder_layer_paged",
     "gather_logprob",
@@ -714,7 +716,7 @@ def decoder_layer(
         position: [T] int64, >= 0, of each token in its sequence.
         cu_seqlens: [N + 1] int32, first token of each sequence, then T.
         num_kv_heads: K; divides the number of query heads.
-        head_dim: E, even; attention scores are scaled by ``E ** -0.5``.
+        head_dim: E, even; attention scores are scaled by ``1 / sqrt(E)``.
         theta: base of the rotary frequencies; finite and > 0.
         eps: of both norms; finite and >= 0.
         cu_groups: [M + 1] int32, groups of sequences that share a prompt; see `ragged_attention`.
@@ -793,3 +795,50 @@ def decoder_layer_paged(
     return _ops.decoder_layer_paged(
         x, *weights, position, key_pages, value_pages, slot, page_table, cu_query, kv_len, theta, eps
     )
+
+
+# ---------------------------------------------------------------- adamw
+
+
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_norm: float = float("inf"),
+) -> float:
+    """Clip the gradients of all parameters by their global norm and take one AdamW step, in place.
+
+    The step is that of ``torch.optim.AdamW`` after ``torch.nn.utils.clip_grad_norm_``; the gradients
+    themselves are not changed.
+
+    Args:
+        params: P >= 1 tensors, each float32, bfloat16 or float64, contiguous; written.
+        grads: their gradients, shape and dtype of the parameters, contiguous.
+        exp_avg: running means of the gradients, likewise; written.
+        exp_avg_sq: running means of their squares, likewise; written.
+        steps: [] float32 each, steps taken so far; 1 is added.
+        lr: learning rate; finite, >= 0.
+        betas: decay of the running means, each in [0, 1).
+        eps: finite, > 0.
+        weight_decay: decoupled; finite, >= 0.
+        clip_norm: bound of the global norm; > 0.
+
+    Returns:
+        The global norm before clipping, added in float64 and the same for any number of threads.  Where it
+        is not finite nothing is written.
+
+    Raises:
+        ValueError: lists of different lengths, wrong shape, not contiguous, or a bad number.
+        TypeError: wrong dtype.
+
+    Source:
+        Loshchilov and Hutter 2019, arXiv:1711.05101.
+    """
+    return float(_ops.adamw(params, grads, exp_avg, exp_avg_sq, steps, lr, *betas, eps, weight_decay, clip_norm))

@@ -251,7 +251,7 @@ def train_language(
         batch = pack_documents([next(documents) for _ in range(documents_per_step)])
         step_loss = language_loss(model, batch)
         step_loss.backward()
-        update(model, optimizer, lr=schedule.rate(done / schedule.tokens), clip_norm=CLIP_NORM)
+        update(optimizer, lr=schedule.rate(done / schedule.tokens), clip_norm=CLIP_NORM)
         done += batch.tokens.numel()
         loss = float(step_loss.detach())
         if progress is not None:
@@ -503,7 +503,7 @@ def control_step(
             loss.backward()
         with ledger.timed("optimizer"):
             share = (step - 1 + min(done / corpus.tokens, 1.0)) / config.steps
-            norms.append(update(model, optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
+            norms.append(update(optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
         losses.append(float(loss.detach()))
         done += T
     return ControlOutcome(

@@ -103,7 +103,7 @@ def grpo_step(
             trained_tokens += T
         with ledger.timed("optimizer"):
             lr = learning_rate(config, step)
-            norms.append(update(policy, optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
+            norms.append(update(optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
         losses.append(loss)
 
     return StepOutcome(

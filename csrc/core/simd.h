@@ -120,6 +120,8 @@ template <typename T>
 GE_INLINE Vec16<T> vmax(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 template <typename T>
 GE_INLINE Vec16<T> vmin(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+template <typename T>
+GE_INLINE Vec16<T> vsqrt(Vec16<T> a) { GE_LANEWISE(static_cast<T>(::sqrt(a.v[i]))); }
 #undef GE_LANEWISE
 
 // ((0+8)+(4+12)) + ... : the same tree on every instruction set.
@@ -185,6 +187,7 @@ GE_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
 GE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
 GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+GE_INLINE VecF vsqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
 GE_INLINE float sum8(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -249,6 +252,7 @@ GE_INLINE VecF fma(VecF a, VecF b, VecF c) {
 }
 GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+GE_INLINE VecF vsqrt(VecF a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 GE_INLINE float sum8(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
