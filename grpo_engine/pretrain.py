@@ -31,6 +31,7 @@ from torch import Tensor
 
 from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
+from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model, ModelConfig
 from grpo_engine.optimizer import update
 from grpo_engine.tasks import micro
@@ -245,7 +246,8 @@ def train_language(
     Raises:
         RuntimeError: the training diverged, or a document holds a test problem.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=betas, weight_decay=0.0, foreach=True)
+    keep_freed_memory()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=betas, weight_decay=0.0)
     done, loss = 0, math.nan
     while done < schedule.tokens:
         batch = pack_documents([next(documents) for _ in range(documents_per_step)])

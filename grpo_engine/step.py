@@ -188,9 +188,9 @@ def _with_reference(micro: TrainBatch, reference: Model, config: RunConfig, ledg
 
 def _assert_on_policy(logprob: Tensor, micro: TrainBatch) -> float:
     """The weights have not moved since the rollout, so both sides must have computed the same bits."""
-    difference = (logprob - micro.old_logprob).abs()
     if torch.equal(logprob, micro.old_logprob):
         return 0.0
+    difference = (logprob - micro.old_logprob).abs()
     row = int(difference.nan_to_num(nan=float("inf")).argmax())
     sequence = int(torch.searchsorted(micro.cu_answers, row, right=True)) - 1
     raise RuntimeError(
