@@ -11,7 +11,7 @@ V vocabulary, D width, F feed-forward width, H query heads, K key/value heads, E
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -417,20 +417,30 @@ _policy_loss = _differentiable("policy_loss", _policy_loss_setup, _policy_loss_b
 # ---------------------------------------------------------------- rms_norm
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square normalisation of each row: ``x / sqrt(mean_d x^2 + eps) * weight``.
 
-    float32 arithmetic; for bfloat16 the normalised row is rounded before the product with
-    ``weight``, as Hugging Face models do.
+    With ``residual`` it is ``x + residual`` that is normalised, and the sum is returned too, as a
+    pre-norm decoder needs: the branch reads the norm, the stream goes on with the sum.
+    float32 arithmetic; for bfloat16 the sum is rounded, and the normalised row is rounded before the
+    product with ``weight``, as Hugging Face models do.
 
     Args:
         x: [T, D] float32, bfloat16 or float64, contiguous.  T = 0 is allowed; D >= 1.
         weight: [D], dtype of ``x``.
         eps: added to the mean square; finite and >= 0.
+        residual: [T, D], dtype of ``x``, contiguous; or None.
 
     Returns:
-        [T, D], dtype and device of ``x``.  Differentiable in ``x`` and ``weight``.  A row of zeros
-        gives zeros (eps > 0); a NaN stays in its row.
+        [T, D], dtype and device of ``x``; with ``residual`` a pair of that and ``x + residual``.
+        Differentiable in ``x``, ``weight`` and ``residual``.  A row of zeros gives zeros (eps > 0); a
+        NaN stays in its row.  The bits with ``residual`` are those of ``rms_norm(x + residual, ...)``.
 
     Raises:
         ValueError: wrong shape, not contiguous, or bad eps.
@@ -439,7 +449,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Source:
         Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    return _rms_norm(x, weight, eps)
+    if residual is None:
+        return _rms_norm(x, weight, eps)
+    return _rms_norm_residual(x, residual, weight, eps)
 
 
 def _rms_norm_setup(ctx, inputs, output):
@@ -448,11 +460,30 @@ def _rms_norm_setup(ctx, inputs, output):
 
 
 def _rms_norm_backward(ctx, dy, _drstd=None):
-    dx, dweight = _ops.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors)
+    dx, dweight = _ops.rms_norm_backward(dy.contiguous(), None, *ctx.saved_tensors)
     return dx, dweight, None
 
 
 _rms_norm = _differentiable("rms_norm", _rms_norm_setup, _rms_norm_backward)
+
+
+def _rms_norm_residual_setup(ctx, inputs, output):
+    _, total, rstd = output
+    ctx.save_for_backward(total, inputs[2], rstd)
+    ctx.set_materialize_grads(False)  # the last sum of a decoder is often not used: no pass over zeros
+
+
+def _rms_norm_residual_backward(ctx, dy, dsum, _drstd=None):
+    if dy is None:
+        return dsum, dsum, None, None
+    dsum = None if dsum is None else dsum.contiguous()
+    dx, dweight = _ops.rms_norm_backward(dy.contiguous(), dsum, *ctx.saved_tensors)
+    return dx, dx, dweight, None
+
+
+_rms_norm_residual = _differentiable(
+    "rms_norm_residual", _rms_norm_residual_setup, _rms_norm_residual_backward, visible=2
+)
 
 
 # ---------------------------------------------------------------- rope

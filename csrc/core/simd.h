@@ -90,6 +90,11 @@ struct Vec16 {
     for (int i = 0; i < kLanes; ++i) r.v[i] = i < n ? to_arith(p[i]) : fill;
     return r;
   }
+  GE_MEMBER Vec16 rounded_to_bf16() const {
+    Vec16 r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = bf16_to_float(float_to_bf16(v[i]));
+    return r;
+  }
   template <typename S>
   GE_MEMBER void store(S* p) const {
     for (int i = 0; i < kLanes; ++i) from_arith(v[i], p + i);
@@ -164,13 +169,17 @@ struct Vec16<float> {
   }
   GE_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
   GE_MEMBER void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
-  GE_MEMBER __m256i to_bf16() const {
+  GE_MEMBER __m512i bf16_bits() const {  // in the upper half of each 32-bit lane
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+    return _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+  }
+  GE_MEMBER __m256i to_bf16() const { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(), 16)); }
+  GE_MEMBER Vec16 rounded_to_bf16() const {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(), upper))};
   }
   GE_MEMBER void store(bfloat16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16());
@@ -223,14 +232,20 @@ struct Vec16<float> {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
   }
-  static GE_MEMBER __m256i narrow(__m256 f) {  // bf16 bits in the low half of each 32-bit lane
+  static GE_MEMBER __m256i bf16_bits(__m256 f) {  // in the upper half of each 32-bit lane
     const __m256i u = _mm256_castps_si256(f);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-    return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
+    return _mm256_blendv_epi8(r, quiet, nan);
   }
+  static GE_MEMBER __m256i narrow(__m256 f) { return _mm256_srli_epi32(bf16_bits(f), 16); }
+  static GE_MEMBER __m256 round_half(__m256 f) {
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return _mm256_castsi256_ps(_mm256_and_si256(bf16_bits(f), upper));
+  }
+  GE_MEMBER Vec16 rounded_to_bf16() const { return {round_half(lo), round_half(hi)}; }
   GE_MEMBER void store(bfloat16* p) const {
     const __m256i packed = _mm256_packus_epi32(narrow(lo), narrow(hi));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
@@ -352,6 +367,20 @@ GE_INLINE void each_vector(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// The sum of a row in four chains, so that an addition need not wait for the one before it:
+// body(i, count, sum) returns `sum` plus the terms of `count` elements from i.
+template <typename V, typename Body>
+GE_INLINE V sum_vectors(int64_t n, Body body) {
+  V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) s[k] = body(i + k * kLanes, kLanes, s[k]);
+  }
+  for (; i + kLanes <= n; i += kLanes) s[0] = body(i, kLanes, s[0]);
+  if (i < n) s[0] = body(i, static_cast<int>(n - i), s[0]);
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
 template <typename V, typename S>
 GE_INLINE V load(const S* p, int n) { return n == kLanes ? V::load(p) : V::load_n(p, n); }
 template <typename V, typename S>
@@ -360,9 +389,8 @@ GE_INLINE void store(V v, S* p, int n) { n == kLanes ? v.store(p) : v.store_n(p,
 // What storing in S and loading again makes of v.
 template <typename S, typename V>
 GE_INLINE V round_to(V v) {
-  S buffer[kLanes];
-  v.store(buffer);
-  return V::load(buffer);
+  if constexpr (sizeof(S) == sizeof(bfloat16)) return v.rounded_to_bf16();
+  else return v;
 }
 
 }  // namespace

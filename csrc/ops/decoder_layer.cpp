@@ -73,8 +73,9 @@ Layer check(const Tensor& x, const Weights& w, const Tensor& position, int64_t K
 
 // ---------------------------------------------------------------- tiles of rows
 
-// A tile goes from stage to stage inside the second-level cache.
+// A tile goes from stage to stage inside the second-level cache. It starts at a chunk of the norms' dweight.
 constexpr int64_t kTileRows = 256;
+static_assert(kTileRows % kRmsNormRows == 0);
 // Under so many rows the threads share each product, by its columns, instead of the rows.
 constexpr int64_t kFewRows = 64;
 
@@ -86,7 +87,8 @@ void each_tile(int64_t T, Stage stage) {
     for (int64_t row = 0; row < T; row += kTileRows) stage(row, std::min(kTileRows, T - row));
     return;
   }
-  const int64_t rows = std::min(kTileRows, (T + threads - 1) / threads);
+  const int64_t chunks = (T + kRmsNormRows - 1) / kRmsNormRows;
+  const int64_t rows = std::min(kTileRows, (chunks + threads - 1) / threads * kRmsNormRows);
   at::parallel_for(0, (T + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) stage(i * rows, std::min(rows, T - i * rows));
   });
@@ -139,28 +141,36 @@ RmsNormArgs norm_args(const Layer& l, int64_t rows, const void* x, const Tensor&
   return n;
 }
 
+int64_t norm_chunks(int64_t rows) { return (rows + kRmsNormRows - 1) / kRmsNormRows; }
+
 void norm(const RmsNormArgs& n) { parallel_items(rms_norm_forward_cpu, n, n.T, 4.0 * n.D); }
 
-// dx = the norm's input gradient + dsum
-void norm_back(const Layer& l, int64_t rows, const void* dy, const void* x, const Tensor& weight, void* rstd,
-               const void* dsum, void* dx) {
-  RmsNormArgs n = norm_args(l, rows, x, weight);
+// dx = the norm's input gradient + dsum; the rows' chunks of its weight gradient go to dweight.
+void norm_back(const Layer& l, int64_t row, int64_t rows, const void* dy, const Tensor& x, const Tensor& weight,
+               const Tensor& rstd, const void* dsum, const Tensor& dx, const Tensor& dweight) {
+  RmsNormArgs n = norm_args(l, rows, row_of(x, row), weight);
   n.dy = dy;
-  n.rstd = rstd;
+  n.rstd = row_of(rstd, row);
   n.dsum = dsum;
-  n.dx = dx;
-  parallel_items(rms_norm_backward_input_cpu, n, n.T, 8.0 * n.D);
+  n.dx = row_of(dx, row);
+  n.dweight = row_of(dweight, row / kRmsNormRows);
+  parallel_items(rms_norm_backward_cpu, n, norm_chunks(rows), 12.0 * l.D * kRmsNormRows);
 }
 
-Tensor norm_weight_gradient(const Layer& l, const Tensor& dy, const Tensor& x, const Tensor& weight, void* rstd) {
-  Tensor dweight = at::empty({l.D}, arithmetic(x));
-  RmsNormArgs n = norm_args(l, x.size(0), x.const_data_ptr(), weight);
-  n.dy = dy.const_data_ptr();
-  n.rstd = rstd;
-  n.dweight = dweight.mutable_data_ptr();
+Tensor norm_weight_chunks(const Layer& l, const Tensor& x) {
+  const int64_t chunks = norm_chunks(x.size(0));
+  return chunks > 0 ? at::empty({chunks, l.D}, arithmetic(x)) : at::zeros({1, l.D}, arithmetic(x));
+}
+
+Tensor norm_weight_gradient(const Layer& l, const Tensor& x, const Tensor& dweight) {
+  RmsNormArgs n{};
+  n.dtype = l.dtype;
+  n.T = x.size(0);
+  n.D = l.D;
+  n.dweight = dweight.data_ptr();
   const int64_t blocks = (l.D + kRmsNormColumns - 1) / kRmsNormColumns;
-  parallel_items(rms_norm_backward_weight_cpu, n, blocks, 3.0 * n.T * kRmsNormColumns);
-  return dweight.to(weight.scalar_type());
+  parallel_items(rms_norm_join_cpu, n, blocks, 1.0 * dweight.size(0) * kRmsNormColumns);
+  return dweight[0].to(x.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
 }
 
 struct Angles {
@@ -346,7 +356,8 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
   const int64_t T = x.size(0);
   const Tensor attn_rstd = rstd.select(0, 0), mlp_rstd = rstd.select(0, 1);
   const Tensor dgate_up = at::empty_like(gate_up), activation = at::empty({T, l.F}, x.options());
-  const Tensor h = at::empty_like(x), dh = at::empty_like(x), ds = at::empty_like(x), dattn = at::empty_like(attn);
+  const Tensor h = at::empty_like(x), ds = at::empty_like(x), dattn = at::empty_like(attn);
+  const Tensor mlp_chunks = norm_weight_chunks(l, x), attn_chunks = norm_weight_chunks(l, x);
 
   each_tile(T, [&](int64_t row, int64_t rows) {
     const TileBuffer dactivation(x, rows, l.F);
@@ -361,16 +372,17 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
     g.dgate_up = row_of(dgate_up, row);
     parallel_items(swiglu_forward_cpu, g, rows, 20.0 * l.F);
     parallel_items(swiglu_backward_cpu, g, rows, 30.0 * l.F);
-    project_back(l, rows, row_of(dgate_up, row), w.gate_up, row_of(dh, row));
+    const TileBuffer dh(x, rows, l.D);
+    project_back(l, rows, row_of(dgate_up, row), w.gate_up, dh);
     RmsNormArgs n = norm_args(l, rows, row_of(s, row), w.mlp_norm);
     n.y = row_of(h, row);
     n.rstd = row_of(mlp_rstd, row);
     norm(n);
-    norm_back(l, rows, row_of(dh, row), row_of(s, row), w.mlp_norm, n.rstd, row_of(dy, row), row_of(ds, row));
+    norm_back(l, row, rows, dh, s, w.mlp_norm, mlp_rstd, row_of(dy, row), ds, mlp_chunks);
     project_back(l, rows, row_of(ds, row), w.out, row_of(dattn, row));
   });
   const Tensor ddown = weight_gradient(l, dy, activation), dgate_up_weight = weight_gradient(l, dgate_up, h);
-  const Tensor dmlp_norm = norm_weight_gradient(l, dh, s, w.mlp_norm, mlp_rstd.data_ptr());
+  const Tensor dmlp_norm = norm_weight_gradient(l, x, mlp_chunks);
   const Tensor dout = weight_gradient(l, ds, attn);
 
   static const auto attention_backward =
@@ -392,12 +404,13 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
       for (int64_t r = 0; r < rows; ++r) {
         std::memcpy(out + (r * width + (l.H + l.K) * l.E) * size, row_of(dv, row + r), l.K * l.E * size);
       }
-      project_back(l, rows, out, w.qkv, row_of(dh, row));
+      const TileBuffer dh(x, rows, l.D);
+      project_back(l, rows, out, w.qkv, dh);
       RmsNormArgs n = norm_args(l, rows, row_of(x, row), w.attn_norm);
       n.y = row_of(h, row);
       n.rstd = row_of(attn_rstd, row);
       norm(n);
-      norm_back(l, rows, row_of(dh, row), row_of(x, row), w.attn_norm, n.rstd, row_of(ds, row), row_of(dx, row));
+      norm_back(l, row, rows, dh, x, w.attn_norm, attn_rstd, row_of(ds, row), dx, attn_chunks);
     });
   }
   const Tensor dqkv_weight = weight_gradient(l, dqkv, h);
@@ -405,7 +418,7 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
   const ColumnSumArgs sum{l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), dbias.mutable_data_ptr()};
   parallel_items(column_sum_cpu, sum, (l.qkv_width() + kColumnSumColumns - 1) / kColumnSumColumns,
                  1.0 * T * kColumnSumColumns);
-  const Tensor dattn_norm = norm_weight_gradient(l, dh, x, w.attn_norm, attn_rstd.data_ptr());
+  const Tensor dattn_norm = norm_weight_gradient(l, x, attn_chunks);
   return {dx,   dattn_norm, dqkv_weight,     dbias.to(x.scalar_type()),
           dout, dmlp_norm,  dgate_up_weight, ddown};
 }
