@@ -14,21 +14,20 @@ void forward_row(const RmsNormArgs& a, int64_t t) {
   S* y = static_cast<S*>(a.y) + t * a.D;
   S* total = kWithResidual ? static_cast<S*>(a.sum) + t * a.D : nullptr;
   const S* residual = kWithResidual ? static_cast<const S*>(a.residual) + t * a.D : nullptr;
+  const S* normed = kWithResidual ? total : x;
   const V squares = sum_vectors<V>(a.D, [&](int64_t d, int n, V s) {
-    V v = load<V>(x + d, n);
     if constexpr (kWithResidual) {
-      v = round_to<S>(v + load<V>(residual + d, n));
-      store(v, total + d, n);
+      store(load<V>(x + d, n) + load<V>(residual + d, n), total + d, n);
     }
+    const V v = load<V>(normed + d, n);
     return fma(v, v, s);
   });
   const A mean = sum(squares) / static_cast<A>(a.D);
   const A rstd = A(1) / static_cast<A>(::sqrt(static_cast<double>(mean) + a.eps));
   static_cast<A*>(a.rstd)[t] = rstd;
   const V scale = V::set1(rstd);
-  const S* s = kWithResidual ? total : x;
   each_vector(a.D, [&](int64_t d, int n) {
-    store(round_to<S>(load<V>(s + d, n) * scale) * load<V>(weight + d, n), y + d, n);
+    store(round_to<S>(load<V>(normed + d, n) * scale) * load<V>(weight + d, n), y + d, n);
   });
 }
 
