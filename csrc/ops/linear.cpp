@@ -13,12 +13,11 @@
 namespace grpo_engine {
 
 void gemm(GemmArgs args) {
-  // A block's slice of A and its part of C stay in the second-level cache; with few rows a block is one
-  // panel of 48 columns, so that a stretch of weight rows is read from end to end.
-  constexpr int64_t kPanel = 48, kTile = 8, kRows = 512, kColumns = 512, kFewRows = 32;
+  // A block's slice of A and its part of C stay in the second-level cache.
+  constexpr int64_t kPanel = 48, kTile = 8, kRows = 512, kColumns = 512;
   auto round_up = [](int64_t n, int64_t step) { return (n + step - 1) / step * step; };
   args.block_m = std::min(round_up(std::max<int64_t>(args.M, 1), kTile), kRows);
-  args.block_n = args.M <= kFewRows ? kPanel : kColumns;
+  args.block_n = kColumns;
   auto blocks = [&] {
     return ((args.M + args.block_m - 1) / args.block_m) * ((args.N + args.block_n - 1) / args.block_n);
   };
