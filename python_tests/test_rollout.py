@@ -65,8 +65,9 @@ def test_logprobs_equal_the_trainers_bit_for_bit(model, prompts, config, tempera
     assert len(minibatch.micro_batches) > 3
     for micro in minibatch.micro_batches:
         logprob, _ = model.logprobs(
-            micro.tokens, micro.cu_seqlens, rows=micro.rows, target=micro.target, temperature=temperature
-        )
+            micro.tokens, micro.cu_seqlens, cu_groups=micro.cu_groups, rows=micro.rows, target=micro.target,
+            positions_T=micro.positions, temperature=temperature,
+        )  # fmt: skip
         assert torch.equal(logprob, micro.old_logprob)
         assert (logprob < 0).all()
 
