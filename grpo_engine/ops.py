@@ -698,9 +698,19 @@ def paged_attention(
 
 
 def ragged_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    cu_groups: Tensor | None = None,
 ) -> Tensor:
     """Causal self-attention within each of N packed sequences, for training.
+
+    With ``cu_groups`` one packed prompt serves all its answers: a token of an answer sees the whole
+    prompt and then its own answer up to itself, nothing of the other answers.  The result has the bits
+    that the same tokens have when every answer is packed behind a copy of its prompt.
 
     Args:
         query: [T, H, E] float32, bfloat16 or float64, contiguous in its last two axes, any stride
@@ -709,32 +719,36 @@ def ragged_attention(
         value: [T, K, E], dtype of ``query``, likewise.
         cu_seqlens: [N + 1] int32, first token of each sequence, then T; empty sequences are allowed.
         scale: factor of the scores, usually ``E ** -0.5``; finite and > 0.
+        cu_groups: [M + 1] int32, first sequence of each group, then N, strictly rising.  The first
+            sequence of a group is the prompt that the others of the group continue.  None: every
+            sequence is on its own.
 
     Returns:
         [T, H, E] contiguous, dtype of ``query``.  Differentiable in ``query``, ``key`` and ``value``;
-        result and gradients of a sequence depend on that sequence alone.  A NaN in a token reaches
-        the tokens after it, not those before.
+        the gradient of a prompt's keys and values sums over its own queries and then those of its
+        answers in their order.  Result and gradients of a group depend on that group alone.  A NaN in
+        a token reaches the tokens that see it and no other.
 
     Raises:
-        ValueError: wrong shape, K does not divide H, inner axes not contiguous, or cu_seqlens falls
-            or does not run from 0 to T.
+        ValueError: wrong shape, K does not divide H, inner axes not contiguous, cu_seqlens falls or
+            does not run from 0 to T, cu_groups does not rise or does not run from 0 to N.
         TypeError: wrong dtype.
 
     Source:
         Vaswani et al. 2017, arXiv:1706.03762; recomputation in the backward pass: Dao et al. 2022,
         arXiv:2205.14135.
     """
-    return _ragged_attention(query, key, value, cu_seqlens, scale)
+    return _ragged_attention(query, key, value, cu_seqlens, cu_groups, scale)
 
 
 def _ragged_attention_setup(ctx, inputs, output):
-    query, key, value, cu_seqlens, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, cu_seqlens, *output)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _ragged_attention_backward(ctx, dout, _dstats=None):
     grads = _ops.ragged_attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None
+    return *grads, None, None, None
 
 
 _ragged_attention = _differentiable("ragged_attention", _ragged_attention_setup, _ragged_attention_backward)

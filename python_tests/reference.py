@@ -234,14 +234,16 @@ def attention_row(query, key, value, scale):
     return torch.einsum("hl,lhe->he", scores.softmax(dim=-1), value)
 
 
-def ragged_attention(query, key, value, cu_seqlens, scale):
+def ragged_attention(query, key, value, cu_seqlens, scale, cu_groups=None):
     rows = [query.new_zeros((0, *query.shape[1:]), dtype=torch.float64)]
     bounds = cu_seqlens.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        rows += [
-            attention_row(query[t], key[begin : t + 1], value[begin : t + 1], scale)[None]
-            for t in range(begin, end)
-        ]
+    heads = range(len(bounds)) if cu_groups is None else cu_groups.tolist()
+    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        head = max(h for h in heads if h <= n)
+        prompt = range(bounds[head], bounds[head + 1]) if head < n else range(0)
+        for t in range(begin, end):
+            seen = [*prompt, *range(begin, t + 1)]
+            rows.append(attention_row(query[t], key[seen], value[seen], scale)[None])
     return torch.cat(rows)
 
 

@@ -265,9 +265,8 @@ std::tuple<Tensor, Tensor> ragged_attention(const Tensor& q, const Tensor& k, co
                                             const std::optional<Tensor>& cu_groups, double scale) {
   static const auto call =
       op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                    double)>("grpo_engine::ragged_attention");
-  (void)cu_groups;
-  return call.call(q, k, v, cu, scale);
+                                    const std::optional<Tensor>&, double)>("grpo_engine::ragged_attention");
+  return call.call(q, k, v, cu, cu_groups, scale);
 }
 
 struct Heads {
@@ -346,7 +345,7 @@ Backward backward_meta(const Tensor&, const Tensor& x, const Tensor& attn_norm, 
 Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight,
                       const Tensor& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
                       const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
-                      const Tensor& cu_seqlens, const std::optional<Tensor>&, const Tensor& qkv,
+                      const Tensor& cu_seqlens, const std::optional<Tensor>& cu_groups, const Tensor& qkv,
                       const Tensor& attn, const Tensor& stats, const Tensor& s, const Tensor& rstd,
                       const Tensor& gate_up, int64_t num_kv_heads, int64_t head_dim, double theta, double eps) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
@@ -387,11 +386,11 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
 
   static const auto attention_backward =
       op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                            const Tensor&, const Tensor&, double)>(
+                                            const std::optional<Tensor>&, const Tensor&, const Tensor&, double)>(
           "grpo_engine::ragged_attention_backward");
   const Heads heads = split(l, qkv);
   const auto [dq, dk, dv] = attention_backward.call(dattn.view({T, l.H, l.E}), heads.q, heads.k, heads.v, cu_seqlens,
-                                                    attn.view({T, l.H, l.E}), stats, attention_scale(l));
+                                                    cu_groups, attn.view({T, l.H, l.E}), stats, attention_scale(l));
 
   const Tensor dqkv = at::empty_like(qkv), dx = at::empty_like(x);
   if (T > 0) {
