@@ -57,7 +57,7 @@ struct TileShape { static constexpr int rows = 2, vectors = 1; };
 // copying the next panel overlaps the sums of this one.
 constexpr int64_t kSlice = 256, kShortSlice = 64, kFewRows = 32;
 // Copying pays when a value is used this often: B by so many rows, A (rows adjacent) by so many columns.
-constexpr int64_t kCopyRows = 48, kCopyColumns = 96;
+constexpr int64_t kCopyRows = 200, kCopyColumns = 400;
 
 template <typename T, typename U>
 struct Same { static constexpr bool value = false; };
@@ -120,19 +120,25 @@ void copy_rows(const S* src, int64_t stride, int64_t rows, int64_t depth, A* dst
   }
 }
 
-// Tiles of R rows, [R * kSlice] each: dst[k * R + i] = src[k * stride + i].
+// Tiles of R rows, [R * kSlice] each: dst[k * R + i] = src[k * stride + i]. A line of src is read once, for
+// kAcross tiles at a time: more would be too many places to write to.
 template <int R, typename A, typename S>
 void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t rows, A* dst) {
-  for (int64_t m = 0; m < rows; m += R, src += R, dst += R * kSlice) {
-    if (m + R <= rows) {
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int i = 0; i < R; ++i) dst[k * R + i] = to_arith(src[k * stride + i]);
-      }
-    } else {
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int64_t i = 0; i < rows - m; ++i) dst[k * R + i] = to_arith(src[k * stride + i]);
+  constexpr int64_t kAcross = 4;
+  int64_t m = 0;
+  while (m + R <= rows) {
+    const int64_t tiles = (rows - m) / R < kAcross ? (rows - m) / R : kAcross;
+    for (int64_t k = 0; k < depth; ++k) {
+      const S* from = src + k * stride + m;
+      A* to = dst + m * kSlice + k * R;
+      for (int64_t t = 0; t < tiles; ++t, from += R, to += R * kSlice) {
+        for (int i = 0; i < R; ++i) to[i] = to_arith(from[i]);
       }
     }
+    m += tiles * R;
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t i = 0; m + i < rows; ++i) dst[m * kSlice + k * R + i] = to_arith(src[k * stride + m + i]);
   }
 }
 

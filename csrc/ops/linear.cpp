@@ -28,6 +28,11 @@ void gemm(GemmArgs args) {
   parallel_items(gemm_cpu, args, blocks(), cost);
 }
 
+void column_sum(const ColumnSumArgs& args) {
+  parallel_items(column_sum_cpu, args, (args.O + kColumnSumColumns - 1) / kColumnSumColumns,
+                 1.0 / 16.0 * args.T * std::min(kColumnSumColumns, args.O));
+}
+
 namespace {
 
 constexpr const char* kOp = "linear";
@@ -132,9 +137,7 @@ Three backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& 
   if (need_bias) {
     at::Tensor sums = at::empty({O}, dy.options().dtype(dy.scalar_type() == at::kDouble ? at::kDouble
                                                                                        : at::kFloat));
-    ColumnSumArgs sum{dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr()};
-    parallel_items(column_sum_cpu, sum, (O + kColumnSumColumns - 1) / kColumnSumColumns,
-                   1.0 * T * kColumnSumColumns);
+    column_sum({dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr(), false});
     dbias = sums.to(x.scalar_type());
   }
   return {dx, dweight, dbias};

@@ -57,10 +57,14 @@ struct ColumnSumArgs {
   int64_t T, O;
   const void* dy;  // [T, O]
   void* dbias;     // [O] of dtype's arithmetic type
+  bool accumulate;  // start the chains from dbias
 };
 
-inline constexpr int64_t kColumnSumColumns = 64;  // columns in one work item
+inline constexpr int64_t kColumnSumColumns = 128;  // columns in one work item
 
 GE_CPU_KERNEL(column_sum, ColumnSumArgs)  // items: blocks of kColumnSumColumns columns
+
+// dbias[o] = sum_t dy[t,o] over the thread pool: one chain of additions in ascending t.
+void column_sum(const ColumnSumArgs& args);
 
 }  // namespace grpo_engine
