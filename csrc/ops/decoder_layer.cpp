@@ -414,7 +414,7 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
   }
   const Tensor dqkv_weight = weight_gradient(l, dqkv, h);
   Tensor dbias = at::empty({l.qkv_width()}, arithmetic(x));
-  const ColumnSumArgs sum{l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), dbias.mutable_data_ptr()};
+  const ColumnSumArgs sum{l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), dbias.mutable_data_ptr(), false};
   parallel_items(column_sum_cpu, sum, (l.qkv_width() + kColumnSumColumns - 1) / kColumnSumColumns,
                  1.0 * T * kColumnSumColumns);
   const Tensor dattn_norm = norm_weight_gradient(l, x, attn_chunks);

@@ -42,7 +42,7 @@ def composed(x, w, position, cu_seqlens, *, num_kv_heads, head_dim, theta, eps, 
     qkv = ops.linear(ops.rms_norm(x, w.attn_norm, eps=eps), w.qkv_weight, w.qkv_bias).view(-1, H + 2 * K, E)
     qk, v = qkv.split((H + K, K), dim=1)
     q, k = ops.rope(qk, position, theta=theta).split((H, K), dim=1)
-    o = ops.ragged_attention(q, k, v, cu_seqlens, scale=1 / math.sqrt(E))
+    o = ops.ragged_attention(q, k, v, cu_seqlens, scale=1 / math.sqrt(E), cu_groups=cu_groups)
     s = x + ops.linear(o.reshape(-1, H * E), w.out_weight)
     return s + ops.linear(ops.swiglu(ops.linear(ops.rms_norm(s, w.mlp_norm, eps=eps), w.gate_up_weight)), w.down_weight)
 
@@ -71,15 +71,33 @@ def test_forward_has_the_bits_of_the_single_ops_and_backward_their_values(D, F, 
         assert (a - b).abs().max() <= rtol * b.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_prompt_gives_the_bits_of_whole_sequences(dtype):
+    D, F, H, K, E = SIZES[0]
+    prompt, answers = 19, [5, 1, 14]
+    x, weights = make(D, F, H, K, E, prompt + sum(answers), dtype)
+    own = [torch.arange(n) + prompt for n in answers]
+    numbers = dict(num_kv_heads=K, head_dim=E, **NUMBERS)
+    shared = decoder_layer(x, weights, torch.cat([torch.arange(prompt), *own]), offsets([prompt, *answers]),
+                           cu_groups=offsets([4]), **numbers)  # fmt: skip
+    for part, want in zip(x[prompt:].split(answers), shared[prompt:].split(answers), strict=True):
+        whole = torch.cat([x[:prompt], part])
+        n = [len(whole)]
+        y = decoder_layer(whole, weights, positions(n), offsets(n), **numbers)
+        assert torch.equal(y[:prompt], shared[:prompt]) and torch.equal(y[prompt:], want)
+
+
+@pytest.mark.parametrize("cu_groups", [None, [2, 1]])
 @pytest.mark.parametrize("D,F,H,K,E", SIZES[:2])
-def test_gradcheck(D, F, H, K, E):
+def test_gradcheck(D, F, H, K, E, cu_groups):
     lengths = [3, 1, 4]
     x, weights = make(D, F, H, K, E, sum(lengths), torch.float64)
     leaves = [t.requires_grad_() for t in (x, *weights)]
+    groups = None if cu_groups is None else offsets(cu_groups)
 
     def layer(x, *weights):
         return decoder_layer(x, LayerWeights(*weights), positions(lengths), offsets(lengths), num_kv_heads=K,
-                             head_dim=E, **NUMBERS)  # fmt: skip
+                             head_dim=E, cu_groups=groups, **NUMBERS)  # fmt: skip
 
     assert torch.autograd.gradcheck(layer, leaves, fast_mode=True)
 
