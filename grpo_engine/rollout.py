@@ -24,7 +24,7 @@ from grpo_engine.model import Model, packed_positions
 from grpo_engine.types import RolloutBatch, RolloutStats
 
 Progress = Callable[[int, int], None]  # (answers finished, answers asked for)
-Answered = Callable[[int, list[int]], None]  # (sequence, its answer tokens)
+Answered = Callable[[list[int], list[list[int]]], None]  # (sequences that a step finished, their answer tokens)
 
 
 def derive_seeds(*parts: int, count: int) -> Tensor:
@@ -138,7 +138,7 @@ def generate(
         ledger: books the cost, under "prefill" and "decode" or, when given, under `phase`.
         phase: see ledger.
         progress: called after each step.
-        answered: called with each answer as soon as it is finished.
+        answered: called after each step with the answers that it finished.
 
     Returns:
         A `RolloutBatch`. Its log-probs and entropies are those of softmax(logits / temperature) - of
@@ -222,8 +222,7 @@ def generate_all(
             seconds["decode"] += took * decode_share
             finished += len(ended)
             if answered is not None:
-                for sequence in ended:
-                    answered(sequence, scheduler.answer(sequence))
+                answered(ended, [scheduler.answer(sequence) for sequence in ended])
             if progress is not None:
                 progress(finished, N)
     stats = _stats(scheduler, seconds)

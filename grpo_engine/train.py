@@ -73,11 +73,7 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
         raise ValueError("evaluate: task.evals names no evaluation set")
     tokenizer, model = _tokenizer_and_model(config)
     with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
-        return [
-            evaluate(model, s, tokenizer=tokenizer, pool=pool, config=config, greedy=greedy)
-            for s in task.evals.values()
-            for greedy in ((False, True) if config.evaluation.greedy else (False,))
-        ]
+        return evaluate(model, list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
 
 
 def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
@@ -287,23 +283,19 @@ class Run:
         place = due.index(step)
         if place % self.config.evaluation.others_every and step != due[-1]:
             sets = sets[:1]
-        for eval_set in sets:
-            for greedy in (False, True) if self.config.evaluation.greedy else (False,):
-                self.progress.start_evaluation(eval_set.name, greedy)
-                result = evaluate(
-                    self.model,
-                    eval_set,
-                    tokenizer=self.tokenizer,
-                    pool=self.pool,
-                    config=self.config,
-                    greedy=greedy,
-                    ledger=self.ledger,
-                    progress=self.progress.rollout,
-                )
-                self.evals.write(
-                    records.EvalRecord(**self._so_far(step), **dataclasses.asdict(result), loss=result.loss)
-                )
-                self.progress.finish_evaluation(result)
+        self.progress.start_evaluation(sets)
+        results = evaluate(
+            self.model,
+            sets,
+            tokenizer=self.tokenizer,
+            pool=self.pool,
+            config=self.config,
+            ledger=self.ledger,
+            progress=self.progress.rollout,
+        )
+        for result in results:
+            self.evals.write(records.EvalRecord(**self._so_far(step), **dataclasses.asdict(result), loss=result.loss))
+        self.progress.finish_evaluation(results)
 
 
 def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> dict:
