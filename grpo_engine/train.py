@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from grpo_engine import checkpoint, pretrain, records, weights
 from grpo_engine.config import RunConfig, TaskConfig
+from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
 from grpo_engine.model import Model
@@ -103,6 +105,7 @@ class Run:
         """See `train`."""
         if (self.out / records.SUMMARY_FILE).exists():
             return self.out
+        self.clock = time.perf_counter()
         with RunProgress(self.config, quiet=self.quiet) as progress:
             self.progress = progress
             self._load()
@@ -207,11 +210,16 @@ class Run:
             self.progress.finish_step(record)
             if step in due:
                 self._evaluate(step, due)
-            self.timings.write(records.TimingRecord(step=step, phase=self.ledger.close_step()))
+            self._write_timing(step)
             if step % c.checkpoint_every == 0 or step == c.steps:
-                self._checkpoint()
+                with self.ledger.timed("checkpoint"):
+                    self._checkpoint()
+        self._write_timing(c.steps)
         for writer in (self.steps, self.evals, self.timings):
             writer.close()
+        found = records.read_jsonl(self.out / records.TIMINGS_FILE).records
+        timings = [records.from_json(records.TimingRecord, o) for o in found]
+        self.progress.finish_run(total_cost(timings))
         records.write_json_atomic(
             self.out / records.SUMMARY_FILE,
             {
@@ -220,6 +228,12 @@ class Run:
                 "trained_tokens": self.counters.trained_tokens,
                 "compute_ledger": self.counters.flops,
             },
+        )
+
+    def _write_timing(self, step: int) -> None:
+        before, self.clock = self.clock, time.perf_counter()
+        self.timings.write(
+            records.TimingRecord(step=step, phase=self.ledger.close_step(), seconds=self.clock - before)
         )
 
     def _checkpoint(self) -> None:
