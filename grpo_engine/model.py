@@ -109,7 +109,9 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        # a given weight is not drawn: on the meta device, drawing it would import torch's compiler
+        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(config.num_hidden_layers))
         self.final_norm = Norm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype)

@@ -769,6 +769,9 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: other words than these.
     """
     _end_with_parent()
+    from ..startup import skip_compiler
+
+    skip_compiler()
     match list(arguments):
         case ["model", size, kind]:
             from ..pretrain import ensure_model
