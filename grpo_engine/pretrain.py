@@ -31,6 +31,7 @@ from torch import Tensor
 
 from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
+from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model, ModelConfig
 from grpo_engine.optimizer import update
 from grpo_engine.tasks import micro
@@ -230,13 +231,14 @@ def train_language(
     Raises:
         RuntimeError: the training diverged, or a document holds a test problem.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=betas, weight_decay=0.0, foreach=True)
+    keep_freed_memory()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=betas, weight_decay=0.0)
     done, loss = 0, math.nan
     while done < schedule.tokens:
         batch = next(batches)
         step_loss = language_loss(model, batch)
         step_loss.backward()
-        update(model, optimizer, lr=schedule.rate(done / schedule.tokens), clip_norm=CLIP_NORM)
+        update(optimizer, lr=schedule.rate(done / schedule.tokens), clip_norm=CLIP_NORM)
         done += batch.tokens.numel()
         loss = float(step_loss.detach())
         if progress is not None:
@@ -487,7 +489,7 @@ def control_step(
             loss.backward()
         with ledger.timed("optimizer"):
             share = (step - 1 + min(done / corpus.tokens, 1.0)) / config.steps
-            norms.append(update(model, optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
+            norms.append(update(optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
         losses.append(float(loss.detach()))
         done += T
     return ControlOutcome(

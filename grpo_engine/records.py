@@ -70,7 +70,7 @@ class StepRecord:
     step: int  # 1 is the first step
     prompts_seen: int  # D: prompts drawn so far, repeats included; 0 for pretraining
     unique_prompts: int  # different prompts drawn so far; prompts_seen / unique_prompts is the reuse so far
-    trained_tokens: int  # T: prompt and response tokens that went through the training pass, so far
+    trained_tokens: int  # T: prompt and response tokens of the answers trained on, so far; each answer counts its prompt
     compute_6nt: float  # FLOPs so far, 6 x non-embedding parameters x trained_tokens
     compute_ledger: float  # FLOPs so far, all phases but evaluation summed
     reward_mean: float | None = None  # over all answers of the step

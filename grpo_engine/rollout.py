@@ -8,7 +8,6 @@ the batch, the number of pages or preemption.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from grpo_engine import _C, ops
 from grpo_engine.config import RolloutConfig
 from grpo_engine.ledger import Ledger, forward_flops
-from grpo_engine.model import Model, packed_positions
+from grpo_engine.model import Layer, Model, packed_positions
 from grpo_engine.types import RolloutBatch, RolloutStats
 
 Progress = Callable[[int, int], None]  # (answers finished, answers asked for)
@@ -65,7 +64,6 @@ class KVCache:
         like = model.embed.weight
         self.key = like.new_empty((L, num_pages, K, E, page_size))
         self.value = like.new_empty((L, num_pages, K, page_size, E))
-        self.scale = 1.0 / math.sqrt(E)
 
     def copy_pages(self, pairs: Tensor) -> None:
         """Copies pages; pairs [C, 2] int32 of (source, destination)."""
@@ -74,17 +72,9 @@ class KVCache:
             self.key[:, destination] = self.key[:, source]
             self.value[:, destination] = self.value[:, source]
 
-    def attention(self, plan: _StepTensors):
-        """What `Model.forward` takes as attention: writes the step's keys and values, then reads pages."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            key, value = self.key[layer], self.value[layer]
-            ops.kv_write(k, v, key, value, plan.slots)
-            return ops.paged_attention(
-                q, key, value, plan.page_table, plan.cu_query, plan.kv_len, scale=self.scale
-            )
-
-        return attend
+    def at(self, step: _StepTensors) -> PagedSequences:
+        """What `Model.forward` takes as sequences in this step."""
+        return PagedSequences(self, step)
 
 
 class _StepTensors:
@@ -109,6 +99,21 @@ class Ask:
     @property
     def num_sequences(self) -> int:
         return len(self.prompts) * self.group_size
+
+
+class PagedSequences:
+    """The new tokens of a step, whose keys and values go to pages and meet those that are there."""
+
+    def __init__(self, cache: KVCache, step: _StepTensors) -> None:
+        self.cache, self.step = cache, step
+
+    def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
+        """See `model.Sequences`."""
+        s = self.step
+        return ops.decoder_layer_paged(
+            x_TD, layer.weights, positions_T, self.cache.key[index], self.cache.value[index], s.slots,
+            s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,
+        )  # fmt: skip
 
 
 def generate(
@@ -206,7 +211,7 @@ def generate_all(
             plan = scheduler.schedule()
             step = _StepTensors(plan)
             cache.copy_pages(step.page_copies)
-            hidden_TD = model(step.tokens, step.positions, cache.attention(step))
+            hidden_TD = model(step.tokens, step.positions, cache.at(step))
             sample = ops.sample_token(
                 model.logits(hidden_TD[step.sample_row]),
                 seed=step.sample_seed,

@@ -9,11 +9,11 @@ template <typename S>
 void attend_pages(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
   using A = Arith<S>;
   const KvPageShape shape = a.shape;
-  const int64_t E = shape.E, group = a.H / a.plan.K, max_blocks = blocks_of(a.max_kv_len);
-  Arena arena(2 * Arena::bytes<const S*>(max_blocks) + Attend<S>::bytes(E, a.max_kv_len));
+  const int64_t E = shape.E, group = a.H / a.plan.K, max_blocks = blocks_of(a.plan.max_len);
+  Arena arena(2 * Arena::bytes<const S*>(max_blocks) + Attend<S, S>::bytes(E, a.plan.max_len));
   const S** key = arena.take<const S*>(max_blocks);
   const S** value = arena.take<const S*>(max_blocks);
-  const Attend<S> attend(arena, E, a.max_kv_len);
+  const Attend<S, S> attend(arena, E, a.plan.max_len);
   for (int64_t i = begin; i < end; ++i) {
     const AttentionItem item = find_item(a.plan, i);
     const int64_t n = item.sequence, first = a.plan.cu[n] + item.first_token;
@@ -35,7 +35,7 @@ void attend_pages(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
     rows.group = group;
     rows.E = E;
     rows.first_visible = first_visible;
-    attend(rows, KeyBlocks<S>{key, value, shape.page, E}, static_cast<A>(a.scale));
+    attend(rows, KeyBlocks<S, S>{key, value, shape.page, E}, static_cast<A>(a.scale));
   }
 }
 
