@@ -9,6 +9,7 @@ sampling returns is, bit for bit, the one that training recomputes.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -151,12 +152,12 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    @property
+    @functools.cached_property
     def num_parameters(self) -> int:
         """All weights, the tied head once."""
         return sum(p.numel() for p in self.parameters())
 
-    @property
+    @functools.cached_property
     def num_non_embedding(self) -> int:
         """N of the scaling laws: all weights but the embedding and the head."""
         outside = self.embed.weight.numel() + (0 if self.head is None else self.head.numel())

@@ -69,8 +69,8 @@ class KVCache:
         """Copies pages; pairs [C, 2] int32 of (source, destination)."""
         if pairs.numel():
             source, destination = pairs.long().unbind(1)
-            self.key[:, destination] = self.key[:, source]
-            self.value[:, destination] = self.value[:, source]
+            for pages in (self.key, self.value):
+                pages.index_copy_(1, destination, pages.index_select(1, source))
 
     def at(self, step: _StepTensors) -> PagedSequences:
         """What `Model.forward` takes as sequences in this step."""
