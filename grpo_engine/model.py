@@ -9,6 +9,7 @@ sampling returns is, bit for bit, the one that training recomputes.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,7 +108,9 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        # a weight that is given is not drawn
+        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         tied = config.tie_word_embeddings
@@ -149,12 +152,12 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    @property
+    @functools.cached_property
     def num_parameters(self) -> int:
         """All weights, the tied head once."""
         return sum(p.numel() for p in self.parameters())
 
-    @property
+    @functools.cached_property
     def num_non_embedding(self) -> int:
         """N of the scaling laws: all weights but the embedding and the head."""
         outside = self.embed.weight.numel() + (0 if self.head is None else self.head.numel())

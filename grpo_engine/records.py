@@ -51,6 +51,7 @@ PHASES = (
     "optimizer",
     "reward",
     "evaluation",
+    "checkpoint",
 )
 METHODS = ("grpo", "pretrain")
 
@@ -125,10 +126,15 @@ class PhaseCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimingRecord:
-    """The cost of one step by phase; phases that did not happen are absent. Names are those of `PHASES`."""
+    """The cost of one step by phase; phases that did not happen are absent. Names are those of `PHASES`.
+
+    The first record of a process includes what came before its first step; what comes after a record, such as a
+    checkpoint, is in the next one, and at the end of the run in one more record of the last step.
+    """
 
     step: int
     phase: dict[str, PhaseCost]
+    seconds: float | None = None  # wall-clock since the record before, booked or not; None in records of old versions
 
 
 _Record = TypeVar("_Record")

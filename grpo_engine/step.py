@@ -75,12 +75,16 @@ def grpo_step(
     chat = config.model.kind == "instruct"
     prompts = [tokenizer.encode_prompt(p.prompt, chat) for p in problems]
     seeds = derive_seeds(config.seed, ROLLOUT_STREAM, step, count=P * G)
-    rollout = generate(policy, prompts, group_size=G, seeds=seeds, stop_ids=tokenizer.stop_ids,
-                       config=config.rollout, ledger=ledger, progress=progress)  # fmt: skip
+    with pool.begin([p for p in problems for _ in range(G)]) as scoring:
 
-    with ledger.timed("reward"):
-        answers = [tokenizer.decode(ids) for ids in rollout.answers()]
-        rewards = pool.score(answers, [p for p in problems for _ in range(G)])
+        def answered(sequences: list[int], answers: list[list[int]]) -> None:
+            with ledger.timed("reward"):
+                scoring.add(sequences, map(tokenizer.decode, answers))
+
+        rollout = generate(policy, prompts, group_size=G, seeds=seeds, stop_ids=tokenizer.stop_ids,
+                           config=config.rollout, ledger=ledger, progress=progress, answered=answered)  # fmt: skip
+        with ledger.timed("reward"):
+            rewards = scoring.finish()
     rewards_PG = torch.tensor([r.value for r in rewards]).view(P, G)
     advantage_PG = ops.group_advantages(rewards_PG, std=config.advantage.std, eps=config.advantage.eps)
 

@@ -278,10 +278,9 @@ def load_model(
     if not dtype.is_floating_point:
         raise TypeError(f"load_model: dtype must be a floating type, got {dtype}")
     config = read_config(folder)
-    with torch.device("meta"):
-        model = Model(config, dtype)
     checked = _checked_tensors(Path(folder), config)  # before the memory is taken
-    model = model.to_empty(device=device)
+    with torch.device(device):  # by way of the meta device, torch would import its compiler
+        model = Model(config, dtype)
     _fill(model, checked)
     return model
 
