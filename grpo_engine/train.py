@@ -21,6 +21,7 @@ from grpo_engine.config import RunConfig, TaskConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
+from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model
 from grpo_engine.progress import RunProgress
 from grpo_engine.rewards.pool import RewardPool
@@ -126,6 +127,7 @@ class Run:
 
     def _load(self) -> None:
         c = self.config
+        keep_freed_memory()
         # problems first: a wrong file is found before a model of the ladder is pretrained
         self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
         self.tokenizer, self.model = _tokenizer_and_model(c)
