@@ -2,9 +2,6 @@
 
 #include <ATen/Functions.h>
 #include <torch/library.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <tuple>
@@ -17,9 +14,9 @@ namespace grpo_engine {
 namespace {
 
 constexpr const char* kOp = "token_logprob";
-constexpr int64_t kWave = 192;          // rows of a tile: 384 KiB of float32 logits
-constexpr int64_t kWindowRows = 512;    // rows and vocabulary ids of the window of dlogits that
-constexpr int64_t kWindowIds = 2048;    // backward holds: 4 MiB, in whole blocks of kVocabBlock
+// Rows of a tile and of the window of dlogits that backward holds. The window has one block of kVocabBlock
+// ids for each thread: 512 KiB of float32, which stays in the second-level cache for both products.
+constexpr int64_t kWave = 256;
 
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
@@ -28,17 +25,6 @@ at::ScalarType arithmetic(const at::Tensor& hidden) {
 }
 
 int64_t count_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// Asks for large pages under a result that is about to be written for the first time: the weight gradient
-// of a large vocabulary is hundreds of megabytes, and faulting it in by 4 KiB takes longer than its sums.
-void use_large_pages([[maybe_unused]] const at::Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + t.nbytes()) / kPage * kPage;
-  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-}
 
 // Rows of a tile: fewer where that leaves a thread without work.
 int64_t wave_for(int64_t rows, int64_t ids) {
@@ -133,12 +119,12 @@ std::tuple<at::Tensor, at::Tensor> backward_cpu(
     bool need_hidden, bool need_weight) {
   auto [dhidden, dweight] = backward_meta(g_logprob, g_entropy, hidden, weight, target, saved,
                                           temperature, need_hidden, need_weight);
-  use_large_pages(dweight);
   TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
   const auto sums = g_logprob.options();  // both gradients are summed in arithmetic type
   const int64_t T = args.T, D = args.D, V = args.V;
   if (T == 0) return {dhidden, dweight.zero_()};
-  const int64_t window_rows = std::min(T, kWindowRows), window_ids = std::min(V, kWindowIds);
+  const int64_t window_rows = std::min(T, kWave);
+  const int64_t window_ids = std::min<int64_t>(V, kVocabBlock * at::get_num_threads());
   const int64_t size = static_cast<int64_t>(g_logprob.element_size());
   const int64_t stored = static_cast<int64_t>(hidden.element_size());
 
