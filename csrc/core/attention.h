@@ -26,6 +26,7 @@ namespace {
 
 // The products are functions of their own: inlined among other loops, they spill their accumulators.
 #define GE_NOINLINE static __attribute__((noinline))
+#define GE_LAMBDA __attribute__((always_inline))
 
 // Rows, and vectors of 16 columns, whose accumulators fit in the registers. Where there are no vector
 // registers one row is as good as many and takes less code.
@@ -99,6 +100,23 @@ GE_INLINE VecF keep_first(VecF v, int n, float fill) {
   const __m256i high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm256_blendv_ps(f, v.lo, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, low))),
           _mm256_blendv_ps(f, v.hi, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, high)))};
+}
+#endif
+
+// a * b + c if `yes`, else c, without a branch that nothing could predict.
+template <typename T>
+GE_INLINE Vec16<T> fma_if(bool yes, Vec16<T> a, Vec16<T> b, Vec16<T> c) {
+  return yes ? fma(a, b, c) : c;
+}
+#if defined(__AVX512F__)
+GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
+  return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, static_cast<__mmask16>(-static_cast<int>(yes)))};
+}
+#elif defined(__AVX2__)
+GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(-static_cast<int>(yes)));
+  const VecF sum = fma(a, b, c);
+  return {_mm256_blendv_ps(c.lo, sum.lo, mask), _mm256_blendv_ps(c.hi, sum.hi, mask)};
 }
 #endif
 
@@ -187,11 +205,9 @@ GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* valu
     for (int n = 0; n < N; ++n) v[n] = load<V>(row + n * kLanes, N == 1 ? lanes : kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      if (j < visible[m]) {
-        const V x = V::set1(p[m * p_stride + j]);
+      const V x = V::set1(p[m * p_stride + j]);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, v[n], acc[m][n]);
-      }
+      for (int n = 0; n < N; ++n) acc[m][n] = fma_if(j < visible[m], x, v[n], acc[m][n]);
     }
   }
 #pragma GCC unroll 16
@@ -225,35 +241,57 @@ GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* v
 
 // ---------------------------------------------------------------- softmax
 
-template <typename A>
-struct RowSum {
-  A max, sum;
-};
+// How many keys of block b a row sees.
+GE_INLINE int visible_lanes(int64_t visible, int64_t b) {
+  const int64_t left = visible - b * kLanes;
+  return static_cast<int>(left < 0 ? 0 : left > kLanes ? kLanes : left);
+}
 
-// In place: s_j -> exp(s_j - max) for j < visible, 0 in the rest of the last block.
-template <typename A>
-GE_INLINE RowSum<A> exp_row(A* s, int64_t visible) {
+// f(b, keep) for every block that the last of M rows sees; keep(m, v, fill) masks what row m does not
+// see. All rows go through a block together: their chains are short, and side by side they overlap.
+template <int M, typename F>
+GE_INLINE void each_block(const int64_t (&visible)[M], F f) {
+  const int64_t whole = visible[0] / kLanes, blocks = blocks_of(visible[M - 1]);
+  for (int64_t b = 0; b < whole; ++b) f(b, [](int, auto v, auto) GE_LAMBDA { return v; });
+  for (int64_t b = whole; b < blocks; ++b) {
+    f(b, [&](int m, auto v, auto fill) GE_LAMBDA {
+      return keep_first(v, visible_lanes(visible[m], b), fill);
+    });
+  }
+}
+
+// In place: s_j -> exp(s_j - max) where row m sees key j, 0 in the rest of the last block of all.
+template <typename A, int M>
+GE_NOINLINE void softmax_rows(A* s, int64_t s_stride, const int64_t (&visible)[M], A (&max)[M],
+                              A (&inverse)[M]) {
   using V = Vec16<A>;
   const A neg_inf = static_cast<A>(-__builtin_inf());
-  const int64_t full = visible / kLanes * kLanes;
-  const int tail = static_cast<int>(visible % kLanes);
-  V m = V::set1(neg_inf);
-  for (int64_t j = 0; j < full; j += kLanes) m = vmax(m, V::load(s + j));
-  if (tail) m = vmax(m, keep_first(V::load(s + full), tail, neg_inf));
-  const A max = max_lane(m);
-  const V shift = V::set1(max);
-  V total = V::zero();
-  for (int64_t j = 0; j < full; j += kLanes) {
-    const V p = vexp(V::load(s + j) - shift);
-    p.store(s + j);
-    total = total + p;
-  }
-  if (tail) {
-    const V p = keep_first(vexp(V::load(s + full) - shift), tail, A(0));
-    p.store(s + full);
-    total = total + p;
-  }
-  return {max, sum(total)};
+  V top[M], total[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) top[m] = V::set1(neg_inf);
+  each_block(visible, [&](int64_t b, auto keep) GE_LAMBDA {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      top[m] = vmax(top[m], keep(m, V::load(s + m * s_stride + b * kLanes), neg_inf));
+    }
+  });
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) max[m] = max_lane(top[m]);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) total[m] = V::zero();
+  each_block(visible, [&](int64_t b, auto keep) GE_LAMBDA {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      A* score = s + m * s_stride + b * kLanes;
+      const V p = keep(m, vexp(V::load(score) - V::set1(max[m])), A(0));
+      p.store(score);
+      total[m] = total[m] + p;
+    }
+  });
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) inverse[m] = sum(total[m]);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) inverse[m] = A(1) / inverse[m];
 }
 
 // ---------------------------------------------------------------- rows of one (sequence, kv head)
@@ -335,18 +373,17 @@ GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>&
   using A = Arith<S>;
   RowPlace place[M];
   int64_t visible[M];
-  A inverse[M];
+  A max[M], inverse[M];
   place_rows(first, rows.group, rows.first_visible, place, visible);
   const A* q[M];
   find_rows(rows.query, rows.query_stride, rows.E, place, buffer, q);
   score_rows<KeyS, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
                    s_stride);
-  for (int m = 0; m < M; ++m) {
-    const RowSum<A> r = exp_row(s + m * s_stride, visible[m]);
-    inverse[m] = A(1) / r.sum;
-    if (rows.stats) {
+  softmax_rows(s, s_stride, visible, max, inverse);
+  if (rows.stats) {
+    for (int m = 0; m < M; ++m) {
       A* stats = rows.stats + place[m].token * rows.stats_stride + place[m].head * 2;
-      stats[0] = r.max;
+      stats[0] = max[m];
       stats[1] = inverse[m];
     }
   }

@@ -16,6 +16,27 @@ SequenceRows<S> sequence_rows(const RaggedAttentionArgs& a, const void* tensor, 
           prompt_len + cu[n + 1] - cu[n], stride};
 }
 
+// Asks for the columns of one kv head in `tokens` rows from token `first` on. Heads lie side by side in a
+// row, so these are a few lines each at a stride that the processor does not guess.
+template <typename S>
+GE_INLINE void prefetch_rows(const void* tensor, int64_t stride, int64_t width, int64_t kv_head,
+                             int64_t first, int64_t tokens) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  const S* row = static_cast<const S*>(tensor) + first * stride + kv_head * width;
+  for (int64_t t = 0; t < tokens; ++t, row += stride) {
+    for (int64_t e = 0; e < width; e += kLine) __builtin_prefetch(row + e, 0, 2);
+  }
+}
+
+template <typename S>
+GE_INLINE void prefetch_inputs(const RaggedAttentionArgs& a, int64_t kv_head, int64_t first,
+                               int64_t tokens) {
+  const int64_t group_width = a.H / a.plan.K * a.E;
+  prefetch_rows<S>(a.query, a.query_stride, group_width, kv_head, first, tokens);
+  prefetch_rows<S>(a.key, a.key_stride, a.E, kv_head, first, tokens);
+  prefetch_rows<S>(a.value, a.value_stride, a.E, kv_head, first, tokens);
+}
+
 template <typename S>
 void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
   using A = Arith<S>;
@@ -33,8 +54,14 @@ void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
   AttentionItem last{-1, -1, -1, 0, 0};
   SequenceRows<S> keys{}, values{};
   int64_t num_packed = 0;  // blocks, for `last`
+  AttentionItem next = find_item(a.plan, begin);
   for (int64_t i = begin; i < end; ++i) {
-    const AttentionItem item = find_item(a.plan, i);
+    const AttentionItem item = next;
+    if (i + 1 < end) {
+      next = find_item(a.plan, i + 1);
+      prefetch_inputs<S>(a, next.kv_head, a.plan.cu[next.sequence] + next.first_token,
+                         next.num_tokens);
+    }
     const int64_t n = item.sequence, kv_head = item.kv_head;
     if (n != last.sequence || kv_head != last.kv_head) {
       const int64_t prompt = first_of_group(a.plan, item.group);
@@ -115,6 +142,25 @@ GE_NOINLINE void gather(const A* weight, int64_t weight_stride, const A* rows, i
   for (; column < row_stride; column += kLanes) {
     gather_columns<A, M, 1>(weight, weight_stride, rows + column, row_stride, count, sums + column);
   }
+}
+
+// In place: scores -> p, and dout . value -> ds; 0 where row m does not see the key.
+template <typename A, int M>
+GE_NOINLINE void slope_rows(A* p, A* ds, int64_t s_stride, const int64_t (&visible)[M],
+                            const A (&max)[M], const A (&inverse)[M], const A (&centre)[M],
+                            A scale) {
+  using V = Vec16<A>;
+  const V factor = V::set1(scale);
+  each_block(visible, [&](int64_t b, auto keep) GE_LAMBDA {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = m * s_stride + b * kLanes;
+      const V weight = vexp(V::load(p + at) - V::set1(max[m])) * V::set1(inverse[m]);
+      const V slope = weight * (V::load(ds + at) - V::set1(centre[m])) * factor;
+      keep(m, weight, A(0)).store(p + at);
+      keep(m, slope, A(0)).store(ds + at);
+    }
+  });
 }
 
 // One (group, kv head): the prompt and then the sequences that continue it, in their order.
@@ -256,21 +302,20 @@ class Backward {
     const A scale = static_cast<A>(a.scale);
     score_rows<A, M>(q, key, kLanes, E, scale, blocks, p + slot * s_stride, s_stride);
     score_rows<A, M>(g, value, kLanes, E, A(1), blocks, ds + slot * s_stride, s_stride);
+    A max[M], inverse[M];
     for (int m = 0; m < M; ++m) {
       const A* stats = static_cast<const A*>(a.stats) +
                        ((start + place[m].token) * a.H + kv_head * group + place[m].head) * 2;
-      const V max = V::set1(stats[0]), inverse = V::set1(stats[1]);
-      const V mean = V::set1(centre[m]), factor = V::set1(scale);
-      A* p_row = p + (slot + m) * s_stride;
-      A* ds_row = ds + (slot + m) * s_stride;
-      for (int64_t j = 0; j < seen; j += kLanes) {
-        const int64_t left = visible[m] - j;
-        const int n = left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
-        const V weight = vexp(V::load(p_row + j) - max) * inverse;
-        const V slope = weight * (V::load(ds_row + j) - mean) * factor;
-        keep_first(weight, n, A(0)).store(p_row + j);
-        keep_first(slope, n, A(0)).store(ds_row + j);
-      }
+      max[m] = stats[0];
+      inverse[m] = stats[1];
+    }
+    slope_rows(p + slot * s_stride, ds + slot * s_stride, s_stride, visible, max, inverse, centre,
+               scale);
+    // keys that only later rows of the tile see
+    const int64_t rest = (blocks_of(seen) - blocks) * kLanes * sizeof(A);
+    for (int m = 0; rest > 0 && m < M; ++m) {
+      memset(p + (slot + m) * s_stride + blocks * kLanes, 0, rest);
+      memset(ds + (slot + m) * s_stride + blocks * kLanes, 0, rest);
     }
     weigh_rows<S, M>(ds + slot * s_stride, s_stride, key_row, a.key_stride, E, visible,
                      [&](int m, int64_t column, int lanes, V acc) {
@@ -295,7 +340,17 @@ template <typename S>
 void backward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
   Arena arena(Backward<S>::bytes(a));
   Backward<S> differentiate(a, arena);
-  for (int64_t i = begin; i < end; ++i) differentiate(i / a.plan.K, i % a.plan.K);
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + 1 < end) {
+      const int64_t kv_head = (i + 1) % a.plan.K, width = a.H / a.plan.K * a.E;
+      const int64_t n = first_of_group(a.plan, (i + 1) / a.plan.K), first = a.plan.cu[n];
+      const int64_t len = a.plan.cu[n + 1] - first, tokens = len < kQueryChunk ? len : kQueryChunk;
+      prefetch_inputs<S>(a, kv_head, first, tokens);
+      prefetch_rows<S>(a.out, a.H * a.E, width, kv_head, first, tokens);
+      prefetch_rows<S>(a.dout, a.H * a.E, width, kv_head, first, tokens);
+    }
+    differentiate(i / a.plan.K, i % a.plan.K);
+  }
 }
 
 }  // namespace
