@@ -408,6 +408,9 @@ GE_INLINE V sum_vectors(int64_t n, Body body) {
 
 template <typename V, typename S>
 GE_INLINE V load(const S* p, int n) { return n == kLanes ? V::load(p) : V::load_n(p, n); }
+// Lanes >= n are `fill`.
+template <typename V, typename S, typename T>
+GE_INLINE V load(const S* p, int n, T fill) { return n == kLanes ? V::load(p) : V::load_n(p, n, fill); }
 template <typename V, typename S>
 GE_INLINE void store(V v, S* p, int n) { n == kLanes ? v.store(p) : v.store_n(p, n); }
 
