@@ -376,6 +376,46 @@ GE_INLINE VecD vexp(VecD x) {
   return r;
 }
 
+// ---------------------------------------------------------------- by comparison
+
+#if defined(__AVX512F__)
+// s + e in the lanes where z >= t, s in the others.
+GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
+  return {_mm512_mask_add_ps(s.v, _mm512_cmp_ps_mask(z.v, t.v, _CMP_GE_OQ), s.v, e.v)};
+}
+// Stores the lanes with low <= z < high side by side, returns their number; writes 16 floats.
+GE_INLINE int append_between(VecF z, float low, float high, float* out) {
+  const __mmask16 inside = _mm512_mask_cmp_ps_mask(
+      _mm512_cmp_ps_mask(z.v, _mm512_set1_ps(low), _CMP_GE_OQ), z.v, _mm512_set1_ps(high), _CMP_LT_OQ);
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(inside, z.v));
+  return __builtin_popcount(inside);
+}
+#else
+#if defined(__AVX2__)
+GE_INLINE __m256 add_half(__m256 s, __m256 e, __m256 z, __m256 t) {
+  return _mm256_add_ps(s, _mm256_and_ps(e, _mm256_cmp_ps(z, t, _CMP_GE_OQ)));
+}
+GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
+  return {add_half(s.lo, e.lo, z.lo, t.lo), add_half(s.hi, e.hi, z.hi, t.hi)};
+}
+#else
+GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
+  for (int i = 0; i < kLanes; ++i) s.v[i] += z.v[i] >= t.v[i] ? e.v[i] : 0.f;
+  return s;
+}
+#endif
+GE_INLINE int append_between(VecF z, float low, float high, float* out) {
+  float lanes[kLanes];
+  z.store(lanes);
+  int count = 0;
+  for (float lane : lanes) {
+    out[count] = lane;
+    count += lane >= low && lane < high;
+  }
+  return count;
+}
+#endif
+
 // ---------------------------------------------------------------- loops over a row
 
 // Calls body(i, count) for each run of count <= 16 elements from i.
@@ -412,6 +452,9 @@ GE_INLINE V sum_vectors(int64_t n, Body body) {
 
 template <typename V, typename S>
 GE_INLINE V load(const S* p, int n) { return n == kLanes ? V::load(p) : V::load_n(p, n); }
+// Lanes >= n are `fill`.
+template <typename V, typename S, typename T>
+GE_INLINE V load(const S* p, int n, T fill) { return n == kLanes ? V::load(p) : V::load_n(p, n, fill); }
 template <typename V, typename S>
 GE_INLINE void store(V v, S* p, int n) { n == kLanes ? v.store(p) : v.store_n(p, n); }
 
