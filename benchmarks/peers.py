@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.table import Missing, Run, tensors
+from grpo_engine import weights
+from grpo_engine.model import Model
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 
@@ -135,7 +140,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def trl_loss(logprob: Tensor, old: Tensor, ref: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-    """The loss of TRL's GRPOTrainer (loss_type "dapo", delta 3, beta 0.001) on padded [N, R] tensors, without its metrics."""
+    """The loss of TRL's GRPOTrainer (loss_type "dapo", delta 3, beta 0.001) on padded [N, R], without its metrics."""
     coef_1 = torch.exp(logprob - old)
     coef_2 = torch.clamp(coef_1, 1 - 0.2, 1 + 0.2)
     coef_1 = torch.clamp(coef_1, max=3.0)
@@ -220,3 +225,173 @@ def kv_index_put(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Ten
     page = key_pages.shape[-1]
     key_pages[slot // page, :, :, slot % page] = key
     value_pages[slot // page, :, slot % page] = value
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def as_transformers(model: Model, attention: str = "sdpa"):
+    """transformers' Qwen2ForCausalLM with a copy of our weights and its dtype.
+
+    Args:
+        model: ours.
+        attention: "sdpa" or "eager".
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    c = model.config
+    config = Qwen2Config(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        attn_implementation=attention,
+    )  # fmt: skip
+    theirs = Qwen2ForCausalLM._from_config(config, dtype=model.dtype)
+    absent, surplus = theirs.load_state_dict(dict(weights.split_parameters(model)), strict=False)
+    if surplus or set(absent) - {"lm_head.weight"}:
+        raise RuntimeError(f"weights do not fit transformers' model: {absent}, {surplus}")
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def padded(sequences: Sequence[Tensor], fill: int) -> Tensor:
+    """[N, longest], padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=fill)
+
+
+class TransformersTraining:
+    """Training steps of transformers' model: padded, with AdamW(fused=True), as its Trainer does."""
+
+    def __init__(self, model: Model, sequences: Sequence[Tensor], *, attention: str, lr: float, compiled: bool = False):
+        self.model = as_transformers(model, attention).train()
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.inputs = padded([s[:-1] for s in sequences], 0)
+        self.targets = padded([s[1:] for s in sequences], -100)
+        lengths = torch.tensor([len(s) - 1 for s in sequences])
+        equal = bool((lengths == lengths[0]).all())
+        self.mask = None if equal else (torch.arange(self.inputs.shape[1]) < lengths[:, None]).long()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+    def step(self) -> Tensor:
+        """[loss, gradient norm] of one step."""
+        logits = self.forward(input_ids=self.inputs, attention_mask=self.mask, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), self.targets.flatten(), ignore_index=-100)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([loss.detach(), norm])
+
+
+class TransformersGeneration:
+    """transformers' `generate` on prompts of one length, sampling; rows stop at lengths of their own."""
+
+    def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int], *, attention: str = "sdpa"):
+        from transformers import GenerationConfig, StoppingCriteria
+
+        class Stop(StoppingCriteria):
+            def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+                return input_ids.shape[1] - prompts.shape[1] >= wanted
+
+        wanted = torch.tensor(lengths)
+        self.model, self.prompts = as_transformers(model, attention), prompts
+        self.criteria = [] if min(lengths) == max(lengths) else [Stop()]
+        self.config = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths), min_new_tokens=None,
+            eos_token_id=None, pad_token_id=0, bos_token_id=None, use_cache=True,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def generate(self) -> Tensor:
+        """[N, longest] new tokens, padded."""
+        out = self.model.generate(
+            input_ids=self.prompts, attention_mask=torch.ones_like(self.prompts),
+            generation_config=self.config, stopping_criteria=self.criteria,
+        )  # fmt: skip
+        return out[:, self.prompts.shape[1] :]
+
+    @torch.inference_mode()
+    def last_logits(self) -> Tensor:
+        """[N, V] float32 after the prompts."""
+        return self.model(input_ids=self.prompts, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+
+
+def write_gguf(model: Model, path: Path) -> None:
+    """Our weights as a llama.cpp file without a vocabulary: matrices in bfloat16, vectors in float32."""
+    import gguf
+
+    c = model.config
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c.num_hidden_layers)
+    for theirs, tensor in weights.split_parameters(model):
+        name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        if tensor.dim() == 1:
+            writer.add_tensor(name, tensor.detach().float().numpy())
+        else:
+            raw = tensor.detach().bfloat16().contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    """llama.cpp at batch 1: the prompt, then one token at a time; softmax + draw in numpy over its logits."""
+
+    def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int]):
+        import llama_cpp
+
+        self.prompt, self.new = prompts[0].tolist(), lengths[0]
+        self.vocabulary = model.config.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(model, path)
+            threads = torch.get_num_threads()
+            self.llama = llama_cpp.Llama(
+                model_path=str(path), n_ctx=256, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False
+            )
+        self.random = np.random.default_rng(0)
+
+    def _logits(self) -> np.ndarray:
+        import llama_cpp
+
+        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.vocabulary,))
+
+    def _draw(self) -> int:
+        logits = self._logits()
+        cumulative = np.exp(logits - logits.max()).cumsum()
+        return int(np.searchsorted(cumulative, self.random.random() * cumulative[-1]))
+
+    def generate(self) -> Tensor:
+        """[1, new] tokens."""
+        self.llama.reset()
+        self.llama.eval(self.prompt)
+        tokens = [self._draw()]
+        while len(tokens) < self.new:
+            self.llama.eval(tokens[-1:])
+            tokens.append(self._draw())
+        return torch.tensor([tokens])
+
+    def last_logits(self) -> Tensor:
+        """[1, V] after the prompt."""
+        self.llama.reset()
+        self.llama.eval(self.prompt)
+        return torch.from_numpy(self._logits().copy())[None]
