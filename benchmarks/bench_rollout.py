@@ -6,16 +6,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
-import contextlib  # noqa: E402
-import itertools  # noqa: E402
-from unittest import mock  # noqa: E402
-
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
+from benchmarks.lengths import answer_lengths  # noqa: E402
 from benchmarks.shapes import LADDER, equal_lengths, ladder_config, log_normal_lengths, qwen_config  # noqa: E402
 from benchmarks.table import OURS, Case, WrongAnswer, main, relative_error, same_bits  # noqa: E402
-from grpo_engine import _C  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
 from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
 from grpo_engine.model import Model, packed_attention, packed_positions  # noqa: E402
@@ -23,19 +19,6 @@ from grpo_engine.rollout import derive_seeds, generate  # noqa: E402
 
 PROMPT, NEW = 8, 16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # logits, as a share of the largest; bfloat16 over 24 layers
-
-
-@contextlib.contextmanager
-def answer_lengths(lengths):
-    """Makes each group's answers as long as asked, in place of one limit for all: a measurement's stopping rule."""
-    wanted = itertools.cycle(lengths)
-
-    class Scheduler(_C.Scheduler):
-        def add_group(self, prompt, *, max_new_tokens, **others):
-            return super().add_group(prompt, max_new_tokens=next(wanted), **others)
-
-    with mock.patch.object(_C, "Scheduler", Scheduler):
-        yield
 
 
 class Rollout:

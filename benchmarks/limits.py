@@ -60,7 +60,7 @@ def clock_for(threads: int) -> Clock:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]], *, clock: Clock, repeats: int, budget_s: float, sample_s: float = SAMPLE_S
+    runs: Mapping[str, Callable[[], object]], *, clock: Clock, repeats: int, budget_s: float, at_least: int = 3
 ) -> dict[str, list[float]]:
     """Times several functions in turns, A B A B, so that whatever the machine does meets all of them.
 
@@ -68,8 +68,8 @@ def interleave(
         runs: by name; each is called at least once before it is timed.
         clock: seconds.
         repeats: samples of each, at least 1.
-        budget_s: after this many seconds no further round is begun, once there are three.
-        sample_s: see SAMPLE_S.
+        budget_s: after this many seconds no further round is begun, once there are `at_least`.
+        at_least: see budget_s.
 
     Returns:
         Seconds a call, by name, one entry a sample.
@@ -77,13 +77,13 @@ def interleave(
     loops = {}
     for name, run in runs.items():
         taken = _seconds(run, clock)
-        if taken < sample_s:  # a first call may have been the slow one
+        if taken < SAMPLE_S:  # a first call may have been the slow one
             taken = _seconds(run, clock)
-        loops[name] = max(1, round(sample_s / max(taken, 1e-7)))
+        loops[name] = max(1, round(SAMPLE_S / max(taken, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for done in range(repeats):
-        if done >= 3 and time.perf_counter() - begin > budget_s:
+        if done >= at_least and time.perf_counter() - begin > budget_s:
             break
         for name, run in runs.items():
             start = clock()

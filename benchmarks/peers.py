@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.lengths import stopping_criteria
 from benchmarks.table import Missing, Run, tensors
 from grpo_engine import weights
 from grpo_engine.model import Model
@@ -292,15 +294,10 @@ class TransformersGeneration:
     """transformers' `generate` on prompts of one length, sampling; rows stop at lengths of their own."""
 
     def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int], *, attention: str = "sdpa"):
-        from transformers import GenerationConfig, StoppingCriteria
+        from transformers import GenerationConfig
 
-        class Stop(StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-                return input_ids.shape[1] - prompts.shape[1] >= wanted
-
-        wanted = torch.tensor(lengths)
         self.model, self.prompts = as_transformers(model, attention), prompts
-        self.criteria = [] if min(lengths) == max(lengths) else [Stop()]
+        self.criteria = stopping_criteria(prompts.shape[1], lengths)
         self.config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths), min_new_tokens=None,
             eos_token_id=None, pad_token_id=0, bos_token_id=None, use_cache=True,
@@ -395,3 +392,86 @@ class LlamaCpp:
         self.llama.reset()
         self.llama.eval(self.prompt)
         return torch.from_numpy(self._logits().copy())[None]
+
+
+class TrlSteps:
+    """Steps of TRL's GRPOTrainer, one at a time: it trains in a thread that waits after each."""
+
+    def __init__(self, model: Model, prompts: Sequence[str], words: Sequence[str], lengths: Sequence[int], *,
+                 group_size: int, reward: Callable[..., list[float]], lr: float, kl_coef: float):  # fmt: skip
+        self.arguments = dict(model=model, prompts=prompts, words=words, lengths=lengths, group_size=group_size,
+                              reward=reward, lr=lr, kl_coef=kl_coef)  # fmt: skip
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+        self.closed = False
+        self.trainer: Any = None
+        self.threads = torch.get_num_threads()
+        self.thread = threading.Thread(target=self._train, daemon=True)
+        self.thread.start()
+
+    def step(self) -> Tensor:
+        """[mean answer length, mean entropy] of one step."""
+        self.go.release()
+        self.done.acquire()
+        if self.error is not None:
+            raise self.error
+        metrics = self.trainer._metrics["train"]
+        return torch.tensor([metrics["completions/mean_length"][-1], metrics["entropy"][-1]])
+
+    def close(self) -> None:
+        self.closed = True
+        self.go.release()
+        self.thread.join()
+
+    def _train(self) -> None:
+        torch.set_num_threads(self.threads)  # torch keeps this for each thread
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.trainer = self._trainer(Path(folder), **self.arguments)
+                self.go.acquire()
+                if not self.closed:
+                    self.trainer.train()
+        except BaseException as e:
+            self.error = e
+            self.done.release()
+
+    def _trainer(self, folder: Path, *, model: Model, prompts: Sequence[str], words: Sequence[str],
+                 lengths: Sequence[int], group_size: int, reward: Callable[..., list[float]], lr: float,
+                 kl_coef: float) -> Any:  # fmt: skip
+        import transformers
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from trl import GRPOConfig, GRPOTrainer
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        steps, end = self, words[0]
+
+        class Wait(transformers.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                steps.done.release()
+                steps.go.acquire()
+                control.should_training_stop = steps.closed
+
+        weights.save_checkpoint(model, folder / "model")
+        plain_words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=end))
+        plain_words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain_words, eos_token=end, pad_token=end)
+        config = GRPOConfig(
+            output_dir=str(folder / "out"), use_cpu=True, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=len(prompts) * group_size, num_generations=group_size, steps_per_generation=1,
+            max_completion_length=max(lengths), temperature=1.0, generation_kwargs={"suppress_tokens": [0]},
+            learning_rate=lr, lr_scheduler_type="constant", beta=kl_coef, delta=3.0, max_grad_norm=1.0,
+            max_steps=10**6, logging_steps=10**6, save_strategy="no", report_to="none", disable_tqdm=True,
+            shuffle_dataset=False, model_init_kwargs={"dtype": "float32"}, seed=0,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=str(folder / "model"), reward_funcs=reward, args=config, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": list(prompts) * 64}), callbacks=[Wait()],
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        # an answer's last token is the end token that fills the row: rows stop one token earlier
+        rows = [n - (n < max(lengths)) for n in lengths for _ in range(group_size)]
+        generate, prompt = trainer.model.generate, len(prompts[0].split())
+        trainer.model.generate = lambda **inputs: generate(**inputs, stopping_criteria=stopping_criteria(prompt, rows))
+        return trainer

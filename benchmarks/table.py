@@ -60,6 +60,7 @@ class Case:
     check: Callable[[str, Any], None] | None = None  # (who, result); raises WrongAnswer
     bits: Run | None = None  # what must have the same bits on one and two threads; None: `ours`, which then keeps no state
     alone: Callable[[Any], bool] | None = None  # our result -> has a part of the batch the same bits on its own?
+    at_least: int = 3  # samples, whatever they cost
     flops: float = 0.0
     nbytes: float = 0.0  # read and written at least once
     derived: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # column -> of the seconds
@@ -188,7 +189,10 @@ def run_case(case: Case, *, clock: Clock, repeats: int, budget_s: float) -> dict
     alone = case.alone(mine) if case.alone is not None else None
     del mine
     times = {
-        name: spread(samples) for name, samples in interleave(runs, clock=clock, repeats=repeats, budget_s=budget_s).items()
+        name: spread(samples)
+        for name, samples in interleave(
+            runs, clock=clock, repeats=max(repeats, case.at_least), budget_s=budget_s, at_least=case.at_least
+        ).items()
     }
     mine_s = times[OURS]["median_s"]
     peers: dict[str, Any] = {}
