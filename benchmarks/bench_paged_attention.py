@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
@@ -49,7 +49,11 @@ def case(name, B, mean, H, K, E, dtype, kind, *, compiled):
     def theirs(function):
         return lambda: function(wide, key, value, mask)[:, :, 0]
 
-    rivals = {"SDPA, enable_gqa": theirs(peers.decode_sdpa), "repeat_kv + SDPA": theirs(peers.decode_repeat_kv)}
+    rivals = {
+        "SDPA, heads as rows": theirs(peers.decode_heads_as_rows),
+        "SDPA, enable_gqa": theirs(peers.decode_sdpa),
+        "repeat_kv + SDPA": theirs(peers.decode_repeat_kv),
+    }
     if compiled:
         rivals["repeat_kv + SDPA, compiled"] = theirs(torch.compile(peers.decode_repeat_kv, dynamic=False))
     return Case(

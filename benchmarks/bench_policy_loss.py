@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
 import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402

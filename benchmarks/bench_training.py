@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
 import copy  # noqa: E402
 
 import torch  # noqa: E402
@@ -25,6 +25,7 @@ from grpo_engine.model import Model, packed_positions  # noqa: E402
 from grpo_engine.optimizer import update  # noqa: E402
 
 SEQUENCES, TOKENS = 256, 24  # of the micro study's size; a batch goes through the model at once, as in a run
+PARTS = 8  # micro-batches of the peer that sorts by length
 LR = 1e-6  # the weights hardly move while they are timed
 TOLERANCE = 1e-4  # loss and gradient norm, float32 against float32
 
@@ -72,14 +73,17 @@ def case(size, kind, *, compiled):
     lengths = draw(SEQUENCES, TOKENS)
     sequences = [torch.randint(LADDER_VOCABULARY, (n + 1,)) for n in lengths]
 
-    def theirs(attention, compiled=False):
-        return peers.TransformersTraining(model, sequences, attention=attention, lr=LR, compiled=compiled).step
+    def theirs(attention, **how):
+        make = peers.TransformersTraining
+        return peers.optional("transformers", lambda: make(model, sequences, attention=attention, lr=LR, **how).step)
 
-    others = {}
-    for attention in ("sdpa", "eager"):
-        others[f"transformers, {attention}"] = peers.optional("transformers", lambda a=attention: theirs(a))
+    others = {"transformers": theirs("sdpa")}
+    if kind == "equal":
+        others["transformers, eager attention"] = theirs("eager")
+    else:
+        others[f"transformers, {PARTS} sorted micro-batches"] = theirs("sdpa", micro_batches=PARTS)
     if compiled:
-        others["transformers, torch.compile"] = peers.optional("transformers", lambda: theirs("sdpa", True))
+        others["transformers, torch.compile"] = theirs("sdpa", compiled=True)
     mine = Training(copy.deepcopy(model), sequences)
     return Case(
         name=f"{size}, {kind} lengths (longest {max(lengths)}, {sum(lengths)} tokens)",
