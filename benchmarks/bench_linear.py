@@ -1,0 +1,66 @@
+"""linear beside torch: Qwen2.5-0.5B in bfloat16 and the embedded ladder in float32."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+import torch  # noqa: E402
+
+from benchmarks import peers  # noqa: E402
+from benchmarks.shapes import LADDER, QWEN_VOCABULARY  # noqa: E402
+from benchmarks.table import Case, main, same_bits  # noqa: E402
+from grpo_engine import ops  # noqa: E402
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}  # of the largest element; bfloat16 rounds once, at 2^-9
+
+
+def forward(name, M, O, I, dtype, *, compiled):
+    x, weight = torch.randn(M, I).to(dtype), (torch.randn(O, I) / I**0.5).to(dtype)
+    F = torch.nn.functional.linear
+    return Case(
+        name=f"{name} [{M}, {I}] x [{O}, {I}] {str(dtype)[6:]}",
+        ours=lambda: ops.linear(x, weight),
+        peers=peers.plain(F, x, weight, compiled=compiled),
+        expected=lambda: F(x.double(), weight.double()),
+        tolerance=TOLERANCE[dtype],
+        alone=lambda whole: same_bits(ops.linear(x[-1:], weight), whole[-1:]),
+        flops=2.0 * M * O * I,
+        nbytes=x.element_size() * (M * I + O * I + M * O),
+    )
+
+
+def training(name, M, O, I, *, compiled):
+    leaves = [torch.randn(M, I).requires_grad_(), (torch.randn(O, I) / I**0.5).requires_grad_()]
+    upstream = [torch.randn(M, O)]
+    F = torch.nn.functional.linear
+    return Case(
+        name=f"{name} [{M}, {I}] x [{O}, {I}] float32, with gradients",
+        ours=lambda: peers.with_gradients(ops.linear, leaves, upstream),
+        peers=peers.plain_with_gradients(F, leaves, upstream, compiled=compiled),
+        expected=lambda: peers.with_gradients(F, peers.doubled(leaves), [upstream[0].double()]),
+        tolerance=1e-5,  # sums over 6144 rows
+        alone=lambda whole: same_bits(ops.linear(leaves[0][-1:], leaves[1]), whole[0][-1:]),
+        flops=6.0 * M * O * I,
+        nbytes=4.0 * (3 * M * I + 3 * O * I + 3 * M * O),
+    )
+
+
+def cases(quick):
+    for size in ("0.2M",) if quick else LADDER:
+        width, _, heads, kv_heads, ffn = LADDER[size]
+        qkv = width + 2 * kv_heads * (width // heads)
+        for part, O, I in (("qkv", qkv, width), ("gate_up", 2 * ffn, width), ("down", width, ffn)):
+            yield forward(f"{size} {part}, decode", 256, O, I, torch.float32, compiled=not quick and size == "0.2M")
+            if part != "qkv":
+                yield training(f"{size} {part}", 6144, O, I, compiled=False)
+    for M in (8,) if quick else (1, 8, 32, 64):
+        yield forward("0.5B up", M, 4864, 896, torch.bfloat16, compiled=not quick)
+        yield forward("0.5B head", M, QWEN_VOCABULARY, 896, torch.bfloat16, compiled=False)
+    if not quick:
+        yield forward("square", 1024, 1024, 1024, torch.float32, compiled=False)
+
+
+if __name__ == "__main__":
+    main("linear", cases, note="Where torch.compile is absent it calls the same library product as eager torch.")

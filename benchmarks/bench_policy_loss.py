@@ -1,0 +1,91 @@
+"""policy_loss beside TRL's formula, forward and backward."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+import torch  # noqa: E402
+
+from benchmarks import peers  # noqa: E402
+from benchmarks.shapes import cumulative, equal_lengths, log_normal_lengths  # noqa: E402
+from benchmarks.table import Case, WrongAnswer, main, relative_error, same_bits  # noqa: E402
+from grpo_engine import ops  # noqa: E402
+
+TOLERANCE = 1e-5  # of the loss, and of the largest gradient
+
+
+def case(N, R, kind, *, compiled):
+    lengths = (equal_lengths if kind == "equal" else log_normal_lengths)(N, R)
+    total, cu = sum(lengths), cumulative(lengths)
+    logprob = (-torch.rand(total) * 3).requires_grad_()
+    old, ref = (logprob.detach() + torch.randn(total) * s for s in (0.1, 0.3))
+    advantage = torch.randn(N)
+    each = torch.repeat_interleave(advantage, torch.tensor(lengths))
+
+    def padded(x):
+        return peers.padded(x.detach().split(lengths), 0)
+
+    wide = padded(logprob).requires_grad_()
+    old_NR, ref_NR = padded(old), padded(ref)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float()
+    kept = mask.bool()
+
+    def ours(logprob):
+        return ops.policy_loss(logprob, advantage=each, cu_seqlens=cu, old_logprob=old, ref_logprob=ref, kl_coef=0.001).loss
+
+    def theirs(function, leaf, *others):
+        return peers.with_gradients(lambda x: function(x, *others), [leaf], [torch.ones(())])
+
+    others = [old_NR, ref_NR, advantage, mask]
+    fast = torch.compile(peers.trl_loss, dynamic=False)
+    rivals = {"TRL's formula, eager": lambda: theirs(peers.trl_loss, wide, *others)}
+    if compiled:
+        rivals["the same, torch.compile"] = lambda: theirs(fast, wide, *others)
+
+    truth = peers.with_gradients(
+        lambda x: peers.trl_loss(x, *(o.double() for o in others)),
+        peers.doubled([wide]),
+        [torch.ones((), dtype=torch.float64)],
+    )
+    truth[1] = truth[1][kept]
+
+    def packed(result):
+        loss, gradient = result
+        return [loss, gradient[kept] if gradient.dim() == 2 else gradient]
+
+    def check(who, result):
+        error = relative_error(packed(result), truth)
+        if not error <= TOLERANCE:
+            raise WrongAnswer(f"error {error:.3g}, allowed {TOLERANCE:.3g}")
+
+    def alone(whole):
+        n = lengths[0]
+        leaf = logprob.detach()[:n].clone().requires_grad_()
+        loss = ops.policy_loss(
+            leaf, advantage=each[:n], cu_seqlens=cu[:2], old_logprob=old[:n], ref_logprob=ref[:n], kl_coef=0.001,
+            num_tokens=total,
+        ).loss  # fmt: skip
+        return same_bits(torch.autograd.grad(loss, [leaf]), [whole[1][:n]])
+
+    return Case(
+        name=f"{N} sequences of {R}, {kind} lengths (longest {max(lengths)})",
+        ours=lambda: peers.with_gradients(ours, [logprob], [torch.ones(())]),
+        peers=rivals,
+        tolerance=TOLERANCE,
+        check=check,
+        alone=alone,
+        nbytes=4.0 * 5 * total,
+    )
+
+
+def cases(quick):
+    yield case(256, 16, "equal", compiled=not quick)
+    yield case(64, 512, "equal", compiled=True)
+    if not quick:
+        yield case(64, 512, "log-normal", compiled=True)
+
+
+if __name__ == "__main__":
+    main("policy_loss", cases, note="Ours returns ten statistics besides; TRL's formula here leaves its metrics out.")

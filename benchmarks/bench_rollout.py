@@ -1,0 +1,129 @@
+"""Rollout beside transformers' generate and llama.cpp: the embedded ladder and a random Qwen2.5-0.5B."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+import torch  # noqa: E402
+
+from benchmarks import peers  # noqa: E402
+from benchmarks.lengths import answer_lengths  # noqa: E402
+from benchmarks.shapes import LADDER, equal_lengths, ladder_config, log_normal_lengths, qwen_config  # noqa: E402
+from benchmarks.table import OURS, Case, WrongAnswer, main, relative_error, same_bits  # noqa: E402
+from grpo_engine.config import RolloutConfig  # noqa: E402
+from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
+from grpo_engine.model import Model, packed_attention, packed_positions  # noqa: E402
+from grpo_engine.rollout import derive_seeds, generate  # noqa: E402
+
+PROMPT, NEW = 8, 16
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # logits, as a share of the largest; bfloat16 over 24 layers
+
+
+class Rollout:
+    """Answers to P prompts, G each; the answers of a group are equally long."""
+
+    def __init__(self, model, prompts, group_size, lengths):
+        self.model, self.prompts, self.G, self.lengths = model, prompts, group_size, lengths
+        self.seeds = derive_seeds(7, count=len(prompts) * group_size)
+        self.config = RolloutConfig(max_new_tokens=max(lengths))
+
+    def run(self, count=None):
+        """A `RolloutBatch` of the first `count` prompts, or of all."""
+        prompts = self.prompts[:count].tolist()
+        with answer_lengths(self.lengths):
+            return generate(
+                self.model, prompts, group_size=self.G, seeds=self.seeds[: len(prompts) * self.G], stop_ids=(),
+                config=self.config,
+            )  # fmt: skip
+
+    def tensors(self, count=None):
+        out = self.run(count)
+        return [out.tokens, out.logprob, out.entropy]
+
+    def last_logits(self):
+        """[P, V] after the prompts."""
+        tokens = self.prompts.flatten()
+        cu = torch.arange(len(self.prompts) + 1, dtype=torch.int32) * self.prompts.shape[1]
+        with torch.inference_mode():
+            hidden = self.model(tokens, packed_positions(cu), packed_attention(cu, self.model.config.head_dim))
+            return self.model.logits(hidden[cu[1:].long() - 1])
+
+    def flops(self):
+        """Of what must be computed: each prompt once, each answer token but the last."""
+        P, G, n = len(self.prompts), self.G, self.prompts.shape[1]
+        fed = [length - 1 for length in self.lengths]
+        pairs = P * causal_pairs(n) + G * sum(causal_pairs(n + k) - causal_pairs(n) for k in fed)
+        return forward_flops(self.model, tokens=P * n + G * sum(fed), pairs=pairs, head_rows=G * sum(self.lengths))
+
+
+def case(name, model, *, prompts, group_size, lengths, others):
+    """`others`: peers by name, made of (rows of prompts, length of each row)."""
+    prompt = torch.randint(model.config.vocab_size, (prompts, PROMPT))
+    mine = Rollout(model, prompt, group_size, lengths)
+    rows = [n for n in lengths for _ in range(group_size)]
+    made = {key: make(prompt.repeat_interleave(group_size, dim=0), rows) for key, make in others.items()}
+
+    def check(who, result):
+        if who == OURS:
+            inputs = result.cu_seqlens[1:] - result.cu_seqlens[:-1]
+            if (inputs - PROMPT).tolist() != rows:
+                raise WrongAnswer("answers are not as long as asked")
+            return
+        if result.shape != (len(rows), max(rows)):
+            raise WrongAnswer(f"answers of shape {list(result.shape)}, wanted {[len(rows), max(rows)]}")
+        error = relative_error(made[who].last_logits()[::group_size], mine.last_logits())
+        if not error <= TOLERANCE[model.dtype]:
+            raise WrongAnswer(f"its logits differ from ours by {error:.3g}, allowed {TOLERANCE[model.dtype]}")
+
+    def alone(result):
+        n = int(result.cu_seqlens[group_size])
+        return same_bits(mine.tensors(1), [x[:n] for x in (result.tokens, result.logprob, result.entropy)])
+
+    return Case(
+        name=name,
+        ours=mine.run,
+        peers={key: getattr(peer, "generate", peer) for key, peer in made.items()},
+        tolerance=TOLERANCE[model.dtype],
+        check=check,
+        bits=lambda: mine.tensors(2),
+        alone=alone if prompts > 1 else None,
+        flops=mine.flops(),
+        nbytes=max(rows) * sum(p.numel() * p.element_size() for p in model.parameters()),  # weights, once a step
+        derived={
+            "tokens/s": lambda seconds: sum(rows) / seconds,
+            "ms a decode step": lambda seconds: 1e3 * seconds / max(rows),
+        },
+    )
+
+
+def transformers_peer(model):
+    def make(prompts, rows):
+        return peers.optional("transformers", lambda: peers.TransformersGeneration(model, prompts, rows))
+
+    return make
+
+
+def cases(quick):
+    for size in ("0.2M",) if quick else LADDER:
+        model = Model(ladder_config(size)).init_weights(1, std=None)
+        for kind, draw in (("equal", equal_lengths), ("log-normal", log_normal_lengths)):
+            lengths = draw(32, NEW)
+            yield case(
+                f"{size}, batch 256, {kind} lengths (longest {max(lengths)})", model, prompts=32, group_size=8,
+                lengths=lengths, others={"transformers": transformers_peer(model)},
+            )  # fmt: skip
+    model = Model(qwen_config(), dtype=torch.bfloat16).init_weights(1)
+    new = 4 if quick else NEW
+    for B in (1, 8) if quick else (1, 8, 32):
+        others = {"transformers": transformers_peer(model)}
+        if B == 1:
+            others["llama.cpp"] = lambda prompts, rows: peers.optional(
+                "llama_cpp", lambda: peers.LlamaCpp(model, prompts, rows)
+            )
+        yield case(f"0.5B bfloat16, batch {B}", model, prompts=B, group_size=1, lengths=equal_lengths(B, new), others=others)
+
+
+if __name__ == "__main__":
+    main("rollout", cases, unit="ms", note="A decode step is the rollout's time over its longest answer, prefill included.")

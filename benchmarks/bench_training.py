@@ -1,0 +1,107 @@
+"""A training step - forward, backward, clipping, AdamW - beside transformers' Qwen2ForCausalLM with the same weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+import copy  # noqa: E402
+
+import torch  # noqa: E402
+
+from benchmarks import peers  # noqa: E402
+from benchmarks.shapes import (  # noqa: E402
+    LADDER,
+    LADDER_VOCABULARY,
+    cumulative,
+    equal_lengths,
+    ladder_config,
+    log_normal_lengths,
+    sequence_flops,
+)
+from benchmarks.table import Case, main, same_bits  # noqa: E402
+from grpo_engine.model import Model, packed_positions  # noqa: E402
+from grpo_engine.optimizer import update  # noqa: E402
+
+SEQUENCES, TOKENS = 256, 24  # of the micro study's size; a batch goes through the model at once, as in a run
+PARTS = 8  # micro-batches of the peer that sorts by length
+LR = 1e-6  # the weights hardly move while they are timed
+TOLERANCE = 1e-4  # loss and gradient norm, float32 against float32
+
+
+class Training:
+    """Training steps as a run takes them: packed, one micro-batch."""
+
+    def __init__(self, model, sequences):
+        self.model = model
+        self.tokens = torch.cat([s[:-1] for s in sequences])
+        self.target = torch.cat([s[1:] for s in sequences])
+        self.cu_seqlens = cumulative([len(s) - 1 for s in sequences])
+        self.positions = packed_positions(self.cu_seqlens)
+        self.rows = torch.arange(self.tokens.numel())
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+
+    def loss(self):
+        logprob, _ = self.model.logprobs(
+            self.tokens, self.cu_seqlens, rows=self.rows, target=self.target, positions_T=self.positions
+        )
+        return -logprob.mean()
+
+    def step(self):
+        loss = self.loss()
+        loss.backward()
+        norm = update(self.model, self.optimizer, lr=LR, clip_norm=1.0)
+        return torch.tensor([float(loss.detach()), norm])
+
+    def gradients(self):
+        loss = self.loss()
+        return [loss, *torch.autograd.grad(loss, list(self.model.parameters()))]
+
+    def first_alone(self):
+        """Whether the first sequence has the same log-probs on its own."""
+        n = int(self.cu_seqlens[1])
+        with torch.no_grad():
+            whole, _ = self.model.logprobs(self.tokens, self.cu_seqlens, rows=self.rows, target=self.target)
+            part, _ = self.model.logprobs(self.tokens[:n], self.cu_seqlens[:2], rows=self.rows[:n], target=self.target[:n])
+        return same_bits(part, whole[:n])
+
+
+def case(size, kind, *, compiled):
+    model = Model(ladder_config(size)).init_weights(1, std=None)
+    draw = equal_lengths if kind == "equal" else log_normal_lengths
+    lengths = draw(SEQUENCES, TOKENS)
+    sequences = [torch.randint(LADDER_VOCABULARY, (n + 1,)) for n in lengths]
+
+    def theirs(attention, **how):
+        make = peers.TransformersTraining
+        return peers.optional("transformers", lambda: make(model, sequences, attention=attention, lr=LR, **how).step)
+
+    others = {"transformers": theirs("sdpa")}
+    if kind == "equal":
+        others["transformers, eager attention"] = theirs("eager")
+    else:
+        others[f"transformers, {PARTS} sorted micro-batches"] = theirs("sdpa", micro_batches=PARTS)
+    if compiled:
+        others["transformers, torch.compile"] = theirs("sdpa", compiled=True)
+    mine = Training(copy.deepcopy(model), sequences)
+    return Case(
+        name=f"{size}, {kind} lengths (longest {max(lengths)}, {sum(lengths)} tokens)",
+        ours=mine.step,
+        peers=others,
+        tolerance=TOLERANCE,
+        bits=mine.gradients,
+        alone=lambda _: mine.first_alone(),
+        flops=3.0 * sequence_flops(model, lengths, head_rows=sum(lengths)),
+        derived={"tokens/s": lambda seconds: sum(lengths) / seconds},
+    )
+
+
+def cases(quick):
+    for size in ("0.2M", "0.8M") if quick else LADDER:
+        yield case(size, "equal", compiled=not quick and size in ("0.2M", "0.8M"))
+        yield case(size, "log-normal", compiled=False)
+
+
+if __name__ == "__main__":
+    main("training", cases, unit="ms", note="Loss and gradient norm of the first step agree with transformers'.")

@@ -1,0 +1,496 @@
+"""Every implementation that we are measured beside, once: plain torch, torch.compile, transformers, TRL, llama.cpp.
+
+The plain-torch functions are the formulas that transformers and TRL evaluate; given float64 inputs they are the truth of
+a check, and compiled they are a second peer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.lengths import stopping_criteria
+from benchmarks.table import Missing, Run, tensors
+from grpo_engine import weights
+from grpo_engine.model import Model
+
+EAGER, COMPILED = "torch eager", "torch.compile"
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def optional(package: str, make: Callable[[], Run]) -> Run | Missing:
+    """A peer that needs a package, or what the table says when it is absent."""
+    return make() if installed(package) else Missing(why="not installed")
+
+
+def plain(function: Callable, *args: Any, compiled: bool = True) -> Mapping[str, Run]:
+    """A formula in plain torch, and the same compiled.
+
+    Args:
+        function: of tensors.
+        *args: what it is called with.
+        compiled: also as "torch.compile"; the first call, which compiles, is the one that is checked.
+
+    Returns:
+        Peers by name.
+    """
+    runs: dict[str, Run] = {EAGER: lambda: function(*args)}
+    if compiled:
+        fast = torch.compile(function, dynamic=False)
+        runs[COMPILED] = lambda: fast(*args)
+    return runs
+
+
+def with_gradients(function: Callable, leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Results of a function and the gradients of its leaves: forward and backward.
+
+    Args:
+        function: of the leaves; returns a tensor or several.
+        leaves: require gradients.
+        upstream: gradient of each result.
+
+    Returns:
+        [*results, *gradients].
+    """
+    out = tensors(function(*leaves))
+    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def plain_with_gradients(
+    function: Callable, leaves: Sequence[Tensor], upstream: Sequence[Tensor], *, compiled: bool = True
+) -> Mapping[str, Run]:
+    """As `plain`, forward and backward."""
+    runs: dict[str, Run] = {EAGER: lambda: with_gradients(function, leaves, upstream)}
+    if compiled:
+        fast = torch.compile(function, dynamic=False)
+        runs[COMPILED] = lambda: with_gradients(fast, leaves, upstream)
+    return runs
+
+
+def doubled(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The same values in float64, as leaves of their own."""
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
+
+
+# ---------------------------------------------------------------- sampling and log-probs
+
+
+def softmax_multinomial(logits: Tensor) -> Tensor:
+    """Token ids only."""
+    return torch.multinomial(torch.softmax(logits.float(), dim=-1), 1)[:, 0]
+
+
+def exponential_race(logits: Tensor) -> Tensor:
+    """Token ids only: the argmax of p over exponential noise."""
+    p = torch.softmax(logits.float(), dim=-1)
+    return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)
+
+
+def multinomial_with_logprob(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, its log-prob and the entropy: what our op returns."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    p = log_p.exp()
+    token = torch.multinomial(p, 1)
+    return token[:, 0], log_p.gather(1, token)[:, 0], -(p * log_p).sum(dim=-1)
+
+
+def warper_chain(top_k: int, top_p: float) -> Callable[[Tensor], Tensor]:
+    """transformers' filters and its draw."""
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = (TopKLogitsWarper(top_k), TopPLogitsWarper(top_p))
+
+    def draw(logits: Tensor) -> Tensor:
+        scores = logits
+        for warp in warpers:
+            scores = warp(None, scores)
+        return softmax_multinomial(scores)
+
+    return draw
+
+
+def logprob_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def head_logprob_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return logprob_entropy(F.linear(hidden, weight), target)
+
+
+# ---------------------------------------------------------------- loss
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """TRL's, with its epsilon set to ours."""
+    mean = rewards.mean(dim=1, keepdim=True)
+    return (rewards - mean) / (rewards.std(dim=1, keepdim=True) + 1e-6)
+
+
+def trl_loss(logprob: Tensor, old: Tensor, ref: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """The loss of TRL's GRPOTrainer (loss_type "dapo", delta 3, beta 0.001) on padded [N, R], without its metrics."""
+    coef_1 = torch.exp(logprob - old)
+    coef_2 = torch.clamp(coef_1, 1 - 0.2, 1 + 0.2)
+    coef_1 = torch.clamp(coef_1, max=3.0)
+    per_token = -torch.min(coef_1 * advantage[:, None], coef_2 * advantage[:, None])
+    per_token = per_token + 0.001 * (torch.exp(ref - logprob) - (ref - logprob) - 1)
+    return (per_token * mask).sum() / mask.sum()
+
+
+# ---------------------------------------------------------------- the decoder's parts
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """transformers' Qwen2RMSNorm."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight), total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rope_tables(position: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, E] in float64: transformers computes them once for all layers, so they are not timed."""
+    frequency = theta ** (-torch.arange(0, width, 2).double() / width)
+    angle = (position.float()[:, None] * frequency.float()).double()
+    return torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """transformers' apply_rotary_pos_emb, of [T, H, E]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """transformers' repeat_kv of [N, K, L, E]."""
+    N, K, L, E = x.shape
+    return x[:, :, None].expand(N, K, times, L, E).reshape(N, K * times, L, E)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """transformers' eager attention of [N, H, L, E] and [N, K, L, E]."""
+    times, L = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = repeat_heads(key, times), repeat_heads(value, times)
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    hidden = torch.full((L, L), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.softmax(scores + hidden, dim=-1, dtype=wide).to(query.dtype) @ value
+
+
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def decode_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One new token [N, H, 1, E] over a dense cache [N, K, L, E]."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def decode_heads_as_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The query heads that share a kv head go in as rows of one query: no copy, and the fastest SDPA that we know."""
+    N, H, _, E = query.shape
+    rows = query.reshape(N, key.shape[1], H // key.shape[1], E)
+    return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask).reshape(N, H, 1, E)
+
+
+def decode_repeat_kv(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """transformers' way: heads are copied, then SDPA."""
+    times = query.shape[1] // key.shape[1]
+    return F.scaled_dot_product_attention(query, repeat_heads(key, times), repeat_heads(value, times), attn_mask=mask)
+
+
+def kv_index_copy(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot: Tensor) -> None:
+    """Rows of a flat cache [slots, K, E]."""
+    key_cache.index_copy_(0, slot, key)
+    value_cache.index_copy_(0, slot, value)
+
+
+def kv_index_put(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slot: Tensor) -> None:
+    """Into our own page layout."""
+    page = key_pages.shape[-1]
+    key_pages[slot // page, :, :, slot % page] = key
+    value_pages[slot // page, :, slot % page] = value
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def as_transformers(model: Model, attention: str = "sdpa"):
+    """transformers' Qwen2ForCausalLM with a copy of our weights and its dtype.
+
+    Args:
+        model: ours.
+        attention: "sdpa" or "eager".
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    c = model.config
+    config = Qwen2Config(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        attn_implementation=attention,
+    )  # fmt: skip
+    theirs = Qwen2ForCausalLM._from_config(config, dtype=model.dtype)
+    absent, surplus = theirs.load_state_dict(dict(weights.split_parameters(model)), strict=False)
+    if surplus or set(absent) - {"lm_head.weight"}:
+        raise RuntimeError(f"weights do not fit transformers' model: {absent}, {surplus}")
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def padded(sequences: Sequence[Tensor], fill: int) -> Tensor:
+    """[N, longest], padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=fill)
+
+
+class TransformersTraining:
+    """Training steps of transformers' model: padded, with AdamW(fused=True), as its Trainer does."""
+
+    def __init__(self, model: Model, sequences: Sequence[Tensor], *, attention: str, lr: float,
+                 micro_batches: int = 1, compiled: bool = False):  # fmt: skip
+        """With several micro-batches the sequences are sorted by length first, so that less is padded."""
+        self.model = as_transformers(model, attention).train()
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        if micro_batches > 1:
+            sequences = sorted(sequences, key=len)
+        size = -(-len(sequences) // micro_batches)
+        self.parts = [self._part(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+        self.tokens = sum(len(s) - 1 for s in sequences)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+    @staticmethod
+    def _part(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        inputs, targets = padded([s[:-1] for s in sequences], 0), padded([s[1:] for s in sequences], -100)
+        mask = targets != -100
+        return inputs, targets, None if bool(mask.all()) else mask.long()
+
+    def step(self) -> Tensor:
+        """[loss, gradient norm] of one step."""
+        total = torch.zeros(())
+        for inputs, targets, mask in self.parts:
+            logits = self.forward(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+            loss = loss / self.tokens
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([total, norm])
+
+
+class TransformersGeneration:
+    """transformers' `generate` on prompts of one length, sampling; rows stop at lengths of their own."""
+
+    def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int], *, attention: str = "sdpa"):
+        from transformers import GenerationConfig
+
+        self.model, self.prompts = as_transformers(model, attention), prompts
+        self.criteria = stopping_criteria(prompts.shape[1], lengths)
+        self.config = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths), min_new_tokens=None,
+            eos_token_id=None, pad_token_id=0, bos_token_id=None, use_cache=True,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def generate(self) -> Tensor:
+        """[N, longest] new tokens, padded."""
+        out = self.model.generate(
+            input_ids=self.prompts, attention_mask=torch.ones_like(self.prompts),
+            generation_config=self.config, stopping_criteria=self.criteria,
+        )  # fmt: skip
+        return out[:, self.prompts.shape[1] :]
+
+    @torch.inference_mode()
+    def last_logits(self) -> Tensor:
+        """[N, V] float32 after the prompts."""
+        return self.model(input_ids=self.prompts, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+
+
+def write_gguf(model: Model, path: Path) -> None:
+    """Our weights as a llama.cpp file without a vocabulary: matrices in bfloat16, vectors in float32."""
+    import gguf
+
+    c = model.config
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c.num_hidden_layers)
+    for theirs, tensor in weights.split_parameters(model):
+        name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        if tensor.dim() == 1:
+            writer.add_tensor(name, tensor.detach().float().numpy())
+        else:
+            raw = tensor.detach().bfloat16().contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    """llama.cpp at batch 1: the prompt, then one token at a time; softmax + draw in numpy over its logits."""
+
+    def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int]):
+        import llama_cpp
+
+        self.prompt, self.new = prompts[0].tolist(), lengths[0]
+        self.vocabulary = model.config.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(model, path)
+            threads = torch.get_num_threads()
+            self.llama = llama_cpp.Llama(
+                model_path=str(path), n_ctx=256, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False
+            )
+        self.random = np.random.default_rng(0)
+
+    def _logits(self) -> np.ndarray:
+        import llama_cpp
+
+        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.vocabulary,))
+
+    def _draw(self) -> int:
+        logits = self._logits()
+        cumulative = np.exp(logits - logits.max()).cumsum()
+        return int(np.searchsorted(cumulative, self.random.random() * cumulative[-1]))
+
+    def generate(self) -> Tensor:
+        """[1, new] tokens."""
+        self.llama.reset()
+        self.llama.eval(self.prompt)
+        tokens = [self._draw()]
+        while len(tokens) < self.new:
+            self.llama.eval(tokens[-1:])
+            tokens.append(self._draw())
+        return torch.tensor([tokens])
+
+    def last_logits(self) -> Tensor:
+        """[1, V] after the prompt."""
+        self.llama.reset()
+        self.llama.eval(self.prompt)
+        return torch.from_numpy(self._logits().copy())[None]
+
+
+class TrlSteps:
+    """Steps of TRL's GRPOTrainer, one at a time: it trains in a thread that waits after each."""
+
+    def __init__(self, model: Model, prompts: Sequence[str], words: Sequence[str], lengths: Sequence[int], *,
+                 group_size: int, reward: Callable[..., list[float]], lr: float, kl_coef: float):  # fmt: skip
+        self.arguments = dict(model=model, prompts=prompts, words=words, lengths=lengths, group_size=group_size,
+                              reward=reward, lr=lr, kl_coef=kl_coef)  # fmt: skip
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+        self.closed = False
+        self.trainer: Any = None
+        self.threads = torch.get_num_threads()
+        self.thread = threading.Thread(target=self._train, daemon=True)
+        self.thread.start()
+
+    def step(self) -> Tensor:
+        """[mean answer length, mean entropy] of one step."""
+        self.go.release()
+        self.done.acquire()
+        if self.error is not None:
+            raise self.error
+        metrics = self.trainer._metrics["train"]
+        return torch.tensor([metrics["completions/mean_length"][-1], metrics["entropy"][-1]])
+
+    def close(self) -> None:
+        self.closed = True
+        self.go.release()
+        self.thread.join()
+
+    def _train(self) -> None:
+        torch.set_num_threads(self.threads)  # torch keeps this for each thread
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.trainer = self._trainer(Path(folder), **self.arguments)
+                self.go.acquire()
+                if not self.closed:
+                    self.trainer.train()
+        except BaseException as e:
+            self.error = e
+            self.done.release()
+
+    def _trainer(self, folder: Path, *, model: Model, prompts: Sequence[str], words: Sequence[str],
+                 lengths: Sequence[int], group_size: int, reward: Callable[..., list[float]], lr: float,
+                 kl_coef: float) -> Any:  # fmt: skip
+        import transformers
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from trl import GRPOConfig, GRPOTrainer
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        steps, end = self, words[0]
+
+        class Wait(transformers.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                steps.done.release()
+                steps.go.acquire()
+                control.should_training_stop = steps.closed
+
+        weights.save_checkpoint(model, folder / "model")
+        plain_words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=end))
+        plain_words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain_words, eos_token=end, pad_token=end)
+        config = GRPOConfig(
+            output_dir=str(folder / "out"), use_cpu=True, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=len(prompts) * group_size, num_generations=group_size, steps_per_generation=1,
+            max_completion_length=max(lengths), temperature=1.0, generation_kwargs={"suppress_tokens": [0]},
+            learning_rate=lr, lr_scheduler_type="constant", beta=kl_coef, delta=3.0, max_grad_norm=1.0,
+            max_steps=10**6, logging_steps=10**6, save_strategy="no", report_to="none", disable_tqdm=True,
+            shuffle_dataset=False, model_init_kwargs={"dtype": "float32"}, seed=0,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=str(folder / "model"), reward_funcs=reward, args=config, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": list(prompts) * 64}), callbacks=[Wait()],
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        # an answer's last token is the end token that fills the row: rows stop one token earlier
+        rows = [n - (n < max(lengths)) for n in lengths for _ in range(group_size)]
+        generate, prompt = trainer.model.generate, len(prompts[0].split())
+        trainer.model.generate = lambda **inputs: generate(**inputs, stopping_criteria=stopping_criteria(prompt, rows))
+        return trainer
