@@ -18,6 +18,7 @@
 #include <stdlib.h>
 
 #include "core/simd.h"
+#include "core/transpose.h"
 
 #define GE_LAMBDA __attribute__((always_inline))
 
@@ -143,86 +144,6 @@ void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t rows, A* ds
 }
 
 #if defined(__AVX2__)
-// Four 32-bit words of rows 0, 4, 8, 12 from `rows` on, `stride` bytes apart, in the four quarters of a vector.
-#if defined(__AVX512F__)
-GE_INLINE VecF quarters(const char* rows, int64_t stride) {
-  auto at = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows + i * stride)); };
-  __m512 v = _mm512_castps128_ps512(at(0));
-  v = _mm512_insertf32x4(v, at(4), 1);
-  v = _mm512_insertf32x4(v, at(8), 2);
-  return {_mm512_insertf32x4(v, at(12), 3)};
-}
-GE_INLINE VecF low_words(VecF a, VecF b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
-GE_INLINE VecF high_words(VecF a, VecF b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
-GE_INLINE VecF low_pairs(VecF a, VecF b) {
-  return {_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v)))};
-}
-GE_INLINE VecF high_pairs(VecF a, VecF b) {
-  return {_mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v)))};
-}
-GE_INLINE VecF first_bf16(VecF a) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))};
-}
-GE_INLINE VecF second_bf16(VecF a) {
-  return {_mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
-}
-#else
-GE_INLINE VecF quarters(const char* rows, int64_t stride) {
-  auto at = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows + i * stride)); };
-  return {_mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(4), 1),
-          _mm256_insertf128_ps(_mm256_castps128_ps256(at(8)), at(12), 1)};
-}
-GE_INLINE VecF low_words(VecF a, VecF b) {
-  return {_mm256_unpacklo_ps(a.lo, b.lo), _mm256_unpacklo_ps(a.hi, b.hi)};
-}
-GE_INLINE VecF high_words(VecF a, VecF b) {
-  return {_mm256_unpackhi_ps(a.lo, b.lo), _mm256_unpackhi_ps(a.hi, b.hi)};
-}
-GE_INLINE __m256 low_pairs8(__m256 a, __m256 b) {
-  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-GE_INLINE __m256 high_pairs8(__m256 a, __m256 b) {
-  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-GE_INLINE VecF low_pairs(VecF a, VecF b) { return {low_pairs8(a.lo, b.lo), low_pairs8(a.hi, b.hi)}; }
-GE_INLINE VecF high_pairs(VecF a, VecF b) { return {high_pairs8(a.lo, b.lo), high_pairs8(a.hi, b.hi)}; }
-GE_INLINE VecF first_bf16(VecF a) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.lo), 16)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.hi), 16))};
-}
-GE_INLINE VecF second_bf16(VecF a) {
-  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
-  return {_mm256_and_ps(a.lo, mask), _mm256_and_ps(a.hi, mask)};
-}
-#endif
-
-// use(i, lanes) for each value in a vector of 32-bit words: one float, or two bfloat16 in order.
-template <typename Use>
-GE_INLINE void each_value(VecF v, int64_t word, const float*, Use use) {
-  use(word, v);
-}
-template <typename Use>
-GE_INLINE void each_value(VecF v, int64_t word, const bfloat16*, Use use) {
-  use(2 * word, first_bf16(v));
-  use(2 * word + 1, second_bf16(v));
-}
-
-// 16 rows of 16 bytes each, transposed: use(k, values k of the 16 rows) in ascending k.
-template <typename S, typename Use>
-GE_INLINE void transpose16(const S* src, int64_t stride, Use use) {
-  const char* rows = reinterpret_cast<const char*>(src);
-  const int64_t bytes = stride * static_cast<int64_t>(sizeof(S));
-  const VecF r0 = quarters(rows, bytes), r1 = quarters(rows + bytes, bytes);
-  const VecF r2 = quarters(rows + 2 * bytes, bytes), r3 = quarters(rows + 3 * bytes, bytes);
-  const VecF a = low_words(r0, r1), b = low_words(r2, r3);
-  const VecF c = high_words(r0, r1), d = high_words(r2, r3);
-  each_value(low_pairs(a, b), 0, src, use);
-  each_value(high_pairs(a, b), 1, src, use);
-  each_value(low_pairs(c, d), 2, src, use);
-  each_value(high_pairs(c, d), 3, src, use);
-}
-
 // Fetches what transpose16 will read of 16 rows: a quarter of their lines, for it reads a quarter of a line.
 template <typename S>
 GE_INLINE void prefetch16(const S* src, int64_t stride, int64_t k) {
@@ -240,7 +161,8 @@ int64_t transpose_whole(const S* src, int64_t stride, int64_t depth, float* dst,
   int64_t k = 0;
   for (; k + kStep <= depth; k += kStep) {
     prefetch16(next, stride, k);
-    transpose16(src + k, stride, [&](int64_t i, VecF v) GE_LAMBDA { v.store(dst + (k + i) * width); });
+    transpose16<S>([&](int i) { return src + i * stride + k; },
+                   [&](int64_t i, VecF v) GE_LAMBDA { v.store(dst + (k + i) * width); });
   }
   return k;
 }
@@ -396,7 +318,8 @@ void few_rows_panel(const Gemm<float, SB, SC>& g, int64_t m, int64_t n) {
 #pragma GCC unroll 2
     for (int j = 0; j < G; ++j) {
       if (m == 0) prefetch16(b + (kAhead + j) * kLanes * stride, stride, k);
-      transpose16(b + j * kLanes * stride + k, stride, [&](int64_t at, VecF v) GE_LAMBDA {
+      const auto row = [&](int i) { return b + (j * kLanes + i) * stride + k; };
+      transpose16<SB>(row, [&](int64_t at, VecF v) GE_LAMBDA {
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) sums[j][i] = fma(VecF::set1(x[i * x_row + k + at]), v, sums[j][i]);
       });

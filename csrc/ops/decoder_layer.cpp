@@ -369,7 +369,6 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
     g.dy = dactivation;
     g.y = row_of(activation, row);
     g.dgate_up = row_of(dgate_up, row);
-    parallel_items(swiglu_forward_cpu, g, rows, 20.0 * l.F);
     parallel_items(swiglu_backward_cpu, g, rows, 30.0 * l.F);
     const TileBuffer dh(x, rows, l.D);
     project_back(l, rows, row_of(dgate_up, row), w.gate_up, dh);
@@ -414,9 +413,7 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
   }
   const Tensor dqkv_weight = weight_gradient(l, dqkv, h);
   Tensor dbias = at::empty({l.qkv_width()}, arithmetic(x));
-  const ColumnSumArgs sum{l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), dbias.mutable_data_ptr(), false};
-  parallel_items(column_sum_cpu, sum, (l.qkv_width() + kColumnSumColumns - 1) / kColumnSumColumns,
-                 1.0 * T * kColumnSumColumns);
+  column_sum({l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), dbias.mutable_data_ptr()});
   const Tensor dattn_norm = norm_weight_gradient(l, x, attn_chunks);
   return {dx,   dattn_norm, dqkv_weight,     dbias.to(x.scalar_type()),
           dout, dmlp_norm,  dgate_up_weight, ddown};

@@ -57,7 +57,6 @@ struct ColumnSumArgs {
   int64_t T, O;
   const void* dy;  // [T, O]
   void* dbias;     // [O] of dtype's arithmetic type
-  bool accumulate;  // start the chains from dbias
 };
 
 inline constexpr int64_t kColumnSumColumns = 128;  // columns in one work item

@@ -48,7 +48,7 @@ void sum_columns_of(const ColumnSumArgs& a, int64_t first, int last) {
   auto* dbias = static_cast<Arith<S>*>(a.dbias) + first;
   V sums[NV];
   for (int j = 0; j < NV; ++j) {
-    sums[j] = a.accumulate ? load<V>(dbias + j * kLanes, j < NV - 1 ? kLanes : last) : V::zero();
+    sums[j] = V::zero();
   }
   for (int64_t t = 0; t < a.T; ++t, dy += a.O) {
 #pragma GCC unroll 8

@@ -28,7 +28,7 @@ struct RopeArgs {
   void* y;                  // [T, H, E]
   const float* table;       // [rows, E]: cos of E/2 angles, then sin
   const int64_t* position;  // [T]; token t uses row position[t] - first_position
-  int64_t first_position;   // -1: token t uses row t
+  int64_t first_position;   // position of row 0; -1: token t uses row t
 };
 
 GE_CPU_KERNEL(rope, RopeArgs)  // items: tokens

@@ -18,7 +18,7 @@ struct SwigluArgs {
   int64_t T, F;
   const void* gate_up;  // [T, 2F]
   const void* dy;       // [T, F]; backward only
-  void* y;              // [T, F]; forward only
+  void* y;              // [T, F]; backward writes it again where it is not null
   void* dgate_up;       // [T, 2F]; backward only
 };
 

@@ -15,6 +15,11 @@ GE_INLINE void one_plus_exp(const V (&g)[N], V (&e)[N]) {
   for (int k = 0; k < N; ++k) e[k] = e[k] + one;
 }
 
+template <typename S, typename V>
+GE_INLINE V activation(V gate, V one_plus_exp, V up) {
+  return round_to<S>(gate / one_plus_exp) * up;
+}
+
 template <typename S>
 void forward(const SwigluArgs& a, int64_t begin, int64_t end) {
   using V = Vec16<Arith<S>>;
@@ -28,7 +33,7 @@ void forward(const SwigluArgs& a, int64_t begin, int64_t end) {
       one_plus_exp(g, e);
       for (int k = 0; k < N; ++k) {
         const int64_t i = f + k * kLanes;
-        store(round_to<S>(g[k] / e[k]) * load<V>(up + i, n), y + i, n);
+        store(activation<S>(g[k], e[k], load<V>(up + i, n)), y + i, n);
       }
     });
   }
@@ -44,6 +49,7 @@ void backward(const SwigluArgs& a, int64_t begin, int64_t end) {
     const S* dy = static_cast<const S*>(a.dy) + t * a.F;
     S* dgate = static_cast<S*>(a.dgate_up) + t * 2 * a.F;
     S* dup = dgate + a.F;
+    S* y = a.y ? static_cast<S*>(a.y) + t * a.F : nullptr;
     each_four_vectors(a.F, [&]<int N>(int64_t f, int n) {
       V g[N], e[N];
       for (int k = 0; k < N; ++k) g[k] = load<V>(gate + f + k * kLanes, n);
@@ -53,6 +59,7 @@ void backward(const SwigluArgs& a, int64_t begin, int64_t end) {
         const V s = one / e[k], slope = load<V>(dy + i, n) * s;
         store(slope * load<V>(up + i, n) * fma(g[k], one - s, one), dgate + i, n);
         store(slope * g[k], dup + i, n);
+        if (y) store(activation<S>(g[k], e[k], load<V>(up + i, n)), y + i, n);
       }
     });
   }

@@ -68,18 +68,33 @@ def test_positions_up_to_a_million_stay_exact():
 
 
 def test_a_row_does_not_depend_on_the_table_or_the_batch(one_and_two_threads):
-    # dense positions share a table by position; a far one makes a table by token
+    # near positions share a table by position; one past what is kept makes a table by token
     x, _ = make(200, 3, 20, torch.float32)
     dense = torch.arange(200)
     one, two = one_and_two_threads(lambda: rope(x, dense, theta=1e4))
     assert torch.equal(one, two)
     far = dense.clone()
-    far[7] = 123_456
+    far[7] = 300_000
     sparse = rope(x, far, theta=1e4)
     kept = dense != 7
     assert torch.equal(sparse[kept], one[kept])
     for t in (0, 1, 150):
         assert torch.equal(rope(x[t : t + 1], dense[t : t + 1], theta=1e4)[0], one[t])
+
+
+def test_the_kept_table_grows_and_gives_way_without_changing_a_bit():
+    x = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(4, 1, 16)
+    near, far = torch.tensor([0, 1, 5, 7]), torch.tensor([0, 1, 5, 900_000])  # far: beyond what is kept
+    first = rope(x, near, theta=1e4)
+    # longer tables, one for this call alone, another width, another model
+    for y, position, theta in [
+        (x, near + 40, 1e4), (x, near, 1e4), (x, near + 5000, 1e4), (x, far, 1e4), (x[..., :8], near, 1e4), (x, near, 1e6),
+    ]:  # fmt: skip
+        got = rope(y, position, theta=theta)
+        torch.testing.assert_close(got.double(), reference.rope(y, position, theta), rtol=0, atol=2.0**-20)
+        if y is x and theta == 1e4 and position[0] == 0:
+            assert torch.equal(got[:2], first[:2])
+    assert torch.equal(rope(x, near, theta=1e4), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
