@@ -1,8 +1,9 @@
 """Cuts a rollout into optimizer steps and micro-batches of packed tokens.
 
 A minibatch is what one optimizer step sees: whole groups, in order. A micro-batch is what goes through the model at
-once: whole sequences, up to a token budget. Losses divide by the minibatch's totals, so the cut into micro-batches
-changes memory and rounding, never the result.
+once: whole groups, up to a token budget. The answers of a group share their prompt, whose tokens are computed once:
+P + G R tokens and not G (P + R). Losses divide by the minibatch's totals, so the cut into micro-batches changes memory
+and rounding, never the result.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def pack(rollout: RolloutBatch, advantage: Tensor, *, sequences: Sequence[int]) 
     Args:
         rollout: N sequences.
         advantage: [N] float32, one for each sequence, given to all its answer tokens.
-        sequences: indices in [0, N), in the order wanted.
+        sequences: indices in [0, N), in the order wanted; neighbours of one group share their prompt.
 
     Returns:
         A `TrainBatch` without reference log-probs.
@@ -42,22 +43,38 @@ def pack(rollout: RolloutBatch, advantage: Tensor, *, sequences: Sequence[int]) 
     """
     index = torch.as_tensor(list(sequences), dtype=torch.int64)
     starts = rollout.cu_seqlens[:-1].long()[index]
-    lengths = rollout.cu_seqlens[1:].long()[index] - starts
     prompt_len = rollout.prompt_len.long()[index]
-    inputs = lengths - 1  # the last token is predicted, never read
-    answers = lengths - prompt_len
-    cu_seqlens, cu_answers = _cumulative(inputs), _cumulative(answers)
+    answers = rollout.cu_seqlens[1:].long()[index] - starts - prompt_len
+
+    # segments: a prompt where a group starts, and behind it the answer of each of its sequences but the last token,
+    # which is predicted and never read
+    opens = torch.ones_like(index, dtype=torch.bool)
+    opens[1:] = index[1:] // rollout.group_size != index[:-1] // rollout.group_size
+    answer_segment = torch.arange(index.numel()) + opens.cumsum(0)
+    prompt_segment = answer_segment[opens] - 1
+    segments = index.numel() + prompt_segment.numel()
+    length, source, position = torch.zeros(3, segments, dtype=torch.int64)
+    length[prompt_segment], source[prompt_segment] = prompt_len[opens], starts[opens]
+    length[answer_segment], source[answer_segment] = answers - 1, starts + prompt_len
+    position[answer_segment] = prompt_len
+    cu_seqlens, cu_answers = _cumulative(length), _cumulative(answers)
     place = packed_positions(cu_seqlens)
-    source = torch.repeat_interleave(starts, inputs) + place
+
+    # an answer's first token is predicted at the end of the shared prompt
     within = packed_positions(cu_answers)
+    first = torch.repeat_interleave(cu_seqlens.long()[answer_segment], answers)
+    last_of_prompt = cu_seqlens.long()[prompt_segment[opens.cumsum(0) - 1] + 1] - 1
+    rows = torch.where(within == 0, torch.repeat_interleave(last_of_prompt, answers), first + within - 1)
     target_source = torch.repeat_interleave(starts + prompt_len, answers) + within
     return TrainBatch(
-        tokens=rollout.tokens[source],
-        positions=place,
+        tokens=rollout.tokens[torch.repeat_interleave(source, length) + place],
+        positions=torch.repeat_interleave(position, length) + place,
         cu_seqlens=cu_seqlens,
-        rows=torch.repeat_interleave(cu_seqlens[:-1].long() + prompt_len - 1, answers) + within,
+        cu_groups=torch.cat([prompt_segment, torch.tensor([segments])]).int(),
+        rows=rows,
         target=rollout.tokens[target_source],
         cu_answers=cu_answers,
+        num_inputs=int((prompt_len + answers - 1).sum()),
         old_logprob=rollout.logprob[target_source],
         ref_logprob=None,
         advantage=torch.repeat_interleave(advantage.float()[index], answers),
@@ -73,7 +90,8 @@ def minibatches(
         rollout: N = P*G sequences.
         advantage: [N] float32.
         count: how many minibatches; P must divide by it.
-        tokens_per_micro_batch: budget of a micro-batch; a longer sequence goes alone.
+        tokens_per_micro_batch: budget of a micro-batch. A larger group is cut, each part with the prompt; a longer
+            sequence goes alone.
 
     Yields:
         `count` minibatches of N/count sequences each.
@@ -85,12 +103,12 @@ def minibatches(
     if prompts % count:
         raise ValueError(f"minibatches: {prompts} prompts do not divide into {count} minibatches")
     size = rollout.num_sequences // count
-    lengths = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).tolist()
+    prompt_len = rollout.prompt_len.tolist()
+    answers = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1] - rollout.prompt_len).tolist()
     for first in range(0, rollout.num_sequences, size):
-        micro = [
-            pack(rollout, advantage, sequences=part)
-            for part in _fill(range(first, first + size), lengths, tokens_per_micro_batch)
-        ]
+        groups = range(first, first + size, rollout.group_size)
+        parts = _fill(groups, rollout.group_size, prompt_len, answers, tokens_per_micro_batch)
+        micro = [pack(rollout, advantage, sequences=part) for part in parts]
         yield Minibatch(
             micro_batches=tuple(micro),
             num_tokens=sum(m.num_answer_tokens for m in micro),
@@ -98,15 +116,24 @@ def minibatches(
         )
 
 
-def _fill(sequences: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def _fill(
+    groups: Sequence[int], group_size: int, prompt_len: Sequence[int], answers: Sequence[int], budget: int
+) -> Iterator[list[int]]:
     part: list[int] = []
     used = 0
-    for n in sequences:
-        if part and used + lengths[n] > budget:
+    for first in groups:
+        group = range(first, first + group_size)
+        if part and used + prompt_len[first] + sum(answers[n] for n in group) > budget:
             yield part
-            part, used = [], 0
-        part.append(n)
-        used += lengths[n]
+            part = []
+        for n in group:
+            shares = part and part[-1] >= first
+            cost = answers[n] + (0 if shares else prompt_len[n])
+            if shares and used + cost > budget:
+                yield part
+                part, cost = [], answers[n] + prompt_len[n]
+            used = used + cost if part else cost
+            part.append(n)
     if part:
         yield part
 

@@ -63,8 +63,10 @@ def train(
     Example: grpo-engine train --out runs/one model.size=s steps=40 optimizer.lr=1.5e-4
     """
     from grpo_engine.config import load_run_config
+    from grpo_engine.startup import skip_compiler
     from grpo_engine.train import train as run
 
+    skip_compiler()
     _set_threads(threads)
     folder = run(load_run_config(config, overrides or []), out)
     summary = json.loads((folder / "summary.json").read_text())

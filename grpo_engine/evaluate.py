@@ -13,7 +13,7 @@ from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger
 from grpo_engine.model import Model
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.rollout import Progress, derive_seeds, generate
+from grpo_engine.rollout import Ask, Progress, derive_seeds, generate_all
 from grpo_engine.tokenizer import Tokenizer
 from grpo_engine.types import EvalSet, Problem
 
@@ -58,68 +58,91 @@ def eval_steps(config: RunConfig) -> list[int]:
 
 def evaluate(
     model: Model,
-    eval_set: EvalSet,
+    eval_sets: Sequence[EvalSet],
     *,
     tokenizer: Tokenizer,
     pool: RewardPool,
     config: RunConfig,
-    greedy: bool,
     ledger: Ledger | None = None,
     progress: Progress | None = None,
-) -> EvalResult:
-    """Answers every problem of a set and scores the answers.
+) -> list[EvalResult]:
+    """Answers every problem of some sets in every mode, all in one rollout, and scores the answers.
 
-    The draws depend on the run's seed, the set and the problem's place in it, not on the step: every evaluation of a
-    run uses the same random numbers, so that curves move with the weights.
+    The modes are sampled answers and, with config.evaluation.greedy, one answer each at temperature 0. The draws
+    depend on the run's seed, the set and the problem's place in it, not on the step, nor on what else is evaluated:
+    every evaluation of a run uses the same random numbers, so that curves move with the weights.
 
     Args:
         model: the policy.
-        eval_set: problems.
+        eval_sets: problems.
         tokenizer: text to tokens and back.
         pool: scores answers.
-        config: evaluation.temperature and .samples, rollout limits, seed, and model.kind for the prompt's form.
-        greedy: one answer each at temperature 0 instead.
+        config: evaluation.temperature, .samples and .greedy, rollout limits, seed, and model.kind for the prompt's form.
         ledger: books the cost under "evaluation".
         progress: of the rollout.
 
     Returns:
-        An `EvalResult`.
+        An `EvalResult` for each set and mode: set by set, sampled before greedy.
 
     Raises:
-        ValueError: an empty set, or what `generate` raises.
+        ValueError: an empty set, or what `generate_all` raises.
     """
-    problems = eval_set.problems
-    if not problems:
+    asks: list[tuple[EvalSet, Ask]] = []
+    for eval_set in eval_sets:
+        asks += [(eval_set, ask) for ask in _asks(eval_set, tokenizer, config)]
+    problems = [p for eval_set, ask in asks for p in eval_set.problems for _ in range(ask.group_size)]
+    ledger = ledger or Ledger()
+    with pool.begin(problems) as scoring:
+
+        def answered(sequences: list[int], answers: list[list[int]]) -> None:
+            with ledger.timed("evaluation"):
+                scoring.add(sequences, map(tokenizer.decode, answers))
+
+        generate_all(model, [ask for _, ask in asks], stop_ids=tokenizer.stop_ids, config=config.rollout,
+                     ledger=ledger, phase="evaluation", progress=progress, answered=answered)  # fmt: skip
+        with ledger.timed("evaluation"):
+            rewards = scoring.finish()
+    results, first = [], 0
+    for eval_set, ask in asks:
+        last = first + ask.num_sequences
+        results.append(_result(eval_set, ask, [r.value for r in rewards[first:last]]))
+        first = last
+    return results
+
+
+def _asks(eval_set: EvalSet, tokenizer: Tokenizer, config: RunConfig) -> list[Ask]:
+    """What a set asks for: sampled answers, then greedy ones."""
+    if not eval_set.problems:
         raise ValueError(f"evaluate: set {eval_set.name!r} holds no problem")
-    P, samples = len(problems), 1 if greedy else config.evaluation.samples
-    temperature = 0.0 if greedy else config.evaluation.temperature
     chat = config.model.kind == "instruct"
+    prompts = [tokenizer.encode_prompt(p.prompt, chat) for p in eval_set.problems]
     name = int.from_bytes(eval_set.name.encode()[:8], "little")
-    rollout = generate(
-        model,
-        [tokenizer.encode_prompt(p.prompt, chat) for p in problems],
-        group_size=samples,
-        seeds=derive_seeds(config.seed, EVALUATION_STREAM, name, count=P * samples),
-        stop_ids=tokenizer.stop_ids,
-        config=config.rollout,
-        temperature=temperature,
-        ledger=ledger,
-        phase="evaluation",
-        progress=progress,
-    )
-    answers = [tokenizer.decode(ids) for ids in rollout.answers()]
-    rewards = pool.score(answers, [p for p in problems for _ in range(samples)])
-    by_problem = torch.tensor([r.value for r in rewards], dtype=torch.float64).view(P, samples).mean(dim=1)
+    modes = [(config.evaluation.samples, config.evaluation.temperature), (1, 0.0)]
+    return [
+        Ask(
+            prompts=prompts,
+            group_size=samples,
+            seeds=derive_seeds(config.seed, EVALUATION_STREAM, name, count=len(prompts) * samples),
+            temperature=temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
+        for samples, temperature in (modes if config.evaluation.greedy else modes[:1])
+    ]
+
+
+def _result(eval_set: EvalSet, ask: Ask, values: Sequence[float]) -> EvalResult:
+    P, samples = len(ask.prompts), ask.group_size
+    by_problem = torch.tensor(values, dtype=torch.float64).view(P, samples).mean(dim=1)
     return EvalResult(
         eval_set=eval_set.name,
         in_domain=eval_set.in_domain,
-        mode="greedy" if greedy else "sample",
-        temperature=temperature,
+        mode="sample" if ask.temperature else "greedy",
+        temperature=ask.temperature,
         num_problems=P,
         num_samples=samples,
         pass1=by_problem.mean().item(),
         stderr=by_problem.std(correction=1).item() / math.sqrt(P) if P > 1 else None,
-        by_grade=_by_grade(problems, by_problem.tolist()),
+        by_grade=_by_grade(eval_set.problems, by_problem.tolist()),
     )
 
 

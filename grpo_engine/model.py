@@ -2,24 +2,22 @@
 
 T packed tokens, D width, F feed-forward width, H query heads, K key/value heads, E head width, V vocabulary.
 
-There is no padding and no second definition: rollout calls the model with an attention that reads KV pages,
-training with one that reads the packed sequences, and both use the same ops, whose rows do not depend on the
-batch. So the log-prob that sampling returns is, bit for bit, the one that training recomputes.
+There is no padding and no second definition: rollout calls the model with sequences that lie in KV pages,
+training with packed ones, and both use the same ops, whose rows do not depend on the batch. So the log-prob that
+sampling returns is, bit for bit, the one that training recomputes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from grpo_engine import ops
-
-# (layer, q [T,H,E], k [T,K,E], v [T,K,E]) -> [T,H,E]
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,55 +50,56 @@ class ModelConfig:
             raise ValueError(f"ModelConfig.head_dim must be even (rotary pairs), got {self.head_dim}")
 
 
-class Norm(nn.Module):
-    """RMSNorm with a learned scale."""
+class Sequences(Protocol):
+    """Where the sequences of a batch lie, and so how its tokens meet: packed, or in KV pages."""
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
-        self.eps = eps
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return ops.rms_norm(x_TD, self.weight, eps=self.eps)
-
-
-class Linear(nn.Module):
-    """A matrix product with batch-invariant rows."""
-
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
+        """Layer `index` on the stream x_TD: [T, D]."""
+        ...
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and feed-forward, each after a norm and added to the stream."""
+    """The weights of one decoder layer, under the names of `ops.LayerWeights`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         D, F = config.hidden_size, config.intermediate_size
-        self.heads = (H, K, E)
-        self.theta = config.rope_theta
-        self.attn_norm = Norm(D, config.rms_norm_eps, dtype)
-        self.qkv = Linear(D, (H + 2 * K) * E, dtype, bias=True)  # rows: q, then k, then v
-        self.attn_out = Linear(H * E, D, dtype)
-        self.mlp_norm = Norm(D, config.rms_norm_eps, dtype)
-        self.gate_up = Linear(D, 2 * F, dtype)  # rows: gate, then up
-        self.down = Linear(F, D, dtype)
+        self.kv_heads, self.head_dim = K, E
+        self.theta, self.eps = config.rope_theta, config.rms_norm_eps
+        shapes = ops.LayerWeights(
+            attn_norm=(D,),
+            qkv_weight=((H + 2 * K) * E, D),
+            qkv_bias=((H + 2 * K) * E,),
+            out_weight=(D, H * E),
+            mlp_norm=(D,),
+            gate_up_weight=(2 * F, D),
+            down_weight=(D, F),
+        )
+        for name, shape in shapes._asdict().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
 
-    def forward(self, index: int, x_TD: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        H, K, E = self.heads
-        qkv = self.qkv(self.attn_norm(x_TD)).view(-1, H + 2 * K, E)
-        qk, v = qkv.split((H + K, K), dim=1)
-        # queries and keys turn by the same angles: one call for both
-        q, k = ops.rope(qk, positions_T, theta=self.theta).split((H, K), dim=1)
-        o_THE = attention(index, q, k, v)
-        x_TD = x_TD + self.attn_out(o_THE.reshape(-1, H * E))
-        return x_TD + self.down(ops.swiglu(self.gate_up(self.mlp_norm(x_TD))))
+    @property
+    def weights(self) -> ops.LayerWeights:
+        return ops.LayerWeights(**self._parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Sequences laid end to end, each seeing itself alone or, in a group, its group's prompt before it.
+
+    cu_seqlens [N+1] int32; cu_groups [M+1] int32 in sequences, or None: see `ops.ragged_attention`.
+    """
+
+    cu_seqlens: Tensor
+    cu_groups: Tensor | None = None
+
+    def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
+        """See `Sequences`."""
+        return ops.decoder_layer(
+            x_TD, layer.weights, positions_T, self.cu_seqlens, cu_groups=self.cu_groups,
+            num_kv_heads=layer.kv_heads, head_dim=layer.head_dim, theta=layer.theta, eps=layer.eps,
+        )  # fmt: skip
 
 
 class Model(nn.Module):
@@ -109,10 +108,13 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        # a weight that is given is not drawn
+        weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(config.num_hidden_layers))
-        self.final_norm = Norm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype)
+        self.final_norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+        tied = config.tie_word_embeddings
+        self.head = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
 
     @torch.no_grad()
     def init_weights(self, seed: int, *, std: float | None = 0.02) -> Model:
@@ -132,7 +134,7 @@ class Model(nn.Module):
         into_stream = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                scale = into_stream if name.endswith(("attn_out.weight", "down.weight")) else 1.0
+                scale = into_stream if name.endswith(("out_weight", "down_weight")) else 1.0
                 scale = scale / math.sqrt(p.shape[1]) if std is None else scale * std
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
             elif name.endswith("bias"):
@@ -144,31 +146,30 @@ class Model(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V, D], the embedding itself when tied."""
-        return self.embed.weight if self.head is None else self.head.weight
+        return self.embed.weight if self.head is None else self.head
 
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    @property
+    @functools.cached_property
     def num_parameters(self) -> int:
         """All weights, the tied head once."""
         return sum(p.numel() for p in self.parameters())
 
-    @property
+    @functools.cached_property
     def num_non_embedding(self) -> int:
         """N of the scaling laws: all weights but the embedding and the head."""
-        outside = self.embed.weight.numel() + (0 if self.head is None else self.head.weight.numel())
+        outside = self.embed.weight.numel() + (0 if self.head is None else self.head.numel())
         return self.num_parameters - outside
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, sequences: Sequences) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             tokens_T: [T] int64, packed sequences; each id in [0, V).
             positions_T: [T] int64, 0 at the start of each sequence.
-            attention: what a layer calls with its queries, keys and values; `packed_attention` for training,
-                `grpo_engine.rollout` has the one over KV pages.
+            sequences: `Packed` for training; `grpo_engine.rollout` has those in KV pages.
 
         Returns:
             [T, D] of the model's dtype, differentiable in the weights.
@@ -178,8 +179,8 @@ class Model(nn.Module):
         """
         x_TD = torch.nn.functional.embedding(tokens_T, self.embed.weight)
         for i, layer in enumerate(self.layers):
-            x_TD = layer(i, x_TD, positions_T, attention)
-        return self.final_norm(x_TD)
+            x_TD = sequences.layer(i, layer, x_TD, positions_T)
+        return ops.rms_norm(x_TD, self.final_norm, eps=self.config.rms_norm_eps)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V] float32 logits of some hidden states; the log-probs of training never hold these for all tokens."""
@@ -190,6 +191,7 @@ class Model(nn.Module):
         tokens_T: Tensor,
         cu_seqlens: Tensor,
         *,
+        cu_groups: Tensor | None = None,
         rows: Tensor | None = None,
         target: Tensor | None = None,
         positions_T: Tensor | None = None,
@@ -200,9 +202,10 @@ class Model(nn.Module):
         Args:
             tokens_T: [T] int64, packed inputs.
             cu_seqlens: [N+1] int32, starts of the sequences.
+            cu_groups: [M+1] int32, groups of sequences that share a prompt; see `Packed`.
             rows: [R] int64, which hidden states to score; default: all but each sequence's last.
             target: [R] int64, the token that each of those rows predicts; default: the token after the row.
-            positions_T: [T] int64; default: counted from each sequence's start.
+            positions_T: [T] int64; default: counted from each sequence's start, which is right without groups.
             temperature: the logits are divided by it.
 
         Returns:
@@ -215,7 +218,7 @@ class Model(nn.Module):
             raise ValueError("logprobs: rows and target go together, got only one of them")
         if positions_T is None:
             positions_T = packed_positions(cu_seqlens)
-        hidden_TD = self(tokens_T, positions_T, packed_attention(cu_seqlens, self.config.head_dim))
+        hidden_TD = self(tokens_T, positions_T, Packed(cu_seqlens, cu_groups))
         if rows is None:
             keep = torch.ones(tokens_T.numel(), dtype=torch.bool, device=tokens_T.device)
             keep[cu_seqlens[1:].long() - 1] = False
@@ -230,21 +233,3 @@ def packed_positions(cu_seqlens: Tensor) -> Tensor:
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
     return torch.arange(starts.numel(), device=cu_seqlens.device) - starts
-
-
-def packed_attention(cu_seqlens: Tensor, head_dim: int) -> Attention:
-    """Causal attention inside each packed sequence.
-
-    Args:
-        cu_seqlens: [N+1] int32.
-        head_dim: E; scores are scaled by 1/sqrt(E).
-
-    Returns:
-        What `Model.forward` takes as attention.
-    """
-    scale = 1.0 / math.sqrt(head_dim)
-
-    def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.ragged_attention(q, k, v, cu_seqlens, scale=scale)
-
-    return attention

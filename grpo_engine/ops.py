@@ -10,7 +10,8 @@ V vocabulary, D width, F feed-forward width, H query heads, K key/value heads, E
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from grpo_engine import _C  # noqa: F401  loading it registers the ops
 
 __all__ = [
+    "adamw",
+    "decoder_layer",
+    "decoder_layer_paged",
     "gather_logprob",
     "group_advantages",
     "kv_write",
@@ -35,10 +39,43 @@ __all__ = [
 _ops = torch.ops.grpo_engine
 
 
-def _register_autograd(name: str, setup_context, backward) -> None:
-    torch.library.register_autograd(
-        f"grpo_engine::{name}", backward, setup_context=setup_context
-    )
+def _differentiable(name: str, setup_context, backward, *, visible: int = 1):
+    """Registers an op's gradient and returns the function that calls the op with it.
+
+    torch.library.register_autograd serves whoever calls ``torch.ops.grpo_engine`` or compiles; it costs 50 to 100 us a
+    call. Eager calls of the public functions go through an autograd.Function of the same two functions, at a quarter.
+
+    Args:
+        name: of the op.
+        setup_context: (ctx, inputs, outputs), as torch.library.register_autograd has it.
+        backward: (ctx, *gradients of all outputs); those past `visible` may be missing.
+        visible: how many of the op's first outputs the caller sees.
+
+    Returns:
+        A function of the op's inputs that gives its first `visible` outputs: one as it is, more as a tuple.
+    """
+    op = getattr(_ops, name)
+    torch.library.register_autograd(f"grpo_engine::{name}", backward, setup_context=setup_context)
+
+    def seen(outputs):
+        return outputs if isinstance(outputs, Tensor) else outputs[0] if visible == 1 else outputs[:visible]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs = op(*inputs)
+            setup_context(ctx, inputs, outputs)
+            return seen(outputs)
+
+    Function.backward = staticmethod(backward)
+    Function.__name__ = name
+
+    def call(*inputs):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return seen(op(*inputs))
+        return Function.apply(*inputs)
+
+    return call
 
 
 # ---------------------------------------------------------------- sample_token
@@ -133,7 +170,7 @@ def gather_logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0) 
     Source:
         Shao et al. 2024, arXiv:2402.03300, eq. 3 (the log-probs of the policy ratio).
     """
-    return _ops.gather_logprob(logits, target, temperature)[:2]
+    return _gather_logprob(logits, target, temperature)
 
 
 def _gather_logprob_setup(ctx, inputs, output):
@@ -141,7 +178,7 @@ def _gather_logprob_setup(ctx, inputs, output):
     ctx.save_for_backward(logits, target, output[2])
 
 
-def _gather_logprob_backward(ctx, g_logprob, g_entropy, _g_saved):
+def _gather_logprob_backward(ctx, g_logprob, g_entropy, _g_saved=None):
     logits, target, saved = ctx.saved_tensors
     dlogits = _ops.gather_logprob_backward(
         g_logprob.contiguous(), g_entropy.contiguous(), logits, target, saved, ctx.temperature
@@ -149,7 +186,7 @@ def _gather_logprob_backward(ctx, g_logprob, g_entropy, _g_saved):
     return dlogits, None, None
 
 
-_register_autograd("gather_logprob", _gather_logprob_setup, _gather_logprob_backward)
+_gather_logprob = _differentiable("gather_logprob", _gather_logprob_setup, _gather_logprob_backward, visible=2)
 
 
 # ---------------------------------------------------------------- token_logprob
@@ -187,7 +224,7 @@ def token_logprob(
         Shao et al. 2024, arXiv:2402.03300, eq. 3 (the log-probs of the policy ratio); Wijmans et al.
         2024, arXiv:2411.09009 (the recomputation, here without its gradient filter).
     """
-    return _ops.token_logprob(hidden, weight, target, temperature)[:2]
+    return _token_logprob(hidden, weight, target, temperature)
 
 
 def _token_logprob_setup(ctx, inputs, output):
@@ -195,7 +232,7 @@ def _token_logprob_setup(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, target, output[2])
 
 
-def _token_logprob_backward(ctx, g_logprob, g_entropy, _g_saved):
+def _token_logprob_backward(ctx, g_logprob, g_entropy, _g_saved=None):
     need = ctx.needs_input_grad[:2]
     grads = _ops.token_logprob_backward(
         g_logprob.contiguous(), g_entropy.contiguous(), *ctx.saved_tensors, ctx.temperature, *need
@@ -203,7 +240,7 @@ def _token_logprob_backward(ctx, g_logprob, g_entropy, _g_saved):
     return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None
 
 
-_register_autograd("token_logprob", _token_logprob_setup, _token_logprob_backward)
+_token_logprob = _differentiable("token_logprob", _token_logprob_setup, _token_logprob_backward, visible=2)
 
 
 # ---------------------------------------------------------------- group_advantages
@@ -357,7 +394,7 @@ def policy_loss(
     else:
         sequences = num_sequences if num_sequences is not None else max(cu_seqlens.numel() - 1, 1)
         denominator = float(sequences * (constant_length if constant_length is not None else 1))
-    loss, _, stats = _ops.policy_loss(
+    loss, _, stats = _policy_loss(
         logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective,
         clip_low, clip_high, dual_clip, kl, kl_coef, aggregation, denominator,
     )  # fmt: skip
@@ -370,30 +407,40 @@ def _policy_loss_setup(ctx, inputs, output):
     ctx.num_inputs = len(inputs)
 
 
-def _policy_loss_backward(ctx, dloss, _ddlogprob, _dstats):
+def _policy_loss_backward(ctx, dloss, _ddlogprob=None, _dstats=None):
     return dloss * ctx.saved_tensors[0], *([None] * (ctx.num_inputs - 1))
 
 
-_register_autograd("policy_loss", _policy_loss_setup, _policy_loss_backward)
+_policy_loss = _differentiable("policy_loss", _policy_loss_setup, _policy_loss_backward, visible=3)
 
 
 # ---------------------------------------------------------------- rms_norm
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square normalisation of each row: ``x / sqrt(mean_d x^2 + eps) * weight``.
 
-    float32 arithmetic; for bfloat16 the normalised row is rounded before the product with
-    ``weight``, as Hugging Face models do.
+    With ``residual`` it is ``x + residual`` that is normalised, and the sum is returned too, as a
+    pre-norm decoder needs: the branch reads the norm, the stream goes on with the sum.
+    float32 arithmetic; for bfloat16 the sum is rounded, and the normalised row is rounded before the
+    product with ``weight``, as Hugging Face models do.
 
     Args:
         x: [T, D] float32, bfloat16 or float64, contiguous.  T = 0 is allowed; D >= 1.
         weight: [D], dtype of ``x``.
         eps: added to the mean square; finite and >= 0.
+        residual: [T, D], dtype of ``x``, contiguous; or None.
 
     Returns:
-        [T, D], dtype and device of ``x``.  Differentiable in ``x`` and ``weight``.  A row of zeros
-        gives zeros (eps > 0); a NaN stays in its row.
+        [T, D], dtype and device of ``x``; with ``residual`` a pair of that and ``x + residual``.
+        Differentiable in ``x``, ``weight`` and ``residual``.  A row of zeros gives zeros (eps > 0); a
+        NaN stays in its row.  The bits with ``residual`` are those of ``rms_norm(x + residual, ...)``.
 
     Raises:
         ValueError: wrong shape, not contiguous, or bad eps.
@@ -402,7 +449,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Source:
         Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    return _ops.rms_norm(x, weight, eps)[0]
+    if residual is None:
+        return _rms_norm(x, weight, eps)
+    return _rms_norm_residual(x, residual, weight, eps)
 
 
 def _rms_norm_setup(ctx, inputs, output):
@@ -410,12 +459,31 @@ def _rms_norm_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _rms_norm_backward(ctx, dy, _drstd):
-    dx, dweight = _ops.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors)
+def _rms_norm_backward(ctx, dy, _drstd=None):
+    dx, dweight = _ops.rms_norm_backward(dy.contiguous(), None, *ctx.saved_tensors)
     return dx, dweight, None
 
 
-_register_autograd("rms_norm", _rms_norm_setup, _rms_norm_backward)
+_rms_norm = _differentiable("rms_norm", _rms_norm_setup, _rms_norm_backward)
+
+
+def _rms_norm_residual_setup(ctx, inputs, output):
+    _, total, rstd = output
+    ctx.save_for_backward(total, inputs[2], rstd)
+    ctx.set_materialize_grads(False)  # the last sum of a decoder is often not used: no pass over zeros
+
+
+def _rms_norm_residual_backward(ctx, dy, dsum, _drstd=None):
+    if dy is None:
+        return dsum, dsum, None, None
+    dsum = None if dsum is None else dsum.contiguous()
+    dx, dweight = _ops.rms_norm_backward(dy.contiguous(), dsum, *ctx.saved_tensors)
+    return dx, dx, dweight, None
+
+
+_rms_norm_residual = _differentiable(
+    "rms_norm_residual", _rms_norm_residual_setup, _rms_norm_residual_backward, visible=2
+)
 
 
 # ---------------------------------------------------------------- rope
@@ -445,7 +513,7 @@ def rope(x: Tensor, position: Tensor, *, theta: float) -> Tensor:
     Source:
         Su et al. 2021, arXiv:2104.09864.
     """
-    return _ops.rope(x, position, theta, False)
+    return _rope(x, position, theta, False)
 
 
 def _rope_setup(ctx, inputs, output):
@@ -458,7 +526,7 @@ def _rope_backward(ctx, dy):
     return _ops.rope(dy.contiguous(), position, ctx.theta, not ctx.inverse), None, None, None
 
 
-_register_autograd("rope", _rope_setup, _rope_backward)
+_rope = _differentiable("rope", _rope_setup, _rope_backward)
 
 
 # ---------------------------------------------------------------- swiglu
@@ -484,7 +552,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Source:
         Shazeer 2020, arXiv:2002.05202.
     """
-    return _ops.swiglu(gate_up)
+    return _swiglu(gate_up)
 
 
 def _swiglu_setup(ctx, inputs, output):
@@ -495,7 +563,7 @@ def _swiglu_backward(ctx, dy):
     return _ops.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
 
 
-_register_autograd("swiglu", _swiglu_setup, _swiglu_backward)
+_swiglu = _differentiable("swiglu", _swiglu_setup, _swiglu_backward)
 
 
 # ---------------------------------------------------------------- linear
@@ -530,7 +598,7 @@ def linear(
         Goto and van de Geijn 2008, ACM TOMS 34(3):12 (the blocking); the fixed order of each sum is
         that of He et al. 2025, "Defeating Nondeterminism in LLM Inference", Thinking Machines Lab.
     """
-    return _ops.linear(x, weight, bias, out_dtype)
+    return _linear(x, weight, bias, out_dtype)
 
 
 def _linear_setup(ctx, inputs, output):
@@ -544,7 +612,7 @@ def _linear_backward(ctx, dy):
     return *(g if n else None for g, n in zip(grads, need, strict=True)), None
 
 
-_register_autograd("linear", _linear_setup, _linear_backward)
+_linear = _differentiable("linear", _linear_setup, _linear_backward)
 
 
 # ---------------------------------------------------------------- kv_write
@@ -630,9 +698,19 @@ def paged_attention(
 
 
 def ragged_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    cu_groups: Tensor | None = None,
 ) -> Tensor:
     """Causal self-attention within each of N packed sequences, for training.
+
+    With ``cu_groups`` one packed prompt serves all its answers: a token of an answer sees the whole
+    prompt and then its own answer up to itself, nothing of the other answers.  The result has the bits
+    that the same tokens have when every answer is packed behind a copy of its prompt.
 
     Args:
         query: [T, H, E] float32, bfloat16 or float64, contiguous in its last two axes, any stride
@@ -641,32 +719,204 @@ def ragged_attention(
         value: [T, K, E], dtype of ``query``, likewise.
         cu_seqlens: [N + 1] int32, first token of each sequence, then T; empty sequences are allowed.
         scale: factor of the scores, usually ``E ** -0.5``; finite and > 0.
+        cu_groups: [M + 1] int32, first sequence of each group, then N, strictly rising.  The first
+            sequence of a group is the prompt that the others of the group continue.  None: every
+            sequence is on its own.
 
     Returns:
         [T, H, E] contiguous, dtype of ``query``.  Differentiable in ``query``, ``key`` and ``value``;
-        result and gradients of a sequence depend on that sequence alone.  A NaN in a token reaches
-        the tokens after it, not those before.
+        the gradient of a prompt's keys and values sums over its own queries and then those of its
+        answers in their order.  Result and gradients of a group depend on that group alone.  A NaN in
+        a token reaches the tokens that see it and no other.
 
     Raises:
-        ValueError: wrong shape, K does not divide H, inner axes not contiguous, or cu_seqlens falls
-            or does not run from 0 to T.
+        ValueError: wrong shape, K does not divide H, inner axes not contiguous, cu_seqlens falls or
+            does not run from 0 to T, cu_groups does not rise or does not run from 0 to N.
         TypeError: wrong dtype.
 
     Source:
         Vaswani et al. 2017, arXiv:1706.03762; recomputation in the backward pass: Dao et al. 2022,
         arXiv:2205.14135.
     """
-    return _ops.ragged_attention(query, key, value, cu_seqlens, scale)[0]
+    return _ragged_attention(query, key, value, cu_seqlens, cu_groups, scale)
 
 
 def _ragged_attention_setup(ctx, inputs, output):
-    query, key, value, cu_seqlens, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, cu_seqlens, *output)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _ragged_attention_backward(ctx, dout, _dstats):
+def _ragged_attention_backward(ctx, dout, _dstats=None):
     grads = _ops.ragged_attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None
+    return *grads, None, None, None
 
 
-_register_autograd("ragged_attention", _ragged_attention_setup, _ragged_attention_backward)
+_ragged_attention = _differentiable("ragged_attention", _ragged_attention_setup, _ragged_attention_backward)
+
+
+# ---------------------------------------------------------------- decoder_layer
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one decoder layer, all of one dtype and contiguous."""
+
+    attn_norm: Tensor  # [D]
+    qkv_weight: Tensor  # [(H + 2K) E, D]; rows: q, then k, then v
+    qkv_bias: Tensor  # [(H + 2K) E]
+    out_weight: Tensor  # [D, H E]
+    mlp_norm: Tensor  # [D]
+    gate_up_weight: Tensor  # [2F, D]; rows: gate, then up
+    down_weight: Tensor  # [D, F]
+
+
+def decoder_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    position: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    theta: float,
+    eps: float,
+    cu_groups: Tensor | None = None,
+) -> Tensor:
+    """One layer of the Qwen2.5 decoder over N packed sequences, for training: ten ops in one call.
+
+    ``s = x + linear(ragged_attention(rope(qkv)), out_weight)`` with
+    ``qkv = linear(rms_norm(x), qkv_weight, qkv_bias)``, then
+    ``s + linear(swiglu(linear(rms_norm(s), gate_up_weight)), down_weight)``: the same bits as those ops give
+    one after another, and as `decoder_layer_paged`.
+
+    Args:
+        x: [T, D] float32, bfloat16 or float64, contiguous.  T = 0 is allowed.
+        weights: see `LayerWeights`; dtype of ``x``.
+        position: [T] int64, >= 0, of each token in its sequence.
+        cu_seqlens: [N + 1] int32, first token of each sequence, then T.
+        num_kv_heads: K; divides the number of query heads.
+        head_dim: E, even; attention scores are scaled by ``1 / sqrt(E)``.
+        theta: base of the rotary frequencies; finite and > 0.
+        eps: of both norms; finite and >= 0.
+        cu_groups: [M + 1] int32, groups of sequences that share a prompt; see `ragged_attention`.
+
+    Returns:
+        [T, D], dtype of ``x``; differentiable in ``x`` and the weights.  A row depends on its own sequence
+        alone; a gradient of a weight is one sum over ascending tokens.
+
+    Raises:
+        ValueError: wrong shape or value, the argument named.
+        TypeError: wrong dtype.
+
+    Source:
+        Vaswani et al. 2017, arXiv:1706.03762; Qwen team 2024, arXiv:2412.15115.
+    """
+    save = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    return _decoder_layer(
+        x, *weights, position, cu_seqlens, cu_groups, num_kv_heads, head_dim, theta, eps, save
+    )
+
+
+def _decoder_layer_setup(ctx, inputs, output):
+    x_weights_position, (cu_seqlens, cu_groups, *ctx.numbers, _save) = inputs[:9], inputs[9:]
+    ctx.save_for_backward(*x_weights_position, cu_seqlens, *output[1:])
+    ctx.cu_groups = cu_groups
+
+
+def _decoder_layer_backward(ctx, dy, *_):
+    head, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+    grads = _ops.decoder_layer_backward(dy.contiguous(), *head, ctx.cu_groups, *saved, *ctx.numbers)
+    return *grads, *([None] * 8)
+
+
+_decoder_layer = _differentiable("decoder_layer", _decoder_layer_setup, _decoder_layer_backward)
+
+
+def decoder_layer_paged(
+    x: Tensor,
+    weights: LayerWeights,
+    position: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    slot: Tensor,
+    page_table: Tensor,
+    cu_query: Tensor,
+    kv_len: Tensor,
+    *,
+    theta: float,
+    eps: float,
+) -> Tensor:
+    """The same layer over a paged cache: decoding and chunked prefill. No gradient.
+
+    Args:
+        x: [T, D] of the new tokens, sequence after sequence.
+        weights: see `LayerWeights`.
+        position: [T] int64, of each new token in its sequence.
+        key_pages: [num_pages, K, E, page], written by `kv_write` before attention reads it.
+        value_pages: [num_pages, K, page, E], likewise.
+        slot: [T] int64, where each new token's key and value go; see `kv_write`.
+        page_table: [N, max_pages] int32; see `paged_attention`, as the next two.
+        cu_query: [N + 1] int32.
+        kv_len: [N] int32.
+        theta: base of the rotary frequencies.
+        eps: of both norms.
+
+    Returns:
+        [T, D], dtype of ``x``: bit for bit what `decoder_layer` gives the same tokens.
+
+    Raises:
+        ValueError: wrong shape or value, the argument named; pages may have been written.
+        TypeError: wrong dtype.
+
+    Source:
+        Kwon et al. 2023, arXiv:2309.06180.
+    """
+    return _ops.decoder_layer_paged(
+        x, *weights, position, key_pages, value_pages, slot, page_table, cu_query, kv_len, theta, eps
+    )
+
+
+# ---------------------------------------------------------------- adamw
+
+
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_norm: float = float("inf"),
+) -> float:
+    """Clip the gradients of all parameters by their global norm and take one AdamW step, in place.
+
+    The step is that of ``torch.optim.AdamW`` after ``torch.nn.utils.clip_grad_norm_``; the gradients
+    themselves are not changed.
+
+    Args:
+        params: P >= 1 tensors, each float32, bfloat16 or float64, contiguous; written.
+        grads: their gradients, shape and dtype of the parameters, contiguous.
+        exp_avg: running means of the gradients, likewise; written.
+        exp_avg_sq: running means of their squares, likewise; written.
+        steps: [] float32 each, steps taken so far; 1 is added.
+        lr: learning rate; finite, >= 0.
+        betas: decay of the running means, each in [0, 1).
+        eps: finite, > 0.
+        weight_decay: decoupled; finite, >= 0.
+        clip_norm: bound of the global norm; > 0.
+
+    Returns:
+        The global norm before clipping, added in float64 and the same for any number of threads.  Where it
+        is not finite nothing is written.
+
+    Raises:
+        ValueError: lists of different lengths, wrong shape, not contiguous, or a bad number.
+        TypeError: wrong dtype.
+
+    Source:
+        Loshchilov and Hutter 2019, arXiv:1711.05101.
+    """
+    return float(_ops.adamw(params, grads, exp_avg, exp_avg_sq, steps, lr, *betas, eps, weight_decay, clip_norm))

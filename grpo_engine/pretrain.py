@@ -1,6 +1,6 @@
 """The embedded ladder: models that are pretrained in seconds, and the control that asks what RL really added.
 
-A *base* model reads the micro corpus (`grpo_engine.tasks.micro.corpus`) with a learning rate that is annealed to
+A *base* model reads the micro corpus (`grpo_engine.tasks.micro.Corpus`) with a learning rate that is annealed to
 nearly nothing: from an unannealed base, a little plain pretraining looks like what RL does. An *instruct* model is
 its base and a short second training on chat documents of the same corpus. Models are trained once and kept under
 the user's cache folder, named by a hash of everything that decides their weights.
@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,10 +31,11 @@ from torch import Tensor
 
 from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
+from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model, ModelConfig
 from grpo_engine.optimizer import update
 from grpo_engine.tasks import micro
-from grpo_engine.tasks.micro import CorpusConfig, Document
+from grpo_engine.tasks.micro import Corpus, CorpusConfig
 
 Kind = Literal["base", "instruct"]
 Progress = Callable[[int, int, float], None]  # (tokens read, tokens to read, loss)
@@ -177,7 +178,7 @@ def _schedule(r: MicroRecipe, kind: str) -> Schedule:
 # ------------------------------------------------------------------------------------- language modelling
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class DocumentBatch:
     """Packed documents of one optimizer step: N of them, T inputs."""
 
@@ -187,22 +188,9 @@ class DocumentBatch:
     weight: Tensor  # [T] float32, loss weight of each target
 
 
-def pack_documents(documents: Sequence[Document]) -> DocumentBatch:
-    """Packs documents end to end.
-
-    Args:
-        documents: at least one, each of two tokens or more.
-
-    Returns:
-        A `DocumentBatch`.
-    """
-    lengths = torch.tensor([0] + [len(d.tokens) - 1 for d in documents])
-    return DocumentBatch(
-        tokens=torch.tensor([t for d in documents for t in d.tokens[:-1]]),
-        cu_seqlens=lengths.cumsum(0).int(),
-        target=torch.tensor([t for d in documents for t in d.tokens[1:]]),
-        weight=torch.tensor([w for d in documents for w in d.weights[1:]]),
-    )
+def document_batch(corpus: Corpus, documents: int, *, max_tokens: int | None = None) -> DocumentBatch:
+    """The next documents of a corpus, packed; see `Corpus.batch`."""
+    return DocumentBatch(*map(torch.from_numpy, corpus.batch(documents, max_tokens=max_tokens)))
 
 
 def language_loss(model: Model, batch: DocumentBatch) -> Tensor:
@@ -224,18 +212,16 @@ def train_language(
     model: Model,
     schedule: Schedule,
     *,
-    documents: Iterator[Document],
-    documents_per_step: int,
+    batches: Iterator[DocumentBatch],
     betas: tuple[float, float],
     progress: Progress | None = None,
 ) -> float:
-    """Reads documents until the schedule's tokens are spent.
+    """Reads batches of documents until the schedule's tokens are spent.
 
     Args:
         model: trained in place.
         schedule: tokens and learning rate.
-        documents: the stream.
-        documents_per_step: documents of an optimizer step.
+        batches: documents of one optimizer step each.
         betas: of AdamW, which has no weight decay here.
         progress: called every step.
 
@@ -245,13 +231,14 @@ def train_language(
     Raises:
         RuntimeError: the training diverged, or a document holds a test problem.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=betas, weight_decay=0.0, foreach=True)
+    keep_freed_memory()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=betas, weight_decay=0.0)
     done, loss = 0, math.nan
     while done < schedule.tokens:
-        batch = pack_documents([next(documents) for _ in range(documents_per_step)])
+        batch = next(batches)
         step_loss = language_loss(model, batch)
         step_loss.backward()
-        update(model, optimizer, lr=schedule.rate(done / schedule.tokens), clip_norm=CLIP_NORM)
+        update(optimizer, lr=schedule.rate(done / schedule.tokens), clip_norm=CLIP_NORM)
         done += batch.tokens.numel()
         loss = float(step_loss.detach())
         if progress is not None:
@@ -359,8 +346,7 @@ def ensure_model(
         train_language(
             model,
             _schedule(r, kind),
-            documents=_documents(r, f"{kind}/{r.seed}", chat_only=kind == "instruct"),
-            documents_per_step=r.documents,
+            batches=_batches(r, f"{kind}/{r.seed}", chat_only=kind == "instruct"),
             betas=r.betas,
             progress=progress,
         )
@@ -374,9 +360,11 @@ def ensure_model(
     return folder
 
 
-def _documents(r: MicroRecipe, seed: str, *, chat_only: bool) -> Iterator[Document]:
+def _batches(r: MicroRecipe, seed: str, *, chat_only: bool) -> Iterator[DocumentBatch]:
     config = dataclasses.replace(r.corpus, chat=1.0) if chat_only else r.corpus
-    return micro.corpus(seed, config=config, held_out=_held_out())
+    corpus = Corpus(seed, config=config, held_out=_held_out())
+    while True:
+        yield document_batch(corpus, r.documents)
 
 
 @functools.cache
@@ -422,14 +410,12 @@ class ControlCorpus:
             `DocumentBatch`es of `recipe.documents` documents each, until `tokens` are reached; the last holds
             as many documents as it still takes.
         """
-        stream = micro.corpus(f"{self._name}/{step}", config=self._config, held_out=_held_out())
-        total, batch = 0, []
-        while total < self.tokens:
-            batch.append(next(stream))
-            total += len(batch[-1].tokens) - 1
-            if len(batch) == self.recipe.documents or total >= self.tokens:
-                yield pack_documents(batch)
-                batch = []
+        corpus = Corpus(f"{self._name}/{step}", config=self._config, held_out=_held_out())
+        left = self.tokens
+        while left > 0:
+            batch = document_batch(corpus, self.recipe.documents, max_tokens=left)
+            left -= batch.tokens.numel()
+            yield batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -503,7 +489,7 @@ def control_step(
             loss.backward()
         with ledger.timed("optimizer"):
             share = (step - 1 + min(done / corpus.tokens, 1.0)) / config.steps
-            norms.append(update(model, optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
+            norms.append(update(optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
         losses.append(float(loss.detach()))
         done += T
     return ControlOutcome(

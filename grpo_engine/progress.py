@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from grpo_engine.config import RunConfig
+from grpo_engine.cost import COST_HEAD, cost_rows
 from grpo_engine.evaluate import EvalResult
-from grpo_engine.records import StepRecord
+from grpo_engine.records import PhaseCost, StepRecord
+from grpo_engine.types import EvalSet
 
 
 class RunProgress:
@@ -73,16 +77,26 @@ class RunProgress:
         self._facts["tokens/s"] = f"{tokens / seconds:,.0f}"
         self._show(record.step)
 
-    def start_evaluation(self, name: str, greedy: bool) -> None:
+    def start_evaluation(self, sets: Sequence[EvalSet]) -> None:
         """An evaluation begins."""
-        mode = "greedy" if greedy else "sampled"
-        self._bar.update(self._inner, description=f"  test {name} ({mode})", visible=True, completed=0)
+        names = ", ".join(s.name for s in sets)
+        self._bar.update(self._inner, description=f"  test {names}", visible=True, completed=0)
 
-    def finish_evaluation(self, result: EvalResult) -> None:
-        """An evaluation is done; the first set's sampled result is shown beside the bar."""
-        if result.mode == "sample" and result.in_domain:
-            self._facts["pass@1"] = f"{result.pass1:.3f}"
+    def finish_evaluation(self, results: Sequence[EvalResult]) -> None:
+        """An evaluation is done; the sampled result of the last set in domain is shown beside the bar."""
+        for result in results:
+            if result.mode == "sample" and result.in_domain:
+                self._facts["pass@1"] = f"{result.pass1:.3f}"
         self._bar.update(self._steps, facts=self._text())
+
+    def finish_run(self, costs: Mapping[str, PhaseCost]) -> None:
+        """The run is done; prints where its time went."""
+        table = Table(title=f"{self.config.name}: where the time went", title_justify="left", box=None)
+        for i, name in enumerate(COST_HEAD):
+            table.add_column(name, justify="right" if i else "left")
+        for row in cost_rows(costs):
+            table.add_row(*row)
+        self._console.print(table, highlight=False)
 
     def _show(self, step: int) -> None:
         self._bar.update(self._steps, completed=step, facts=self._text())

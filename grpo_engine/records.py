@@ -51,6 +51,7 @@ PHASES = (
     "optimizer",
     "reward",
     "evaluation",
+    "checkpoint",
 )
 METHODS = ("grpo", "pretrain")
 
@@ -69,7 +70,7 @@ class StepRecord:
     step: int  # 1 is the first step
     prompts_seen: int  # D: prompts drawn so far, repeats included; 0 for pretraining
     unique_prompts: int  # different prompts drawn so far; prompts_seen / unique_prompts is the reuse so far
-    trained_tokens: int  # T: prompt and response tokens that went through the training pass, so far
+    trained_tokens: int  # T: prompt and response tokens of the answers trained on, so far; each answer counts its prompt
     compute_6nt: float  # FLOPs so far, 6 x non-embedding parameters x trained_tokens
     compute_ledger: float  # FLOPs so far, all phases but evaluation summed
     reward_mean: float | None = None  # over all answers of the step
@@ -125,10 +126,15 @@ class PhaseCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimingRecord:
-    """The cost of one step by phase; phases that did not happen are absent. Names are those of `PHASES`."""
+    """The cost of one step by phase; phases that did not happen are absent. Names are those of `PHASES`.
+
+    The first record of a process includes what came before its first step; what comes after a record, such as a
+    checkpoint, is in the next one, and at the end of the run in one more record of the last step.
+    """
 
     step: int
     phase: dict[str, PhaseCost]
+    seconds: float | None = None  # wall-clock since the record before, booked or not; None in records of old versions
 
 
 _Record = TypeVar("_Record")

@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_engine import ops
 from grpo_engine.batch import Minibatch, minibatches
 from grpo_engine.config import RunConfig
-from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
+from grpo_engine.ledger import Ledger, forward_flops
 from grpo_engine.model import Model
 from grpo_engine.optimizer import update
 from grpo_engine.rewards.pool import RewardPool
@@ -30,7 +30,7 @@ class StepOutcome:
     rollout: RolloutBatch
     rewards: tuple[Reward, ...]  # N
     equal_groups: int  # groups whose answers all got one reward: advantage exactly 0
-    trained_tokens: int  # inputs of the training pass
+    trained_tokens: int  # inputs of the training pass, each sequence counted whole
     stats: ops.PolicyStats  # over the step's minibatches
     loss: float  # mean over minibatches
     grad_norm: float  # before clipping, mean over minibatches
@@ -75,12 +75,16 @@ def grpo_step(
     chat = config.model.kind == "instruct"
     prompts = [tokenizer.encode_prompt(p.prompt, chat) for p in problems]
     seeds = derive_seeds(config.seed, ROLLOUT_STREAM, step, count=P * G)
-    rollout = generate(policy, prompts, group_size=G, seeds=seeds, stop_ids=tokenizer.stop_ids,
-                       config=config.rollout, ledger=ledger, progress=progress)  # fmt: skip
+    with pool.begin([p for p in problems for _ in range(G)]) as scoring:
 
-    with ledger.timed("reward"):
-        answers = [tokenizer.decode(ids) for ids in rollout.answers()]
-        rewards = pool.score(answers, [p for p in problems for _ in range(G)])
+        def answered(sequences: list[int], answers: list[list[int]]) -> None:
+            with ledger.timed("reward"):
+                scoring.add(sequences, map(tokenizer.decode, answers))
+
+        rollout = generate(policy, prompts, group_size=G, seeds=seeds, stop_ids=tokenizer.stop_ids,
+                           config=config.rollout, ledger=ledger, progress=progress, answered=answered)  # fmt: skip
+        with ledger.timed("reward"):
+            rewards = scoring.finish()
     rewards_PG = torch.tensor([r.value for r in rewards]).view(P, G)
     advantage_PG = ops.group_advantages(rewards_PG, std=config.advantage.std, eps=config.advantage.eps)
 
@@ -88,7 +92,7 @@ def grpo_step(
     for index, minibatch in enumerate(_minibatches(rollout, advantage_PG, reference, config, ledger)):
         loss = 0.0
         for micro in minibatch.micro_batches:
-            T = micro.tokens.numel()
+            T = micro.tokens.numel()  # fewer than micro.num_inputs: prompts are shared
             flops = training_flops(policy, micro)
             with ledger.timed("forward", tokens=T, flops=flops):
                 logprob = logprobs(policy, micro, config)
@@ -100,10 +104,10 @@ def grpo_step(
             loss += result.loss.item()
             part = ops.PolicyStats(*result.stats.tolist())
             stats = part if stats is None else stats.merge(part)
-            trained_tokens += T
+            trained_tokens += micro.num_inputs
         with ledger.timed("optimizer"):
             lr = learning_rate(config, step)
-            norms.append(update(policy, optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
+            norms.append(update(optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
         losses.append(loss)
 
     return StepOutcome(
@@ -123,6 +127,7 @@ def logprobs(model: Model, micro: TrainBatch, config: RunConfig) -> Tensor:
     return model.logprobs(
         micro.tokens,
         micro.cu_seqlens,
+        cu_groups=micro.cu_groups,
         rows=micro.rows,
         target=micro.target,
         positions_T=micro.positions,
@@ -161,8 +166,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 def training_flops(model: Model, micro: TrainBatch) -> float:
     """FLOPs of the forward pass of a micro-batch; backward takes twice that."""
-    lengths = (micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).tolist()
-    pairs = sum(causal_pairs(length) for length in lengths)
+    pairs = int((micro.positions + 1).sum())  # each token sees itself and all before it
     return forward_flops(model, tokens=micro.tokens.numel(), pairs=pairs, head_rows=micro.num_answer_tokens)
 
 
@@ -188,9 +192,9 @@ def _with_reference(micro: TrainBatch, reference: Model, config: RunConfig, ledg
 
 def _assert_on_policy(logprob: Tensor, micro: TrainBatch) -> float:
     """The weights have not moved since the rollout, so both sides must have computed the same bits."""
-    difference = (logprob - micro.old_logprob).abs()
     if torch.equal(logprob, micro.old_logprob):
         return 0.0
+    difference = (logprob - micro.old_logprob).abs()
     row = int(difference.nan_to_num(nan=float("inf")).argmax())
     sequence = int(torch.searchsorted(micro.cu_answers, row, right=True)) - 1
     raise RuntimeError(

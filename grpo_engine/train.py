@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from grpo_engine import checkpoint, pretrain, records, weights
 from grpo_engine.config import RunConfig, TaskConfig
+from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
+from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model
 from grpo_engine.progress import RunProgress
 from grpo_engine.rewards.pool import RewardPool
@@ -73,11 +76,7 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
         raise ValueError("evaluate: task.evals names no evaluation set")
     tokenizer, model = _tokenizer_and_model(config)
     with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
-        return [
-            evaluate(model, s, tokenizer=tokenizer, pool=pool, config=config, greedy=greedy)
-            for s in task.evals.values()
-            for greedy in ((False, True) if config.evaluation.greedy else (False,))
-        ]
+        return evaluate(model, list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
 
 
 def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
@@ -107,6 +106,7 @@ class Run:
         """See `train`."""
         if (self.out / records.SUMMARY_FILE).exists():
             return self.out
+        self.clock = time.perf_counter()
         with RunProgress(self.config, quiet=self.quiet) as progress:
             self.progress = progress
             self._load()
@@ -127,6 +127,7 @@ class Run:
 
     def _load(self) -> None:
         c = self.config
+        keep_freed_memory()
         # problems first: a wrong file is found before a model of the ladder is pretrained
         self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
         self.tokenizer, self.model = _tokenizer_and_model(c)
@@ -211,11 +212,16 @@ class Run:
             self.progress.finish_step(record)
             if step in due:
                 self._evaluate(step, due)
-            self.timings.write(records.TimingRecord(step=step, phase=self.ledger.close_step()))
+            self._write_timing(step)
             if step % c.checkpoint_every == 0 or step == c.steps:
-                self._checkpoint()
+                with self.ledger.timed("checkpoint"):
+                    self._checkpoint()
+        self._write_timing(c.steps)
         for writer in (self.steps, self.evals, self.timings):
             writer.close()
+        found = records.read_jsonl(self.out / records.TIMINGS_FILE).records
+        timings = [records.from_json(records.TimingRecord, o) for o in found]
+        self.progress.finish_run(total_cost(timings))
         records.write_json_atomic(
             self.out / records.SUMMARY_FILE,
             {
@@ -224,6 +230,12 @@ class Run:
                 "trained_tokens": self.counters.trained_tokens,
                 "compute_ledger": self.counters.flops,
             },
+        )
+
+    def _write_timing(self, step: int) -> None:
+        before, self.clock = self.clock, time.perf_counter()
+        self.timings.write(
+            records.TimingRecord(step=step, phase=self.ledger.close_step(), seconds=self.clock - before)
         )
 
     def _checkpoint(self) -> None:
@@ -287,23 +299,19 @@ class Run:
         place = due.index(step)
         if place % self.config.evaluation.others_every and step != due[-1]:
             sets = sets[:1]
-        for eval_set in sets:
-            for greedy in (False, True) if self.config.evaluation.greedy else (False,):
-                self.progress.start_evaluation(eval_set.name, greedy)
-                result = evaluate(
-                    self.model,
-                    eval_set,
-                    tokenizer=self.tokenizer,
-                    pool=self.pool,
-                    config=self.config,
-                    greedy=greedy,
-                    ledger=self.ledger,
-                    progress=self.progress.rollout,
-                )
-                self.evals.write(
-                    records.EvalRecord(**self._so_far(step), **dataclasses.asdict(result), loss=result.loss)
-                )
-                self.progress.finish_evaluation(result)
+        self.progress.start_evaluation(sets)
+        results = evaluate(
+            self.model,
+            sets,
+            tokenizer=self.tokenizer,
+            pool=self.pool,
+            config=self.config,
+            ledger=self.ledger,
+            progress=self.progress.rollout,
+        )
+        for result in results:
+            self.evals.write(records.EvalRecord(**self._so_far(step), **dataclasses.asdict(result), loss=result.loss))
+        self.progress.finish_evaluation(results)
 
 
 def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> dict:

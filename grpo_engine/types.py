@@ -102,16 +102,21 @@ class RolloutBatch:
 class TrainBatch:
     """Packed sequences with what the loss needs for each of their R answer tokens.
 
-    Example (one sequence, prompt [5, 9], answer [7, 2]): tokens = [5, 9, 7], rows = [1, 2], target = [7, 2]
-    (the hidden state of row t predicts the token after t, so the last token of a sequence is not an input).
+    S segments: the prompt of a group, then what each of the group's answers adds to it.
+
+    Example (prompt [5, 9], answers [7, 2] and [4]): tokens = [5, 9, 7], cu_seqlens = [0, 2, 3, 3], cu_groups = [0, 3],
+    rows = [1, 2, 1], target = [7, 2, 4] (the hidden state of row t predicts the token after t, so the last token of a
+    sequence is not an input, and an answer's first token is predicted at the end of the shared prompt).
     """
 
-    tokens: Tensor  # [T] int64, each sequence without its last token
-    positions: Tensor  # [T] int64, 0 at the start of each sequence
-    cu_seqlens: Tensor  # [N+1] int32 in tokens
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, of each token in its sequence, prompt included
+    cu_seqlens: Tensor  # [S+1] int32 in tokens
+    cu_groups: Tensor  # [M+1] int32 in segments; the first segment of a group is its prompt
     rows: Tensor  # [R] int64, row of tokens whose hidden state predicts target
     target: Tensor  # [R] int64
     cu_answers: Tensor  # [N+1] int32, start of each sequence's answer tokens in rows
+    num_inputs: int  # input tokens of the sequences, each counted whole: the T of 6 N T
     old_logprob: Tensor  # [R] float32, of the policy that sampled
     ref_logprob: Tensor | None  # [R] float32, of the reference; None when the KL coefficient is 0
     advantage: Tensor  # [R] float32
@@ -122,4 +127,4 @@ class TrainBatch:
 
     @property
     def num_sequences(self) -> int:
-        return self.cu_seqlens.numel() - 1
+        return self.cu_answers.numel() - 1

@@ -5,15 +5,15 @@ H query heads, K key/value heads, E head width, D width, F feed-forward width, V
 The model holds q, k, v in one matrix and gate, up in another; on disk they are separate tensors:
 
     embed.weight [V, D]                   model.embed_tokens.weight
-    layers.{i}.attn_norm.weight [D]       model.layers.{i}.input_layernorm.weight
-    layers.{i}.qkv.weight [(H+2K)E, D]    model.layers.{i}.self_attn.{q,k,v}_proj.weight, one below the other
-    layers.{i}.qkv.bias [(H+2K)E]         model.layers.{i}.self_attn.{q,k,v}_proj.bias
-    layers.{i}.attn_out.weight [D, HE]    model.layers.{i}.self_attn.o_proj.weight
-    layers.{i}.mlp_norm.weight [D]        model.layers.{i}.post_attention_layernorm.weight
-    layers.{i}.gate_up.weight [2F, D]     model.layers.{i}.mlp.{gate,up}_proj.weight
-    layers.{i}.down.weight [D, F]         model.layers.{i}.mlp.down_proj.weight
-    final_norm.weight [D]                 model.norm.weight
-    head.weight [V, D]                    lm_head.weight, only when not tied to the embedding
+    layers.{i}.attn_norm [D]              model.layers.{i}.input_layernorm.weight
+    layers.{i}.qkv_weight [(H+2K)E, D]    model.layers.{i}.self_attn.{q,k,v}_proj.weight, one below the other
+    layers.{i}.qkv_bias [(H+2K)E]         model.layers.{i}.self_attn.{q,k,v}_proj.bias
+    layers.{i}.out_weight [D, HE]         model.layers.{i}.self_attn.o_proj.weight
+    layers.{i}.mlp_norm [D]               model.layers.{i}.post_attention_layernorm.weight
+    layers.{i}.gate_up_weight [2F, D]     model.layers.{i}.mlp.{gate,up}_proj.weight
+    layers.{i}.down_weight [D, F]         model.layers.{i}.mlp.down_proj.weight
+    final_norm [D]                        model.norm.weight
+    head [V, D]                           lm_head.weight, only when not tied to the embedding
 
 A checkpoint whose config.json asks for arithmetic that the model does not do is refused; so is a file that is
 truncated, or that lacks a tensor, holds one too many, or one of another shape. Nothing is filled in by guessing.
@@ -225,16 +225,16 @@ def pieces(config: ModelConfig) -> dict[str, Piece]:
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         rows = (("q", H * E), ("k", K * E), ("v", K * E))
-        add(f"{ours}.attn_norm.weight", (f"{theirs}.input_layernorm.weight", (D,)))
-        add(f"{ours}.qkv.weight", *((f"{theirs}.self_attn.{x}_proj.weight", (n, D)) for x, n in rows))
-        add(f"{ours}.qkv.bias", *((f"{theirs}.self_attn.{x}_proj.bias", (n,)) for x, n in rows))
-        add(f"{ours}.attn_out.weight", (f"{theirs}.self_attn.o_proj.weight", (D, H * E)))
-        add(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight", (D,)))
-        add(f"{ours}.gate_up.weight", *((f"{theirs}.mlp.{x}_proj.weight", (F, D)) for x in ("gate", "up")))
-        add(f"{ours}.down.weight", (f"{theirs}.mlp.down_proj.weight", (D, F)))
-    add("final_norm.weight", ("model.norm.weight", (D,)))
+        add(f"{ours}.attn_norm", (f"{theirs}.input_layernorm.weight", (D,)))
+        add(f"{ours}.qkv_weight", *((f"{theirs}.self_attn.{x}_proj.weight", (n, D)) for x, n in rows))
+        add(f"{ours}.qkv_bias", *((f"{theirs}.self_attn.{x}_proj.bias", (n,)) for x, n in rows))
+        add(f"{ours}.out_weight", (f"{theirs}.self_attn.o_proj.weight", (D, H * E)))
+        add(f"{ours}.mlp_norm", (f"{theirs}.post_attention_layernorm.weight", (D,)))
+        add(f"{ours}.gate_up_weight", *((f"{theirs}.mlp.{x}_proj.weight", (F, D)) for x in ("gate", "up")))
+        add(f"{ours}.down_weight", (f"{theirs}.mlp.down_proj.weight", (D, F)))
+    add("final_norm", ("model.norm.weight", (D,)))
     if not config.tie_word_embeddings:
-        add("head.weight", ("lm_head.weight", (V, D)))
+        add("head", ("lm_head.weight", (V, D)))
     return out
 
 
@@ -278,10 +278,9 @@ def load_model(
     if not dtype.is_floating_point:
         raise TypeError(f"load_model: dtype must be a floating type, got {dtype}")
     config = read_config(folder)
-    with torch.device("meta"):
-        model = Model(config, dtype)
     checked = _checked_tensors(Path(folder), config)  # before the memory is taken
-    model = model.to_empty(device=device)
+    with torch.device(device):  # by way of the meta device, torch would import its compiler
+        model = Model(config, dtype)
     _fill(model, checked)
     return model
 

@@ -234,14 +234,16 @@ def attention_row(query, key, value, scale):
     return torch.einsum("hl,lhe->he", scores.softmax(dim=-1), value)
 
 
-def ragged_attention(query, key, value, cu_seqlens, scale):
+def ragged_attention(query, key, value, cu_seqlens, scale, cu_groups=None):
     rows = [query.new_zeros((0, *query.shape[1:]), dtype=torch.float64)]
     bounds = cu_seqlens.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        rows += [
-            attention_row(query[t], key[begin : t + 1], value[begin : t + 1], scale)[None]
-            for t in range(begin, end)
-        ]
+    heads = range(len(bounds)) if cu_groups is None else cu_groups.tolist()
+    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        head = max(h for h in heads if h <= n)
+        prompt = range(bounds[head], bounds[head + 1]) if head < n else range(0)
+        for t in range(begin, end):
+            seen = [*prompt, *range(begin, t + 1)]
+            rows.append(attention_row(query[t], key[seen], value[seen], scale)[None])
     return torch.cat(rows)
 
 
@@ -257,3 +259,21 @@ def paged_attention(query, key_pages, value_pages, page_table, cu_query, kv_len,
             value = torch.stack([value_pages[p, :, o, :] for p, o in slots])
             rows.append(attention_row(query[t], key, value, scale)[None])
     return torch.cat(rows)
+
+
+# ---------------------------------------------------------------- adamw
+
+
+def adamw(params, grads, exp_avg, exp_avg_sq, steps, *, lr, betas, eps, weight_decay, clip_norm):
+    """(norm, (params, exp_avg, exp_avg_sq) after the step), all float64; nothing is written."""
+    norm = sum(g.double().square().sum() for g in grads).sqrt().item()
+    factor = min(1.0, clip_norm / (norm + 1e-6))
+    after = ([], [], [])
+    for p, g, m, v, step in zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True):
+        p, g, m, v, t = p.double(), g.double() * factor, m.double(), v.double(), float(step) + 1
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        hat_m, hat_v = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+        for out, x in zip(after, ((1 - lr * weight_decay) * p - lr * hat_m / (hat_v.sqrt() + eps), m, v), strict=True):
+            out.append(x)
+    return norm, after

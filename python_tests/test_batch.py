@@ -1,5 +1,7 @@
 """Packing, and the cut into micro-batches that must not change the step."""
 
+import dataclasses
+
 import models
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from grpo_engine.batch import minibatches, pack
 from grpo_engine.config import LossConfig, RolloutConfig, RunConfig
 from grpo_engine.rollout import derive_seeds, generate
-from grpo_engine.step import policy_loss
+from grpo_engine.step import logprobs, policy_loss
 from grpo_engine.types import RolloutBatch, RolloutStats
 
 NO_STATS = RolloutStats(
@@ -28,10 +30,11 @@ def test_the_example_of_the_docstring():
     )
     assert rollout.answers() == [[2], [7, 2]]
     batch = pack(rollout, torch.tensor([0.5, -0.5]), sequences=[1, 0])
-    assert batch.tokens.tolist() == [5, 9, 7, 5, 9]
-    assert batch.positions.tolist() == [0, 1, 2, 0, 1]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5] and batch.cu_answers.tolist() == [0, 2, 3]
-    assert batch.rows.tolist() == [1, 2, 4] and batch.target.tolist() == [7, 2, 2]
+    assert batch.tokens.tolist() == [5, 9, 7]
+    assert batch.positions.tolist() == [0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 3] and batch.cu_groups.tolist() == [0, 3]
+    assert batch.rows.tolist() == [1, 2, 1] and batch.target.tolist() == [7, 2, 2]
+    assert batch.cu_answers.tolist() == [0, 2, 3] and batch.num_sequences == 2 and batch.num_inputs == 5
     assert batch.old_logprob.tolist() == [-2.0, -3.0, -1.0] and batch.advantage.tolist() == [-0.5, -0.5, 0.5]
 
 
@@ -50,7 +53,7 @@ def gradient(model, rollout, advantage, budget, loss):
     total = 0.0
     (minibatch,) = minibatches(rollout, advantage, count=1, tokens_per_micro_batch=budget)
     for micro in minibatch.micro_batches:
-        logprob, _ = model.logprobs(micro.tokens, micro.cu_seqlens, rows=micro.rows, target=micro.target)
+        logprob = logprobs(model, micro, config)
         # an old policy that differs, so that ratios are not all 1
         old = micro.old_logprob + 0.3 * torch.sin(micro.target.float())
         object.__setattr__(micro, "old_logprob", old)
@@ -76,6 +79,33 @@ def test_many_micro_batches_give_the_gradient_of_one(sampled, loss):
     one, loss_one, grad_one = gradient(model, rollout, advantage, 10**6, loss)
     many, loss_many, grad_many = gradient(model, rollout, advantage, 40, loss)
     assert one == 1 and many >= 8
+    assert_same_step(rollout, many, (loss_one, grad_one), (loss_many, grad_many))
+
+
+def test_shared_prompts_give_the_gradient_of_whole_sequences(sampled):
+    model, rollout, advantage = sampled
+    alone = dataclasses.replace(rollout, group_size=1)
+    loss = LossConfig(kl_coef=0.0, aggregation="sequence_mean")
+    one, *shared = gradient(model, rollout, advantage, 10**6, loss)
+    assert one == gradient(model, alone, advantage, 10**6, loss)[0] == 1
+    assert_same_step(rollout, one, shared, gradient(model, alone, advantage, 10**6, loss)[1:])
+
+
+def test_shared_prompts_leave_fewer_tokens_and_the_same_bits(sampled):
+    model, rollout, advantage = sampled
+    config = RunConfig()
+    shared = pack(rollout, advantage, sequences=range(16))
+    alone = pack(dataclasses.replace(rollout, group_size=1), advantage, sequences=range(16))
+    prompts = rollout.prompt_len[::4].sum()
+    assert alone.tokens.numel() - shared.tokens.numel() == 3 * prompts
+    assert shared.num_inputs == alone.num_inputs == alone.tokens.numel()
+    with torch.no_grad():
+        assert torch.equal(logprobs(model, shared, config), rollout.logprob[rollout.logprob != 0])
+        assert torch.equal(logprobs(model, shared, config), logprobs(model, alone, config))
+
+
+def assert_same_step(rollout, many, one, other):
+    (loss_one, grad_one), (loss_many, grad_many) = one, other
     # the parts are added in float64 inside a call and in Python floats outside; each is rounded to float32 once
     assert abs(loss_one - loss_many) <= (many + 1) * 2.0**-24 * max(1.0, abs(loss_one))
     tokens = rollout.tokens.numel()
@@ -95,7 +125,18 @@ def test_minibatches_take_whole_groups_in_order(sampled):
     assert firsts == [rollout.tokens[:3].tolist(), rollout.tokens[rollout.cu_seqlens[8] :][:3].tolist()]
 
 
-def test_a_budget_is_kept_and_a_longer_sequence_goes_alone(sampled):
+def test_a_budget_is_kept_by_whole_groups_where_they_fit(sampled):
+    _, rollout, advantage = sampled
+    for budget in (60, 100, 1000):
+        (minibatch,) = minibatches(rollout, advantage, count=1, tokens_per_micro_batch=budget)
+        groups = sum(m.cu_groups.numel() - 1 for m in minibatch.micro_batches)
+        assert all(m.tokens.numel() <= budget for m in minibatch.micro_batches)
+        assert groups == 4 or budget < 100
+        answers = torch.cat([m.target for m in minibatch.micro_batches]).tolist()
+        assert answers == sum(rollout.answers(), [])
+
+
+def test_a_longer_sequence_goes_alone(sampled):
     _, rollout, advantage = sampled
     (minibatch,) = minibatches(rollout, advantage, count=1, tokens_per_micro_batch=1)
     assert len(minibatch.micro_batches) == 16

@@ -123,12 +123,12 @@ def test_odd_floats_survive(tmp_path):
         model, optimizer = make(dtype=dtype)
         odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40, -1e-40, 3.4e38, 1 / 3, 0.0])
         with torch.no_grad():
-            model.final_norm.weight.copy_(odd)
+            model.final_norm.copy_(odd)
         put(tmp_path, model, optimizer, 1)
         again, its_optimizer = make(dtype=dtype, seed=1)
         checkpoint.load(tmp_path, config_hash=HASH).restore(again, its_optimizer)
         view = torch.int32 if dtype == torch.float32 else torch.int16
-        assert torch.equal(again.final_norm.weight.view(view), model.final_norm.weight.view(view))
+        assert torch.equal(again.final_norm.view(view), model.final_norm.view(view))
 
 
 def test_before_the_first_optimizer_step(tmp_path):
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_a_hugging_face_folder(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(got.parameters(), model.parameters(), strict=True))
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / CURRENT, dtype="auto")
-    assert torch.equal(theirs.model.layers[0].self_attn.v_proj.weight, model.layers[0].qkv.weight[-4:])
+    assert torch.equal(theirs.model.layers[0].self_attn.v_proj.weight, model.layers[0].qkv_weight[-4:])
 
 
 def test_the_newest_and_the_one_before_are_kept(tmp_path, truth):
@@ -528,7 +528,7 @@ def test_bad_arguments_touch_nothing(tmp_path, truth):
 def test_what_is_on_the_disk(three):
     tensors = load_file(three / CURRENT / "optimizer.safetensors")
     assert {k.partition(":")[2] for k in tensors} == {"step", "exp_avg", "exp_avg_sq"}
-    assert tensors["layers.0.qkv.weight:step"].item() == 3.0
-    assert tensors["layers.0.qkv.weight:exp_avg"].shape == (16, 8)
+    assert tensors["layers.0.qkv_weight:step"].item() == 3.0
+    assert tensors["layers.0.qkv_weight:exp_avg"].shape == (16, 8)
     facts = json.loads((three / CURRENT / "meta.json").read_text())
     assert set(facts["files"]) == set(FILES) and facts["step"] == 3 and facts["groups"][0]["lr"] == 1e-2 / 3

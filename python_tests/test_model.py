@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo_engine.config import RolloutConfig
-from grpo_engine.model import ModelConfig, packed_attention, packed_positions
+from grpo_engine.model import ModelConfig, Packed, packed_positions
 from grpo_engine.rollout import derive_seeds, generate
 
 HEADS = [(4, 4), (4, 2), (7, 1)]  # query/key ratios 1, 2, 7
@@ -24,7 +24,7 @@ def test_logits_equal_transformers(heads, kv_heads, tied, tmp_path):
     tokens = torch.randint(97, (sum(lengths),), generator=torch.Generator().manual_seed(3))
     cu = lengths_to_cu(lengths)
     with torch.no_grad():
-        hidden = model(tokens, packed_positions(cu), packed_attention(cu, model.config.head_dim))
+        hidden = model(tokens, packed_positions(cu), Packed(cu))
         ours = model.logits(hidden).split(lengths)
         for row, ids in zip(ours, tokens.split(lengths), strict=True):
             want = theirs(ids[None]).logits[0]
@@ -64,7 +64,7 @@ def test_gradients_equal_transformers(tmp_path):
     ours = dict(model.named_parameters())
     for layer in range(2):
         qkv = torch.cat([theirs_by_name[f"model.layers.{layer}.self_attn.{n}_proj.weight"].grad for n in "qkv"])
-        torch.testing.assert_close(ours[f"layers.{layer}.qkv.weight"].grad, qkv, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours[f"layers.{layer}.qkv_weight"].grad, qkv, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
         ours["embed.weight"].grad, theirs_by_name["model.embed_tokens.weight"].grad, rtol=1e-3, atol=1e-4
     )

@@ -34,8 +34,7 @@ def control_config(**batch) -> RunConfig:
 
 
 def batch_of(count: int, seed: str = "x") -> pretrain.DocumentBatch:
-    stream = micro.corpus(seed)
-    return pretrain.pack_documents([next(stream) for _ in range(count)])
+    return pretrain.document_batch(micro.Corpus(seed), count)
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -70,17 +69,6 @@ def test_all_recipes_end_annealed(kind):
 # ------------------------------------------------------------------------------------------ training
 
 
-def test_pack_documents():
-    a = micro.Document("a", [5, 6, 7], [0.1, 0.2, 1.0])
-    b = micro.Document("b", [8, 9], [0.3, 1.0])
-    batch = pretrain.pack_documents([a, b])
-    assert batch.tokens.tolist() == [5, 6, 8]
-    assert batch.target.tolist() == [6, 7, 9]
-    assert batch.cu_seqlens.tolist() == [0, 2, 3]
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.weight.tolist() == pytest.approx([0.2, 1.0, 1.0])
-
-
 def test_language_loss_is_weighted_cross_entropy():
     model = Model(pretrain.architecture("xxs")).init_weights(0, std=None)
     batch = batch_of(7)
@@ -107,8 +95,9 @@ def test_training_lowers_the_loss_on_other_documents():
     with torch.no_grad():
         before = pretrain.language_loss(model, unseen).item()
     calls = []
+    seen = micro.Corpus("seen")
     pretrain.train_language(
-        model, Schedule(tokens=30_000, lr=1e-2), documents=micro.corpus("seen"), documents_per_step=64,
+        model, Schedule(tokens=30_000, lr=1e-2), batches=iter(lambda: pretrain.document_batch(seen, 64), None),
         betas=(0.9, 0.98), progress=lambda *a: calls.append(a),
     )  # fmt: skip
     with torch.no_grad():
@@ -127,9 +116,7 @@ def test_a_leaking_corpus_stops_the_training():
         yield
 
     with pytest.raises(RuntimeError, match="held out"):
-        pretrain.train_language(
-            model, Schedule(tokens=100, lr=1e-2), documents=leaking(), documents_per_step=4, betas=(0.9, 0.98)
-        )
+        pretrain.train_language(model, Schedule(tokens=100, lr=1e-2), batches=leaking(), betas=(0.9, 0.98))
 
 
 # --------------------------------------------------------------------------------------------- cache

@@ -6,7 +6,8 @@ import torch
 
 from grpo_engine.batch import minibatches
 from grpo_engine.config import RolloutConfig
-from grpo_engine.rollout import derive_seeds, generate
+from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
+from grpo_engine.rollout import Ask, derive_seeds, generate, generate_all
 
 PLENTY = RolloutConfig(max_new_tokens=24)
 SCARCE = RolloutConfig(max_new_tokens=24, num_pages=6, max_running=4, max_step_tokens=9)
@@ -65,8 +66,9 @@ def test_logprobs_equal_the_trainers_bit_for_bit(model, prompts, config, tempera
     assert len(minibatch.micro_batches) > 3
     for micro in minibatch.micro_batches:
         logprob, _ = model.logprobs(
-            micro.tokens, micro.cu_seqlens, rows=micro.rows, target=micro.target, temperature=temperature
-        )
+            micro.tokens, micro.cu_seqlens, cu_groups=micro.cu_groups, rows=micro.rows, target=micro.target,
+            positions_T=micro.positions, temperature=temperature,
+        )  # fmt: skip
         assert torch.equal(logprob, micro.old_logprob)
         assert (logprob < 0).all()
 
@@ -105,6 +107,50 @@ def test_progress_counts_answers(model, prompts):
     assert seen[-1] == (28, 28) and [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
+def test_asks_of_different_kinds_are_answered_together_as_alone(model, prompts):
+    kinds = [(prompts, 4, 1.0, 24), (prompts[:3], 1, 0.0, 5), (prompts[2:], 3, 0.7, 11)]
+    asks = [
+        Ask(prompts=p, group_size=g, seeds=derive_seeds(1, i, count=len(p) * g), temperature=t, max_new_tokens=n)
+        for i, (p, g, t, n) in enumerate(kinds)
+    ]
+    for config in (PLENTY, SCARCE):
+        together = generate_all(model, asks, stop_ids=[7, 8], config=config)
+        for ask, batch in zip(asks, together, strict=True):
+            limits = config.model_copy(update={"max_new_tokens": ask.max_new_tokens})
+            alone = generate(
+                model, ask.prompts, group_size=ask.group_size, seeds=ask.seeds, stop_ids=[7, 8], config=limits,
+                temperature=ask.temperature,
+            )  # fmt: skip
+            assert same(batch, alone) and batch.group_size == ask.group_size
+            assert torch.equal(batch.cu_seqlens, alone.cu_seqlens) and torch.equal(batch.prompt_len, alone.prompt_len)
+
+
+def test_each_answer_is_handed_over_once_it_is_finished(model, prompts):
+    steps = []
+    rollout = run(model, prompts, answered=lambda *step: steps.append(dict(zip(*step, strict=True))))
+    assert sum(map(len, steps)) == 28 and sum(map(bool, steps)) > 5  # not all at the end
+    heard = {n: answer for step in steps for n, answer in step.items()}
+    assert [heard[n] for n in range(28)] == rollout.answers()
+
+
+def test_the_ledger_books_what_the_answers_took(model, prompts):
+    ledger = Ledger()
+    rollout = run(model, prompts, ledger=ledger)
+    cost = ledger.close_step()
+    lengths = [len(a) for a in rollout.answers()]
+    assert cost["prefill"].tokens == sum(map(len, prompts))
+    assert cost["decode"].tokens == sum(lengths) - 28  # the last of an answer is never computed
+    pairs = sum(causal_pairs(len(p)) for p in prompts)
+    assert cost["prefill"].flops == forward_flops(model, tokens=cost["prefill"].tokens, pairs=pairs, head_rows=28)
+    pairs = sum(
+        causal_pairs(len(prompts[n // 4]) + length - 1) - causal_pairs(len(prompts[n // 4]))
+        for n, length in enumerate(lengths)
+    )
+    assert cost["decode"].flops == forward_flops(
+        model, tokens=cost["decode"].tokens, pairs=pairs, head_rows=sum(lengths) - 28
+    )
+
+
 def test_no_prompts():
     rollout = run(models.random_model(), [])
     assert rollout.num_sequences == 0 and rollout.tokens.numel() == 0
@@ -136,6 +182,6 @@ def test_a_bad_request_is_refused_before_any_work(model, change, says):
 def test_diverged_weights_name_the_sequence():
     model = models.random_model()
     with torch.no_grad():
-        model.final_norm.weight.fill_(float("nan"))
+        model.final_norm.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="logits of sequence 0 at position 2 hold NaN"):
         run(model, [[1, 2]])

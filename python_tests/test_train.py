@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from grpo_engine import records, weights
 from grpo_engine.config import RunConfig
+from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import eval_steps
 from grpo_engine.tasks.micro import MicroTokenizer
 from grpo_engine.train import problems_of_step, train
@@ -79,6 +80,12 @@ def test_records_are_complete(undisturbed):
         assert e["loss"] == pytest.approx(1 - e["pass1"]) and e["num_problems"] == 20
     timings = records.read_jsonl(undisturbed / records.TIMINGS_FILE).records
     assert set(timings[1]["phase"]) >= {"prefill", "decode", "reference", "forward", "backward", "optimizer", "reward"}
+    run = records.read_run(undisturbed)
+    cost = total_cost(run.timings)
+    assert run.timings[-1].step == 12 and list(run.timings[-1].phase) == ["checkpoint"]  # the last one's
+    assert cost["other"].seconds > 0 and sum(c.seconds for c in cost.values()) == pytest.approx(
+        sum(t.seconds for t in run.timings)
+    )
     header = json.loads((undisturbed / records.RUN_FILE).read_text())
     assert header["method"] == "grpo" and header["model"]["params_non_embedding"] > 0
     assert records.is_complete(undisturbed)

@@ -86,9 +86,9 @@ def test_fused_rows_are_q_then_k_then_v_and_gate_then_up(tmp_path):
     layer, got = first.model.layers[1], weights.load_model(tmp_path).layers[1]
     attention = layer.self_attn
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    assert torch.equal(got.qkv.weight, torch.cat([x.weight for x in qkv]))
-    assert torch.equal(got.qkv.bias, torch.cat([x.bias for x in qkv]))
-    assert torch.equal(got.gate_up.weight, torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
+    assert torch.equal(got.qkv_weight, torch.cat([x.weight for x in qkv]))
+    assert torch.equal(got.qkv_bias, torch.cat([x.bias for x in qkv]))
+    assert torch.equal(got.gate_up_weight, torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
     assert torch.equal(got.attn_norm.weight, layer.input_layernorm.weight)
     assert torch.equal(got.mlp_norm.weight, layer.post_attention_layernorm.weight)
 

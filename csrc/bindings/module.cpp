@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/rollout.h"
+#include "bindings/tasks.h"
 #include "core/cpu_dispatch.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
     return names;
   }, "Every instruction set of this CPU that the kernels are compiled for.");
   bind_rollout(m);
+  bind_tasks(m);
 }

@@ -128,6 +128,14 @@ void bind_totals(py::module_& module) {
       .def_property_readonly(
           "decode_tokens", [](const SchedulerTotals& totals) { return totals.tokens.decode; },
           "Answer tokens computed for the first time; the last of an answer never is.")
+      .def_readonly("prefill_pairs", &SchedulerTotals::prefill_pairs,
+                    "Query-key pairs of prompt and recomputed tokens.")
+      .def_readonly("decode_pairs", &SchedulerTotals::decode_pairs,
+                    "Query-key pairs of answer tokens.")
+      .def_readonly("prefill_samples", &SchedulerTotals::prefill_samples,
+                    "Tokens drawn from prompts and from recomputed tokens.")
+      .def_readonly("decode_samples", &SchedulerTotals::decode_samples,
+                    "Tokens drawn from answer tokens.")
       .def_readonly("preemptions", &SchedulerTotals::preemptions,
                     "Times that a running sequence lost its pages.")
       .def_readonly("shared_page_hits", &SchedulerTotals::shared_page_hits,

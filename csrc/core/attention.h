@@ -1,6 +1,7 @@
 // attention.h -- the one row algorithm of attention, on every CPU.
 //
-// For a query row q that sees keys 0 .. L-1 (by position in its sequence):
+// For a query row q that sees keys 0 .. L-1 (by position in its sequence, where that of an answer
+// begins with its prompt):
 //
 //   s_j = scale * (q . k_j)            chain of fma over e ascending, 16 keys side by side
 //   m   = max_j s_j                    p_j = exp(s_j - m)
@@ -15,6 +16,7 @@
 // A key past L never matters: its score is masked by select and its value row is not read, so an
 // unused slot may hold NaN. A NaN in a visible key makes the row NaN.
 #pragma once
+#include "core/attention_pack.h"
 #include "core/attention_plan.h"
 #include "core/cpu_dispatch.h"
 #include "core/simd.h"
@@ -24,6 +26,7 @@ namespace {
 
 // The products are functions of their own: inlined among other loops, they spill their accumulators.
 #define GE_NOINLINE static __attribute__((noinline))
+#define GE_LAMBDA __attribute__((always_inline))
 
 // Rows, and vectors of 16 columns, whose accumulators fit in the registers. Where there are no vector
 // registers one row is as good as many and takes less code.
@@ -40,8 +43,6 @@ constexpr int kWide = 1;
 #else
 constexpr int kWide = 1;
 #endif
-
-GE_INLINE int64_t blocks_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
 
 // Memory of one kernel call. The sizes of all parts are known before the first is taken.
 class Arena {
@@ -102,23 +103,46 @@ GE_INLINE VecF keep_first(VecF v, int n, float fill) {
 }
 #endif
 
+// a * b + c if `yes`, else c, without a branch that nothing could predict.
+template <typename T>
+GE_INLINE Vec16<T> fma_if(bool yes, Vec16<T> a, Vec16<T> b, Vec16<T> c) {
+  return yes ? fma(a, b, c) : c;
+}
+#if defined(__AVX512F__)
+GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
+  return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, static_cast<__mmask16>(-static_cast<int>(yes)))};
+}
+#elif defined(__AVX2__)
+GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(-static_cast<int>(yes)));
+  const VecF sum = fma(a, b, c);
+  return {_mm256_blendv_ps(c.lo, sum.lo, mask), _mm256_blendv_ps(c.hi, sum.hi, mask)};
+}
+#endif
+
 // ---------------------------------------------------------------- products
 
-// s[m][16 n + lane] = scale * sum_e q[e][m] * key[n][e][lane] for M rows and N blocks of 16 keys.
+// s[m][16 n + lane] = scale * sum_e q[m][e] * key[n][e][lane] for M rows and N blocks of 16 keys.
 template <typename S, int M, int N>
-GE_INLINE void score_blocks(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
-                            Arith<S> scale, Arith<S>* s, int64_t s_stride) {
+GE_INLINE void score_blocks(const Arith<S>* const* q, const S* const* key, int64_t key_stride,
+                            int64_t E, Arith<S> scale, Arith<S>* s, int64_t s_stride) {
   using V = Vec16<Arith<S>>;
   V acc[M][N];
 #pragma GCC unroll 16
   for (int i = 0; i < M * N; ++i) acc[i / N][i % N] = V::zero();
+  const Arith<S>* row[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) row[m] = q[m];
+  const S* block[N];
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) block[n] = key[n];
   for (int64_t e = 0; e < E; ++e) {
     V k[N];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) k[n] = V::load(key[n] + e * key_stride);
+    for (int n = 0; n < N; ++n) k[n] = V::load(block[n] + e * key_stride);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const V x = V::set1(q[e * kRows<Arith<S>> + m]);
+      const V x = V::set1(row[m][e]);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) acc[m][n] = fma(x, k[n], acc[m][n]);
     }
@@ -131,10 +155,11 @@ GE_INLINE void score_blocks(const Arith<S>* q, const S* const* key, int64_t key_
   }
 }
 
-// The same for any number of blocks. q is [E][kRows], its first M columns in use.
+// The same for any number of blocks.
 template <typename S, int M>
-GE_NOINLINE void score_rows(const Arith<S>* q, const S* const* key, int64_t key_stride, int64_t E,
-                          Arith<S> scale, int64_t blocks, Arith<S>* s, int64_t s_stride) {
+GE_NOINLINE void score_rows(const Arith<S>* const* q, const S* const* key, int64_t key_stride,
+                          int64_t E, Arith<S> scale, int64_t blocks, Arith<S>* s,
+                          int64_t s_stride) {
   int64_t b = 0;
   for (; b + kWide <= blocks; b += kWide) {
     score_blocks<S, M, kWide>(q, key + b, key_stride, E, scale, s + b * kLanes, s_stride);
@@ -180,11 +205,9 @@ GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* valu
     for (int n = 0; n < N; ++n) v[n] = load<V>(row + n * kLanes, N == 1 ? lanes : kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      if (j < visible[m]) {
-        const V x = V::set1(p[m * p_stride + j]);
+      const V x = V::set1(p[m * p_stride + j]);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) acc[m][n] = fma(x, v[n], acc[m][n]);
-      }
+      for (int n = 0; n < N; ++n) acc[m][n] = fma_if(j < visible[m], x, v[n], acc[m][n]);
     }
   }
 #pragma GCC unroll 16
@@ -218,44 +241,67 @@ GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* v
 
 // ---------------------------------------------------------------- softmax
 
-template <typename A>
-struct RowSum {
-  A max, sum;
-};
+// How many keys of block b a row sees.
+GE_INLINE int visible_lanes(int64_t visible, int64_t b) {
+  const int64_t left = visible - b * kLanes;
+  return static_cast<int>(left < 0 ? 0 : left > kLanes ? kLanes : left);
+}
 
-// In place: s_j -> exp(s_j - max) for j < visible, 0 in the rest of the last block.
-template <typename A>
-GE_INLINE RowSum<A> exp_row(A* s, int64_t visible) {
+// f(b, keep) for every block that the last of M rows sees; keep(m, v, fill) masks what row m does not
+// see. All rows go through a block together: their chains are short, and side by side they overlap.
+template <int M, typename F>
+GE_INLINE void each_block(const int64_t (&visible)[M], F f) {
+  const int64_t whole = visible[0] / kLanes, blocks = blocks_of(visible[M - 1]);
+  for (int64_t b = 0; b < whole; ++b) f(b, [](int, auto v, auto) GE_LAMBDA { return v; });
+  for (int64_t b = whole; b < blocks; ++b) {
+    f(b, [&](int m, auto v, auto fill) GE_LAMBDA {
+      return keep_first(v, visible_lanes(visible[m], b), fill);
+    });
+  }
+}
+
+// In place: s_j -> exp(s_j - max) where row m sees key j, 0 in the rest of the last block of all.
+template <typename A, int M>
+GE_NOINLINE void softmax_rows(A* s, int64_t s_stride, const int64_t (&visible)[M], A (&max)[M],
+                              A (&inverse)[M]) {
   using V = Vec16<A>;
   const A neg_inf = static_cast<A>(-__builtin_inf());
-  const int64_t full = visible / kLanes * kLanes;
-  const int tail = static_cast<int>(visible % kLanes);
-  V m = V::set1(neg_inf);
-  for (int64_t j = 0; j < full; j += kLanes) m = vmax(m, V::load(s + j));
-  if (tail) m = vmax(m, keep_first(V::load(s + full), tail, neg_inf));
-  const A max = max_lane(m);
-  const V shift = V::set1(max);
-  V total = V::zero();
-  for (int64_t j = 0; j < full; j += kLanes) {
-    const V p = vexp(V::load(s + j) - shift);
-    p.store(s + j);
-    total = total + p;
-  }
-  if (tail) {
-    const V p = keep_first(vexp(V::load(s + full) - shift), tail, A(0));
-    p.store(s + full);
-    total = total + p;
-  }
-  return {max, sum(total)};
+  V top[M], total[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) top[m] = V::set1(neg_inf);
+  each_block(visible, [&](int64_t b, auto keep) GE_LAMBDA {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      top[m] = vmax(top[m], keep(m, V::load(s + m * s_stride + b * kLanes), neg_inf));
+    }
+  });
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) max[m] = max_lane(top[m]);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) total[m] = V::zero();
+  each_block(visible, [&](int64_t b, auto keep) GE_LAMBDA {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      A* score = s + m * s_stride + b * kLanes;
+      const V p = keep(m, vexp(V::load(score) - V::set1(max[m])), A(0));
+      p.store(score);
+      total[m] = total[m] + p;
+    }
+  });
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) inverse[m] = sum(total[m]);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) inverse[m] = A(1) / inverse[m];
 }
 
 // ---------------------------------------------------------------- rows of one (sequence, kv head)
 
-// Where the keys and values of one sequence and kv head lie, in blocks of 16 by position.
-template <typename S>
+// Where the keys and values of one sequence and kv head lie, in blocks of 16 by position. Packed keys
+// have arithmetic type, those of pages the type of the cache.
+template <typename S, typename KeyS>
 struct KeyBlocks {
-  const S* const* key;    // [blocks] -> [E][16], rows key_stride apart
-  const S* const* value;  // [blocks] -> [16][E], rows value_stride apart
+  const KeyS* const* key;  // [blocks] -> [E][16], rows key_stride apart
+  const S* const* value;   // [blocks] -> [16][E], rows value_stride apart
   int64_t key_stride, value_stride;
 };
 
@@ -294,16 +340,22 @@ GE_INLINE void place_rows(RowPlace first, int64_t group, int64_t first_visible,
   }
 }
 
-// q[e][m] = rows[token m][head m][e].
-template <typename S, int M>
-GE_INLINE void load_rows(const S* rows, int64_t stride, int64_t E, const RowPlace (&place)[M],
-                         Arith<S>* q) {
-  const S* row[M];
+// q[m] = the row of place m in arithmetic type, copied to `buffer` [M][E] where it has another.
+template <typename A, int M>
+GE_INLINE void find_rows(const A* rows, int64_t stride, int64_t E, const RowPlace (&place)[M],
+                         A*, const A* (&q)[M]) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) row[m] = rows + place[m].token * stride + place[m].head * E;
-  for (int64_t e = 0; e < E; ++e) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) q[e * kRows<Arith<S>> + m] = to_arith(row[m][e]);
+  for (int m = 0; m < M; ++m) q[m] = rows + place[m].token * stride + place[m].head * E;
+}
+template <int M>
+GE_INLINE void find_rows(const bfloat16* rows, int64_t stride, int64_t E,
+                         const RowPlace (&place)[M], float* buffer, const float* (&q)[M]) {
+  for (int m = 0; m < M; ++m) {
+    const bfloat16* row = rows + place[m].token * stride + place[m].head * E;
+    each_vector(E, [&](int64_t e, int n) {
+      store(load<VecF>(row + e, n), buffer + m * E + e, n);
+    });
+    q[m] = buffer + m * E;
   }
 }
 
@@ -314,23 +366,24 @@ GE_INLINE int tile_rows(int64_t left) {
   return static_cast<int>((left + tiles - 1) / tiles);
 }
 
-template <typename S, int M>
-GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys, Arith<S> scale,
-                             RowPlace first, Arith<S>* q, Arith<S>* s, int64_t s_stride) {
+template <typename S, typename KeyS, int M>
+GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>& keys,
+                             Arith<S> scale, RowPlace first, Arith<S>* buffer, Arith<S>* s,
+                             int64_t s_stride) {
   using A = Arith<S>;
   RowPlace place[M];
   int64_t visible[M];
-  A inverse[M];
+  A max[M], inverse[M];
   place_rows(first, rows.group, rows.first_visible, place, visible);
-  load_rows(rows.query, rows.query_stride, rows.E, place, q);
-  score_rows<S, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
+  const A* q[M];
+  find_rows(rows.query, rows.query_stride, rows.E, place, buffer, q);
+  score_rows<KeyS, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
                    s_stride);
-  for (int m = 0; m < M; ++m) {
-    const RowSum<A> r = exp_row(s + m * s_stride, visible[m]);
-    inverse[m] = A(1) / r.sum;
-    if (rows.stats) {
+  softmax_rows(s, s_stride, visible, max, inverse);
+  if (rows.stats) {
+    for (int m = 0; m < M; ++m) {
       A* stats = rows.stats + place[m].token * rows.stats_stride + place[m].head * 2;
-      stats[0] = r.max;
+      stats[0] = max[m];
       stats[1] = inverse[m];
     }
   }
@@ -342,25 +395,25 @@ GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S>& keys,
 }
 
 // The loop over tiles of one chunk, with its memory.
-template <typename S>
+template <typename S, typename KeyS>
 class Attend {
  public:
   using A = Arith<S>;
 
   static int64_t bytes(int64_t E, int64_t max_visible) {
-    return Arena::bytes<A>(E * kRows<A>) + Arena::bytes<A>(kRows<A> * stride(max_visible));
+    return Arena::bytes<A>(kRows<A> * E) + Arena::bytes<A>(kRows<A> * stride(max_visible));
   }
   Attend(Arena& arena, int64_t E, int64_t max_visible)
-      : q_(arena.take<A>(E * kRows<A>)),
+      : buffer_(arena.take<A>(kRows<A> * E)),
         s_(arena.take<A>(kRows<A> * stride(max_visible))),
         s_stride_(stride(max_visible)) {}
 
-  void operator()(const QueryRows<S>& rows, const KeyBlocks<S>& keys, A scale) const {
+  void operator()(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>& keys, A scale) const {
     RowPlace place;
     for (int64_t left = rows.num_tokens * rows.group; left > 0;) {
       const int m = tile_rows<A>(left);
       with_rows<kRows<A>>(m, [&](auto count) {
-        attend_tile<S, decltype(count)::value>(rows, keys, scale, place, q_, s_, s_stride_);
+        attend_tile<S, KeyS, decltype(count)::value>(rows, keys, scale, place, buffer_, s_, s_stride_);
       });
       place.advance(m, rows.group);
       left -= m;
@@ -371,8 +424,8 @@ class Attend {
   // an odd number of vectors: rows a power of two apart would compete for the same cache sets
   static int64_t stride(int64_t max_visible) { return (blocks_of(max_visible) | 1) * kLanes; }
 
-  A* q_;  // [E][kRows]
-  A* s_;  // [kRows][s_stride]
+  A* buffer_;  // [kRows][E]
+  A* s_;       // [kRows][s_stride]
   int64_t s_stride_;
 };
 
@@ -380,23 +433,37 @@ class Attend {
 
 // The chunk of query tokens and the kv head of one work item (attention_plan.h).
 struct AttentionItem {
-  int64_t sequence, kv_head, first_token, num_tokens;  // tokens counted from the sequence's first
+  int64_t group, sequence, kv_head;
+  int64_t first_token, num_tokens;  // counted from the sequence's first
 };
 
-GE_INLINE AttentionItem find_item(const AttentionPlan& plan, int64_t item) {
-  int64_t low = 0, high = plan.N;  // first_chunk[low] * K <= item < first_chunk[high] * K
+// The i in [low, high) with start(i) <= x < start(i + 1); start never falls.
+template <typename Start>
+GE_INLINE int64_t find_interval(int64_t low, int64_t high, int64_t x, Start start) {
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (plan.first_chunk[middle] * plan.K <= item ? low : high) = middle;
+    (start(middle) <= x ? low : high) = middle;
   }
-  const int64_t chunks = plan.first_chunk[low + 1] - plan.first_chunk[low];
-  const int64_t local = item - plan.first_chunk[low] * plan.K;
+  return low;
+}
+
+GE_INLINE AttentionItem find_item(const AttentionPlan& plan, int64_t item) {
+  const int64_t group = find_interval(0, plan.M, item, [&](int64_t m) {
+    return plan.first_chunk[first_of_group(plan, m)] * plan.K;
+  });
+  const int64_t begin = first_of_group(plan, group), end = first_of_group(plan, group + 1);
+  const int64_t first_chunk = plan.first_chunk[begin];
+  const int64_t group_chunks = plan.first_chunk[end] - first_chunk;
+  const int64_t local = item - first_chunk * plan.K, kv_head = local / group_chunks;
+  const int64_t in_order = first_chunk + local - kv_head * group_chunks;
+  const int64_t n =
+      find_interval(begin, end, in_order, [&](int64_t i) { return plan.first_chunk[i]; });
   // late chunks see more keys: first, last, second, last but one, ... balances any split in half
-  const int64_t turn = local % chunks;
+  const int64_t turn = in_order - plan.first_chunk[n];
+  const int64_t chunks = plan.first_chunk[n + 1] - plan.first_chunk[n];
   const int64_t chunk = turn % 2 ? chunks - 1 - turn / 2 : turn / 2;
-  const int64_t tokens = plan.cu[low + 1] - plan.cu[low];
-  const int64_t first = chunk * kQueryChunk;
-  return {low, local / chunks, first, tokens - first < kQueryChunk ? tokens - first : kQueryChunk};
+  const int64_t tokens = plan.cu[n + 1] - plan.cu[n], first = chunk * kQueryChunk;
+  return {group, n, kv_head, first, tokens - first < kQueryChunk ? tokens - first : kQueryChunk};
 }
 
 }  // namespace

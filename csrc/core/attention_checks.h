@@ -1,9 +1,5 @@
-// attention_checks.h -- what paged_attention and ragged_attention ask of their arguments, and the
-// plan that they hand to the kernels.
+// attention_checks.h -- what paged_attention and ragged_attention ask of their arguments.
 #pragma once
-#include <vector>
-
-#include "core/attention_plan.h"
 #include "core/checks.h"
 
 namespace grpo_engine {
@@ -34,19 +30,11 @@ inline void require_groups(const char* op, const char* name, int64_t K, int64_t 
                     " must have a number of kv heads that divides H = ", H, ", got ", K);
 }
 
-inline void require_cu(const char* op, const char* name, const at::Tensor& cu,
+inline void require_cu(const char* op, const char* name, const at::Tensor& cu, const char* layout,
                        const at::Tensor& like) {
-  require_tensor(op, name, cu, {-1}, "[N + 1]", at::kInt, like);
-  TORCH_CHECK_VALUE(cu.size(0) >= 1, op, ": ", name, " needs N + 1 >= 1 entries, got ", cu.sizes());
-}
-
-// chunks of the sequences before n, for n = 0 .. N.
-inline std::vector<int64_t> count_chunks(const int32_t* cu, int64_t N) {
-  std::vector<int64_t> first(N + 1, 0);
-  for (int64_t n = 0; n < N; ++n) {
-    first[n + 1] = first[n] + (cu[n + 1] - cu[n] + kQueryChunk - 1) / kQueryChunk;
-  }
-  return first;
+  require_tensor(op, name, cu, {-1}, layout, at::kInt, like);
+  TORCH_CHECK_VALUE(cu.size(0) >= 1, op, ": ", name, " needs ", layout, " with at least one entry, got ",
+                    cu.sizes());
 }
 
 }  // namespace grpo_engine

@@ -10,13 +10,16 @@
 //
 // Structure: for each slice of k and each panel of up to three vectors of columns, B is copied to
 // [k][column] (transposed on the way when k is its adjacent index), then tiles of TileShape::rows rows
-// run down the panel with their sums in registers. Between slices the sums rest in C, or in a float
+// run down the panel with their sums in registers. A few rows against weights (the steps of a decoder)
+// do without the copy: they are as fast as memory gives the weights. Between slices the sums rest in C, or in a float
 // copy of it when C is narrower. A and B are read in place when they are already in arithmetic type
 // and are not used often enough to pay for the copy.
 #pragma once
 #include <stdlib.h>
 
 #include "core/simd.h"
+
+#define GE_LAMBDA __attribute__((always_inline))
 
 namespace grpo_engine::GE_ISA {
 namespace {
@@ -54,7 +57,7 @@ struct TileShape { static constexpr int rows = 2, vectors = 1; };
 // copying the next panel overlaps the sums of this one.
 constexpr int64_t kSlice = 256, kShortSlice = 64, kFewRows = 32;
 // Copying pays when a value is used this often: B by so many rows, A (rows adjacent) by so many columns.
-constexpr int64_t kCopyRows = 48, kCopyColumns = 96;
+constexpr int64_t kCopyRows = 200, kCopyColumns = 400;
 
 template <typename T, typename U>
 struct Same { static constexpr bool value = false; };
@@ -117,33 +120,37 @@ void copy_rows(const S* src, int64_t stride, int64_t rows, int64_t depth, A* dst
   }
 }
 
-// Tiles of R rows, [R * kSlice] each: dst[k * R + i] = src[k * stride + i].
+// Tiles of R rows, [R * kSlice] each: dst[k * R + i] = src[k * stride + i]. A line of src is read once, for
+// kAcross tiles at a time: more would be too many places to write to.
 template <int R, typename A, typename S>
 void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t rows, A* dst) {
-  for (int64_t m = 0; m < rows; m += R, src += R, dst += R * kSlice) {
-    if (m + R <= rows) {
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int i = 0; i < R; ++i) dst[k * R + i] = to_arith(src[k * stride + i]);
-      }
-    } else {
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int64_t i = 0; i < rows - m; ++i) dst[k * R + i] = to_arith(src[k * stride + i]);
+  constexpr int64_t kAcross = 4;
+  int64_t m = 0;
+  while (m + R <= rows) {
+    const int64_t tiles = (rows - m) / R < kAcross ? (rows - m) / R : kAcross;
+    for (int64_t k = 0; k < depth; ++k) {
+      const S* from = src + k * stride + m;
+      A* to = dst + m * kSlice + k * R;
+      for (int64_t t = 0; t < tiles; ++t, from += R, to += R * kSlice) {
+        for (int i = 0; i < R; ++i) to[i] = to_arith(from[i]);
       }
     }
+    m += tiles * R;
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t i = 0; m + i < rows; ++i) dst[m * kSlice + k * R + i] = to_arith(src[k * stride + m + i]);
   }
 }
 
 #if defined(__AVX2__)
-// Four 32-bit words at p + k of rows r, r+4, r+8, r+12 in the four quarters of a vector.
+// Four 32-bit words of rows 0, 4, 8, 12 from `rows` on, `stride` bytes apart, in the four quarters of a vector.
 #if defined(__AVX512F__)
-GE_INLINE VecF quarters(const void* const* rows, int r, int64_t byte) {
-  auto at = [&](int i) {
-    return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(rows[i]) + byte));
-  };
-  __m512 v = _mm512_castps128_ps512(at(r));
-  v = _mm512_insertf32x4(v, at(r + 4), 1);
-  v = _mm512_insertf32x4(v, at(r + 8), 2);
-  return {_mm512_insertf32x4(v, at(r + 12), 3)};
+GE_INLINE VecF quarters(const char* rows, int64_t stride) {
+  auto at = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows + i * stride)); };
+  __m512 v = _mm512_castps128_ps512(at(0));
+  v = _mm512_insertf32x4(v, at(4), 1);
+  v = _mm512_insertf32x4(v, at(8), 2);
+  return {_mm512_insertf32x4(v, at(12), 3)};
 }
 GE_INLINE VecF low_words(VecF a, VecF b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
 GE_INLINE VecF high_words(VecF a, VecF b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
@@ -161,12 +168,10 @@ GE_INLINE VecF second_bf16(VecF a) {
       _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
 }
 #else
-GE_INLINE VecF quarters(const void* const* rows, int r, int64_t byte) {
-  auto at = [&](int i) {
-    return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(rows[i]) + byte));
-  };
-  return {_mm256_insertf128_ps(_mm256_castps128_ps256(at(r)), at(r + 4), 1),
-          _mm256_insertf128_ps(_mm256_castps128_ps256(at(r + 8)), at(r + 12), 1)};
+GE_INLINE VecF quarters(const char* rows, int64_t stride) {
+  auto at = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows + i * stride)); };
+  return {_mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(4), 1),
+          _mm256_insertf128_ps(_mm256_castps128_ps256(at(8)), at(12), 1)};
 }
 GE_INLINE VecF low_words(VecF a, VecF b) {
   return {_mm256_unpacklo_ps(a.lo, b.lo), _mm256_unpacklo_ps(a.hi, b.hi)};
@@ -192,60 +197,76 @@ GE_INLINE VecF second_bf16(VecF a) {
 }
 #endif
 
-GE_INLINE void store_words(VecF v, int64_t word, int64_t width, float* dst, const float*) {
-  v.store(dst + word * width);
+// use(i, lanes) for each value in a vector of 32-bit words: one float, or two bfloat16 in order.
+template <typename Use>
+GE_INLINE void each_value(VecF v, int64_t word, const float*, Use use) {
+  use(word, v);
 }
-GE_INLINE void store_words(VecF v, int64_t word, int64_t width, float* dst, const bfloat16*) {
-  first_bf16(v).store(dst + 2 * word * width);
-  second_bf16(v).store(dst + (2 * word + 1) * width);
-}
-
-// 16 rows of 16 words each, transposed: word w of every row goes to dst + w * width (twice as many
-// columns of half a word for bfloat16).
-template <typename S>
-GE_INLINE void transpose16(const void* const* rows, int64_t byte, int64_t width, float* dst) {
-  const S* type = nullptr;
-#pragma GCC unroll 4
-  for (int64_t q = 0; q < 16; q += 4) {
-    const VecF r0 = quarters(rows, 0, byte + 4 * q), r1 = quarters(rows, 1, byte + 4 * q);
-    const VecF r2 = quarters(rows, 2, byte + 4 * q), r3 = quarters(rows, 3, byte + 4 * q);
-    const VecF a = low_words(r0, r1), b = low_words(r2, r3);
-    const VecF c = high_words(r0, r1), d = high_words(r2, r3);
-    store_words(low_pairs(a, b), q, width, dst, type);
-    store_words(high_pairs(a, b), q + 1, width, dst, type);
-    store_words(low_pairs(c, d), q + 2, width, dst, type);
-    store_words(high_pairs(c, d), q + 3, width, dst, type);
-  }
+template <typename Use>
+GE_INLINE void each_value(VecF v, int64_t word, const bfloat16*, Use use) {
+  use(2 * word, first_bf16(v));
+  use(2 * word + 1, second_bf16(v));
 }
 
+// 16 rows of 16 bytes each, transposed: use(k, values k of the 16 rows) in ascending k.
+template <typename S, typename Use>
+GE_INLINE void transpose16(const S* src, int64_t stride, Use use) {
+  const char* rows = reinterpret_cast<const char*>(src);
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(S));
+  const VecF r0 = quarters(rows, bytes), r1 = quarters(rows + bytes, bytes);
+  const VecF r2 = quarters(rows + 2 * bytes, bytes), r3 = quarters(rows + 3 * bytes, bytes);
+  const VecF a = low_words(r0, r1), b = low_words(r2, r3);
+  const VecF c = high_words(r0, r1), d = high_words(r2, r3);
+  each_value(low_pairs(a, b), 0, src, use);
+  each_value(high_pairs(a, b), 1, src, use);
+  each_value(low_pairs(c, d), 2, src, use);
+  each_value(high_pairs(c, d), 3, src, use);
+}
+
+// Fetches what transpose16 will read of 16 rows: a quarter of their lines, for it reads a quarter of a line.
 template <typename S>
-int64_t transpose_whole(const S* const* rows, int64_t depth, int64_t width, float* dst) {
-  constexpr int64_t step = 64 / static_cast<int64_t>(sizeof(S));
-  const void* bytes[kLanes];
-  for (int i = 0; i < kLanes; ++i) bytes[i] = rows[i];
+GE_INLINE void prefetch16(const S* src, int64_t stride, int64_t k) {
+  constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
+  const S* rows = src + k / kStep % 4 * 4 * stride + k;
+  for (int i = 0; i < 4; ++i) __builtin_prefetch(rows + i * stride, 0, 2);
+}
+
+// dst[k * width + i] = src[i * stride + k] for i < 16; returns how many values of k are done, the caller
+// does the rest one by one.
+template <typename S>
+int64_t transpose_whole(const S* src, int64_t stride, int64_t depth, float* dst, int64_t width) {
+  const S* next = src + width * stride;
+  constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
   int64_t k = 0;
-  for (; k + step <= depth; k += step) {
-    transpose16<S>(bytes, k * static_cast<int64_t>(sizeof(S)), width, dst + k * width);
+  for (; k + kStep <= depth; k += kStep) {
+    prefetch16(next, stride, k);
+    transpose16(src + k, stride, [&](int64_t i, VecF v) GE_LAMBDA { v.store(dst + (k + i) * width); });
   }
   return k;
 }
 #endif
-// How many values of k the fast transposition has done; the caller does the rest one by one.
 template <typename A, typename S>
-int64_t transpose_whole(const S* const*, int64_t, int64_t, A*) { return 0; }
+int64_t transpose_whole(const S*, int64_t, int64_t, A*, int64_t) { return 0; }
 
 // dst[k * width + i] = src[i * stride + k] for i < count. Lanes past count repeat the last row, which
 // is as good as anything: their sums are never stored.
 template <typename A, typename S>
 void copy_transposed(const S* src, int64_t stride, int64_t depth, int64_t count, A* dst,
                      int64_t width) {
-  for (int64_t first = 0; first < width; first += kLanes) {
-    const S* rows[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) {
-      rows[i] = src + (first + i < count ? first + i : count - 1) * stride;
+  S padded[kLanes * kSlice];
+  for (int64_t first = 0; first < width; first += kLanes, src += kLanes * stride, dst += kLanes) {
+    const S* rows = src;
+    int64_t row = stride;
+    if (first + kLanes > count) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t from = first + i < count ? i : count - 1 - first;
+        memcpy(padded + i * kSlice, src + from * stride, static_cast<size_t>(depth) * sizeof(S));
+      }
+      rows = padded;
+      row = kSlice;
     }
-    for (int64_t k = transpose_whole(rows, depth, width, dst + first); k < depth; ++k) {
-      for (int i = 0; i < kLanes; ++i) dst[k * width + first + i] = to_arith(rows[i][k]);
+    for (int64_t k = transpose_whole(rows, row, depth, dst, width); k < depth; ++k) {
+      for (int64_t i = 0; i < kLanes; ++i) dst[k * width + i] = to_arith(rows[i * row + k]);
     }
   }
 }
@@ -345,14 +366,133 @@ GE_INLINE void run_tile_of(int vectors, int rows, const Tile<A>& t, S* out, int6
   run_tile_of<A, S, kMax>(rows, t, out, out_row);
 }
 
+// ---------------------------------------------------------------- few rows
+
+// With few rows B is used too seldom to pay for a copy: 16 columns at a time are transposed in registers on
+// their way into the chains. kChainRows rows share one transposition.
+#if defined(__AVX512F__)
+constexpr int kChainRows = 16;
+#elif defined(__AVX2__)
+constexpr int kChainRows = 2;
+#endif
+
+#if defined(__AVX2__)
+constexpr int64_t kMaxFewRows = kChainRows * 3 / 2;
+constexpr int64_t kAhead = 2;  // vectors of columns between those that are summed and those that are fetched
+
+// R rows by G * 16 columns from column n on: G * R chains advance together.
+template <int R, int G, typename SB, typename SC>
+void few_rows_panel(const Gemm<float, SB, SC>& g, int64_t m, int64_t n) {
+  constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(SB));
+  const int64_t stride = g.b_col, x_row = g.a_row;
+  const float* x = g.a + m * x_row;
+  const SB* b = g.b + n * stride;
+  VecF sums[G][R];
+  for (auto& column : sums) {
+    for (VecF& sum : column) sum = VecF::zero();
+  }
+  int64_t k = 0;
+  for (; k + kStep <= g.K; k += kStep) {
+#pragma GCC unroll 2
+    for (int j = 0; j < G; ++j) {
+      if (m == 0) prefetch16(b + (kAhead + j) * kLanes * stride, stride, k);
+      transpose16(b + j * kLanes * stride + k, stride, [&](int64_t at, VecF v) GE_LAMBDA {
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) sums[j][i] = fma(VecF::set1(x[i * x_row + k + at]), v, sums[j][i]);
+      });
+    }
+  }
+  for (; k < g.K; ++k) {
+    for (int j = 0; j < G; ++j) {
+      float lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) lanes[i] = to_arith(b[(j * kLanes + i) * stride + k]);
+      const VecF v = VecF::load(lanes);
+      for (int i = 0; i < R; ++i) sums[j][i] = fma(VecF::set1(x[i * x_row + k]), v, sums[j][i]);
+    }
+  }
+  for (int j = 0; j < G; ++j, n += kLanes) {
+    for (int i = 0; i < R; ++i) {
+      const VecF sum = g.bias ? sums[j][i] + VecF::load(g.bias + n) : sums[j][i];
+      sum.store(g.c + (m + i) * g.c_row + n);
+    }
+  }
+}
+
+// Blocks of R rows; the last one starts early enough to be whole, and does some rows again.
+template <int R, int G, typename SB, typename SC>
+GE_INLINE int64_t few_rows_panels(const Gemm<float, SB, SC>& g, int64_t n) {
+  for (; n + G * kLanes <= g.N; n += G * kLanes) {
+    for (int64_t m = 0; m < g.M; m += R) few_rows_panel<R, G>(g, m + R <= g.M ? m : g.M - R, n);
+  }
+  return n;
+}
+
+template <int R, typename SB, typename SC>
+void few_rows(const Gemm<float, SB, SC>& g) {
+  int64_t n = 0;
+  if constexpr (R <= 4) n = few_rows_panels<R, 2>(g, n);
+  few_rows_panels<R, 1>(g, n);
+}
+
+// All whole vectors of columns.
+template <typename SA, typename SB, typename SC>
+void run_few_rows(const Gemm<SA, SB, SC>& g) {
+  Gemm<float, SB, SC> f{g.M, g.N, g.K, nullptr, 0, 1, g.b, g.b_row, g.b_col, g.bias, g.c, g.c_row, false};
+  if constexpr (Same<SA, float>::value) {
+    f.a = g.a;
+    f.a_row = g.a_row;
+  } else {
+    f.a_row = g.K + kLanes;  // rows a power of two apart would share their place in the cache
+    float* x = scratch<float>(kScratchA, g.M * f.a_row);
+    copy_rows(g.a, g.a_row, g.M, g.K, x, f.a_row);
+    f.a = x;
+  }
+  // the smallest block that needs the fewest passes over B and is no taller than A
+  constexpr int kSizes[] = {1, 2, 3, 4, 6, 8, 12, 16};
+  int rows = 1;
+  for (int64_t passes = (g.M + kChainRows - 1) / kChainRows, i = 0; i < 8; ++i) {
+    rows = kSizes[i];
+    if (rows * passes >= g.M) {
+      if (rows <= g.M) break;
+      ++passes;
+      i = -1;
+    }
+  }
+  switch (rows) {
+    case 1: return few_rows<1>(f);
+    case 2: return few_rows<2>(f);
+    case 3: return few_rows<kChainRows < 3 ? 1 : 3>(f);
+    case 4: return few_rows<kChainRows < 4 ? 1 : 4>(f);
+    case 6: return few_rows<kChainRows < 6 ? 1 : 6>(f);
+    case 8: return few_rows<kChainRows < 8 ? 1 : 8>(f);
+    case 12: return few_rows<kChainRows < 12 ? 1 : 12>(f);
+    default: return few_rows<kChainRows < 16 ? 1 : 16>(f);
+  }
+}
+#endif
+
 // ---------------------------------------------------------------- the product
 
 template <typename SA, typename SB, typename SC>
-void run_gemm(const Gemm<SA, SB, SC>& g) {
+void run_gemm(Gemm<SA, SB, SC> g) {
   using A = Arith<SC>;
   constexpr int kRows = TileShape<A>::rows;
   constexpr int64_t kColumns = TileShape<A>::vectors * kLanes;
   if (g.M <= 0 || g.N <= 0) return;
+
+#if defined(__AVX2__)
+  if constexpr (Same<A, float>::value) {
+    if (g.M <= kMaxFewRows && g.a_col == 1 && g.b_row == 1 && g.N >= kLanes && !g.accumulate) {
+      run_few_rows(g);
+      const int64_t whole = g.N / kLanes * kLanes;  // the tail goes the common way
+      g.N -= whole;
+      g.b += whole * g.b_col;
+      g.bias += g.bias ? whole : 0;
+      g.c += whole;
+      if (g.N == 0) return;
+    }
+  }
+#endif
 
   const int64_t slice = g.M <= kFewRows ? kShortSlice : kSlice;
   const bool a_by_rows = g.a_col == 1;

@@ -27,25 +27,34 @@ template <typename S>
 GE_INLINE BlockStats block_stats(const S* x, int64_t n, float inv_temperature) {
   const VecF scale = VecF::set1(inv_temperature);
   const float neg_inf = -__builtin_inff();
-  VecF m = VecF::set1(neg_inf);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) m = vmax(m, VecF::load(x + i) * scale);
-  const int tail = static_cast<int>(n - i);
-  if (tail) m = vmax(m, VecF::load_n(x + i, tail, neg_inf) * scale);
-  const float block_max = max_lane(m);
+  // four chains each: one would wait for its own additions
+  VecF m[4], s[4], w[4];
+  for (int k = 0; k < 4; ++k) {
+    m[k] = VecF::set1(neg_inf);
+    s[k] = w[k] = VecF::zero();
+  }
+  each_four_vectors(n, [&]<int N>(int64_t i, int count) {
+    for (int k = 0; k < N; ++k) m[k] = vmax(m[k], load<VecF>(x + i + k * kLanes, count, neg_inf));
+  });
+  // rounding is monotonic: the largest product is the product of the largest
+  const float block_max = max_lane(vmax(vmax(m[0], m[1]), vmax(m[2], m[3]))) * inv_temperature;
   // an all -inf block must add 0, not NaN: shift it by 0
   const VecF shift = VecF::set1(block_max == neg_inf ? 0.f : block_max);
-  // exp is 0 below -87.33; the clamp keeps (-inf) * 0 out of the weighted sum
-  const VecF low = VecF::set1(-100.f);
-  VecF s = VecF::zero(), w = VecF::zero();
-  auto add = [&](VecF v) {
-    const VecF d = vmax(low, v * scale - shift), e = vexp(d);
-    s = s + e;
-    w = fma(d, e, w);
-  };
-  for (i = 0; i + kLanes <= n; i += kLanes) add(VecF::load(x + i));
-  if (tail) add(VecF::load_n(x + i, tail, neg_inf));
-  return {block_max, sum(s), sum(w)};
+  // exp(-104) is 0 in float32; the clamp keeps (-inf) * 0 out of the weighted sum
+  const VecF low = VecF::set1(-104.f);
+  each_four_vectors(n, [&]<int N>(int64_t i, int count) {
+    VecF d[N], e[N];
+    for (int k = 0; k < N; ++k) {
+      const VecF z = load<VecF>(x + i + k * kLanes, count, neg_inf) * scale;
+      e[k] = d[k] = vmax(low, z - shift);
+    }
+    exp_in_range(e);
+    for (int k = 0; k < N; ++k) {
+      s[k] = s[k] + e[k];
+      w[k] = fma(d[k], e[k], w[k]);
+    }
+  });
+  return {block_max, sum((s[0] + s[1]) + (s[2] + s[3])), sum((w[0] + w[1]) + (w[2] + w[3]))};
 }
 
 struct RowStats {

@@ -90,6 +90,11 @@ struct Vec16 {
     for (int i = 0; i < kLanes; ++i) r.v[i] = i < n ? to_arith(p[i]) : fill;
     return r;
   }
+  GE_MEMBER Vec16 rounded_to_bf16() const {
+    Vec16 r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = bf16_to_float(float_to_bf16(v[i]));
+    return r;
+  }
   template <typename S>
   GE_MEMBER void store(S* p) const {
     for (int i = 0; i < kLanes; ++i) from_arith(v[i], p + i);
@@ -120,6 +125,8 @@ template <typename T>
 GE_INLINE Vec16<T> vmax(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 template <typename T>
 GE_INLINE Vec16<T> vmin(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+template <typename T>
+GE_INLINE Vec16<T> vsqrt(Vec16<T> a) { GE_LANEWISE(static_cast<T>(::sqrt(a.v[i]))); }
 #undef GE_LANEWISE
 
 // ((0+8)+(4+12)) + ... : the same tree on every instruction set.
@@ -162,13 +169,17 @@ struct Vec16<float> {
   }
   GE_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
   GE_MEMBER void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
-  GE_MEMBER __m256i to_bf16() const {
+  GE_MEMBER __m512i bf16_bits() const {  // in the upper half of each 32-bit lane
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+    return _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+  }
+  GE_MEMBER __m256i to_bf16() const { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(), 16)); }
+  GE_MEMBER Vec16 rounded_to_bf16() const {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(), upper))};
   }
   GE_MEMBER void store(bfloat16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16());
@@ -185,6 +196,7 @@ GE_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
 GE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
 GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+GE_INLINE VecF vsqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
 GE_INLINE float sum8(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -220,14 +232,20 @@ struct Vec16<float> {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
   }
-  static GE_MEMBER __m256i narrow(__m256 f) {  // bf16 bits in the low half of each 32-bit lane
+  static GE_MEMBER __m256i bf16_bits(__m256 f) {  // in the upper half of each 32-bit lane
     const __m256i u = _mm256_castps_si256(f);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-    return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
+    return _mm256_blendv_epi8(r, quiet, nan);
   }
+  static GE_MEMBER __m256i narrow(__m256 f) { return _mm256_srli_epi32(bf16_bits(f), 16); }
+  static GE_MEMBER __m256 round_half(__m256 f) {
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return _mm256_castsi256_ps(_mm256_and_si256(bf16_bits(f), upper));
+  }
+  GE_MEMBER Vec16 rounded_to_bf16() const { return {round_half(lo), round_half(hi)}; }
   GE_MEMBER void store(bfloat16* p) const {
     const __m256i packed = _mm256_packus_epi32(narrow(lo), narrow(hi));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
@@ -249,6 +267,7 @@ GE_INLINE VecF fma(VecF a, VecF b, VecF c) {
 }
 GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+GE_INLINE VecF vsqrt(VecF a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 GE_INLINE float sum8(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -277,66 +296,125 @@ struct ExpConstants {
                                  4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 };
 
-GE_INLINE VecF exp_polynomial(VecF r) {
-  VecF p = VecF::set1(ExpConstants::c[0]);
-  for (int i = 1; i < 6; ++i) p = fma(p, r, VecF::set1(ExpConstants::c[i]));
-  return fma(p, r * r, r) + VecF::set1(1.f);
-}
-
 #if defined(__AVX512F__)
-GE_INLINE VecF vexp(VecF x) {
-  const VecF low = VecF::set1(ExpConstants::kLow), high = VecF::set1(ExpConstants::kHigh);
-  const VecF y = vmin(high, vmax(low, x));  // NaN passes through: it is the second operand
-  const VecF n = {_mm512_roundscale_ps((y * VecF::set1(ExpConstants::kLog2e)).v, 8)};
-  VecF r = fma(n, VecF::set1(-ExpConstants::kLn2Hi), y);
-  r = fma(n, VecF::set1(-ExpConstants::kLn2Lo), r);
-  __m512 e = _mm512_scalef_ps(exp_polynomial(r).v, n.v);
-  e = _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(x.v, low.v, _CMP_LT_OQ), _mm512_setzero_ps());
-  e = _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(x.v, high.v, _CMP_GT_OQ),
-                         _mm512_set1_ps(__builtin_inff()));
-  return {e};
-}
+GE_INLINE VecF round_even(VecF x) { return {_mm512_roundscale_ps(x.v, 8)}; }
+GE_INLINE VecF scale_by_exp2(VecF p, VecF n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 #elif defined(__AVX2__)
+GE_INLINE VecF round_even(VecF x) { return {_mm256_round_ps(x.lo, 8), _mm256_round_ps(x.hi, 8)}; }
 GE_INLINE __m256 exp2_int(__m256i n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
-GE_INLINE __m256 scale_by_exp2(__m256 p, __m256 n) {  // in two factors: 2^128 is no float
+// In two factors: 2^128 is no float. Of a NaN n both are 1, and p is NaN.
+GE_INLINE __m256 scale_half(__m256 p, __m256 n) {
   const __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
   return _mm256_mul_ps(_mm256_mul_ps(p, exp2_int(half)), exp2_int(_mm256_sub_epi32(i, half)));
 }
-GE_INLINE __m256 clip_exp(__m256 e, __m256 x) {
+GE_INLINE VecF scale_by_exp2(VecF p, VecF n) { return {scale_half(p.lo, n.lo), scale_half(p.hi, n.hi)}; }
+#endif
+
+// x[k] becomes exp(x[k]), without the checks of vexp: for -104 <= x <= 104 or NaN; +inf above 88.72,
+// down to 0 in subnormals. N vectors go step by step together, since a CPU looks ahead by less than the
+// chain of one.
+#if defined(__AVX2__)
+template <int N>
+GE_INLINE void exp_in_range(VecF (&x)[N]) {
+  VecF n[N], p[N];
+  for (int k = 0; k < N; ++k) n[k] = round_even(x[k] * VecF::set1(ExpConstants::kLog2e));
+  for (int k = 0; k < N; ++k) x[k] = fma(n[k], VecF::set1(-ExpConstants::kLn2Hi), x[k]);
+  for (int k = 0; k < N; ++k) x[k] = fma(n[k], VecF::set1(-ExpConstants::kLn2Lo), x[k]);
+  for (int k = 0; k < N; ++k) p[k] = VecF::set1(ExpConstants::c[0]);
+  for (int i = 1; i < 6; ++i) {
+    for (int k = 0; k < N; ++k) p[k] = fma(p[k], x[k], VecF::set1(ExpConstants::c[i]));
+  }
+  for (int k = 0; k < N; ++k) p[k] = fma(p[k], x[k] * x[k], x[k]);
+  for (int k = 0; k < N; ++k) x[k] = scale_by_exp2(p[k] + VecF::set1(1.f), n[k]);
+}
+#else
+template <int N>
+GE_INLINE void exp_in_range(VecF (&x)[N]) {
+  for (VecF& v : x) {
+    for (int i = 0; i < kLanes; ++i) v.v[i] = ::expf(v.v[i]);
+  }
+}
+#endif
+template <int N>
+GE_INLINE void exp_in_range(VecD (&x)[N]) {
+  for (VecD& v : x) {
+    for (int i = 0; i < kLanes; ++i) v.v[i] = ::exp(v.v[i]);
+  }
+}
+
+#if defined(__AVX512F__)
+GE_INLINE VecF clip_exp(VecF e, VecF x) {
+  const __mmask16 low = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(ExpConstants::kLow), _CMP_LT_OQ);
+  const __mmask16 high = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(ExpConstants::kHigh), _CMP_GT_OQ);
+  e.v = _mm512_mask_mov_ps(e.v, low, _mm512_setzero_ps());
+  return {_mm512_mask_mov_ps(e.v, high, _mm512_set1_ps(__builtin_inff()))};
+}
+#elif defined(__AVX2__)
+GE_INLINE __m256 clip_half(__m256 e, __m256 x) {
   e = _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(ExpConstants::kLow), _CMP_LT_OQ), e);
   return _mm256_blendv_ps(e, _mm256_set1_ps(__builtin_inff()),
                           _mm256_cmp_ps(x, _mm256_set1_ps(ExpConstants::kHigh), _CMP_GT_OQ));
 }
-GE_INLINE VecF vexp(VecF x) {
-  const VecF y = vmin(VecF::set1(ExpConstants::kHigh), vmax(VecF::set1(ExpConstants::kLow), x));
-  const VecF t = y * VecF::set1(ExpConstants::kLog2e);
-  const VecF n = {_mm256_round_ps(t.lo, 8), _mm256_round_ps(t.hi, 8)};
-  VecF r = fma(n, VecF::set1(-ExpConstants::kLn2Hi), y);
-  r = fma(n, VecF::set1(-ExpConstants::kLn2Lo), r);
-  const VecF p = exp_polynomial(r);
-  const VecF e = {scale_by_exp2(p.lo, n.lo), scale_by_exp2(p.hi, n.hi)};
-  // a NaN exponent is not an integer: restore it from x
-  VecF c = {clip_exp(e.lo, x.lo), clip_exp(e.hi, x.hi)};
-  c.lo = _mm256_blendv_ps(c.lo, x.lo, _mm256_cmp_ps(x.lo, x.lo, _CMP_UNORD_Q));
-  c.hi = _mm256_blendv_ps(c.hi, x.hi, _mm256_cmp_ps(x.hi, x.hi, _CMP_UNORD_Q));
-  return c;
-}
+GE_INLINE VecF clip_exp(VecF e, VecF x) { return {clip_half(e.lo, x.lo), clip_half(e.hi, x.hi)}; }
 #else
-GE_INLINE VecF vexp(VecF x) {
-  VecF r;
-  for (int i = 0; i < kLanes; ++i) {
-    r.v[i] = x.v[i] < ExpConstants::kLow ? 0.f : static_cast<float>(::exp(x.v[i]));
-  }
-  return r;
+GE_INLINE VecF clip_exp(VecF e, VecF x) {
+  for (int i = 0; i < kLanes; ++i) e.v[i] = x.v[i] < ExpConstants::kLow ? 0.f : e.v[i];
+  return e;
 }
 #endif
+GE_INLINE VecF vexp(VecF x) {
+  // NaN passes through vmin and vmax: it is the second operand
+  VecF y[1] = {vmin(VecF::set1(ExpConstants::kHigh), vmax(VecF::set1(ExpConstants::kLow), x))};
+  exp_in_range(y);
+  return clip_exp(y[0], x);
+}
 GE_INLINE VecD vexp(VecD x) {
   VecD r;
   for (int i = 0; i < kLanes; ++i) r.v[i] = ::exp(x.v[i]);
   return r;
 }
+
+// ---------------------------------------------------------------- by comparison
+
+#if defined(__AVX512F__)
+// s + e in the lanes where z >= t, s in the others.
+GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
+  return {_mm512_mask_add_ps(s.v, _mm512_cmp_ps_mask(z.v, t.v, _CMP_GE_OQ), s.v, e.v)};
+}
+// Stores the lanes with low <= z < high side by side, returns their number; writes 16 floats.
+GE_INLINE int append_between(VecF z, float low, float high, float* out) {
+  const __mmask16 inside = _mm512_mask_cmp_ps_mask(
+      _mm512_cmp_ps_mask(z.v, _mm512_set1_ps(low), _CMP_GE_OQ), z.v, _mm512_set1_ps(high), _CMP_LT_OQ);
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(inside, z.v));
+  return __builtin_popcount(inside);
+}
+#else
+#if defined(__AVX2__)
+GE_INLINE __m256 add_half(__m256 s, __m256 e, __m256 z, __m256 t) {
+  return _mm256_add_ps(s, _mm256_and_ps(e, _mm256_cmp_ps(z, t, _CMP_GE_OQ)));
+}
+GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
+  return {add_half(s.lo, e.lo, z.lo, t.lo), add_half(s.hi, e.hi, z.hi, t.hi)};
+}
+#else
+GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
+  for (int i = 0; i < kLanes; ++i) s.v[i] += z.v[i] >= t.v[i] ? e.v[i] : 0.f;
+  return s;
+}
+#endif
+GE_INLINE int append_between(VecF z, float low, float high, float* out) {
+  float lanes[kLanes];
+  z.store(lanes);
+  int count = 0;
+  for (float lane : lanes) {
+    out[count] = lane;
+    count += lane >= low && lane < high;
+  }
+  return count;
+}
+#endif
 
 // ---------------------------------------------------------------- loops over a row
 
@@ -348,17 +426,43 @@ GE_INLINE void each_vector(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// Calls body.template operator()<N>(i, count) for runs of N vectors from i: four whole ones, or one of
+// count <= 16 elements.
+template <typename Body>
+GE_INLINE void each_four_vectors(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) body.template operator()<4>(i, kLanes);
+  for (; i + kLanes <= n; i += kLanes) body.template operator()<1>(i, kLanes);
+  if (i < n) body.template operator()<1>(i, static_cast<int>(n - i));
+}
+
+// The sum of a row in four chains, so that an addition need not wait for the one before it:
+// body(i, count, sum) returns `sum` plus the terms of `count` elements from i.
+template <typename V, typename Body>
+GE_INLINE V sum_vectors(int64_t n, Body body) {
+  V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) s[k] = body(i + k * kLanes, kLanes, s[k]);
+  }
+  for (; i + kLanes <= n; i += kLanes) s[0] = body(i, kLanes, s[0]);
+  if (i < n) s[0] = body(i, static_cast<int>(n - i), s[0]);
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
 template <typename V, typename S>
 GE_INLINE V load(const S* p, int n) { return n == kLanes ? V::load(p) : V::load_n(p, n); }
+// Lanes >= n are `fill`.
+template <typename V, typename S, typename T>
+GE_INLINE V load(const S* p, int n, T fill) { return n == kLanes ? V::load(p) : V::load_n(p, n, fill); }
 template <typename V, typename S>
 GE_INLINE void store(V v, S* p, int n) { n == kLanes ? v.store(p) : v.store_n(p, n); }
 
 // What storing in S and loading again makes of v.
 template <typename S, typename V>
 GE_INLINE V round_to(V v) {
-  S buffer[kLanes];
-  v.store(buffer);
-  return V::load(buffer);
+  if constexpr (sizeof(S) == sizeof(bfloat16)) return v.rounded_to_bf16();
+  else return v;
 }
 
 }  // namespace

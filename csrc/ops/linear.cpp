@@ -13,20 +13,24 @@
 namespace grpo_engine {
 
 void gemm(GemmArgs args) {
-  // A block's slice of A and its part of C stay in the second-level cache; with few rows a block is one
-  // panel of 48 columns, so that a stretch of weight rows is read from end to end.
-  constexpr int64_t kPanel = 48, kTile = 8, kRows = 512, kColumns = 512, kFewRows = 32;
+  // A block's slice of A and its part of C stay in the second-level cache.
+  constexpr int64_t kPanel = 48, kTile = 8, kRows = 512, kColumns = 512;
   auto round_up = [](int64_t n, int64_t step) { return (n + step - 1) / step * step; };
   args.block_m = std::min(round_up(std::max<int64_t>(args.M, 1), kTile), kRows);
-  args.block_n = args.M <= kFewRows ? kPanel : kColumns;
+  args.block_n = kColumns;
   auto blocks = [&] {
     return ((args.M + args.block_m - 1) / args.block_m) * ((args.N + args.block_n - 1) / args.block_n);
   };
-  const int64_t threads = at::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
   while (blocks() < wanted && args.block_n > kPanel) args.block_n = round_up(args.block_n / 2, kPanel);
   while (blocks() < wanted && args.block_m > kTile) args.block_m = round_up(args.block_m / 2, kTile);
   const double cost = 2.0 / 16.0 * args.K * std::min(args.block_m, args.M) * std::min(args.block_n, args.N);
   parallel_items(gemm_cpu, args, blocks(), cost);
+}
+
+void column_sum(const ColumnSumArgs& args) {
+  parallel_items(column_sum_cpu, args, (args.O + kColumnSumColumns - 1) / kColumnSumColumns,
+                 1.0 / 16.0 * args.T * std::min(kColumnSumColumns, args.O));
 }
 
 namespace {
@@ -133,9 +137,7 @@ Three backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& 
   if (need_bias) {
     at::Tensor sums = at::empty({O}, dy.options().dtype(dy.scalar_type() == at::kDouble ? at::kDouble
                                                                                        : at::kFloat));
-    ColumnSumArgs sum{dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr()};
-    parallel_items(column_sum_cpu, sum, (O + kColumnSumColumns - 1) / kColumnSumColumns,
-                   1.0 * T * kColumnSumColumns);
+    column_sum({dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr(), false});
     dbias = sums.to(x.scalar_type());
   }
   return {dx, dweight, dbias};

@@ -35,15 +35,36 @@ GE_CPU_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
 // Runs the whole product over the thread pool.
 void gemm(GemmArgs args);
 
+// The three products of a layer whose x, dy, weight and results all have one dtype and adjacent rows.
+// y [T, O] = x [T, I] weight^T + bias
+inline GemmArgs linear_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* x, const void* weight,
+                               const void* bias, void* y) {
+  return {dtype, dtype, dtype, T, O, I, x, I, 1, weight, 1, I, bias, y, O, false, 0, 0};
+}
+// dx [T, I] = dy [T, O] weight
+inline GemmArgs linear_dx_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
+                                  const void* weight, void* dx) {
+  return {dtype, dtype, dtype, T, I, O, dy, O, 1, weight, I, 1, nullptr, dx, I, false, 0, 0};
+}
+// dweight [O, I] = dy^T x
+inline GemmArgs linear_dweight_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
+                                       const void* x, void* dweight) {
+  return {dtype, dtype, dtype, O, I, T, dy, 1, O, x, I, 1, nullptr, dweight, I, false, 0, 0};
+}
+
 struct ColumnSumArgs {
   DType dtype;
   int64_t T, O;
   const void* dy;  // [T, O]
   void* dbias;     // [O] of dtype's arithmetic type
+  bool accumulate;  // start the chains from dbias
 };
 
-inline constexpr int64_t kColumnSumColumns = 64;  // columns in one work item
+inline constexpr int64_t kColumnSumColumns = 128;  // columns in one work item
 
 GE_CPU_KERNEL(column_sum, ColumnSumArgs)  // items: blocks of kColumnSumColumns columns
+
+// dbias[o] = sum_t dy[t,o] over the thread pool: one chain of additions in ascending t.
+void column_sum(const ColumnSumArgs& args);
 
 }  // namespace grpo_engine

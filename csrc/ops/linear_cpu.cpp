@@ -40,24 +40,34 @@ void blocks_for_b(const GemmArgs& a, int64_t begin, int64_t end) {
   blocks_for_c<SA, float>(a, begin, end);
 }
 
+// Sums of NV vectors of columns, in registers; the last one has `last` columns.
+template <int NV, typename S>
+void sum_columns_of(const ColumnSumArgs& a, int64_t first, int last) {
+  using V = Vec16<Arith<S>>;
+  const S* dy = static_cast<const S*>(a.dy) + first;
+  auto* dbias = static_cast<Arith<S>*>(a.dbias) + first;
+  V sums[NV];
+  for (int j = 0; j < NV; ++j) {
+    sums[j] = a.accumulate ? load<V>(dbias + j * kLanes, j < NV - 1 ? kLanes : last) : V::zero();
+  }
+  for (int64_t t = 0; t < a.T; ++t, dy += a.O) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      sums[j] = sums[j] + load<V>(dy + j * kLanes, j < NV - 1 ? kLanes : last);
+    }
+  }
+  for (int j = 0; j < NV; ++j) store(sums[j], dbias + j * kLanes, j < NV - 1 ? kLanes : last);
+}
+
 template <typename S>
 void sum_columns(const ColumnSumArgs& a, int64_t begin, int64_t end) {
-  using A = Arith<S>;
-  using V = Vec16<A>;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kColumnSumColumns;
-    const int64_t columns = a.O - first < kColumnSumColumns ? a.O - first : kColumnSumColumns;
-    V sums[kColumnSumColumns / kLanes];
-    for (V& s : sums) s = V::zero();
-    for (int64_t t = 0; t < a.T; ++t) {
-      const S* dy = static_cast<const S*>(a.dy) + t * a.O + first;
-      each_vector(columns, [&](int64_t o, int n) {
-        sums[o / kLanes] = sums[o / kLanes] + load<V>(dy + o, n);
-      });
-    }
-    each_vector(columns, [&](int64_t o, int n) {
-      store(sums[o / kLanes], static_cast<A*>(a.dbias) + first + o, n);
-    });
+  constexpr int kVectors = kColumnSumColumns / kLanes;
+  const int64_t stop = end * kColumnSumColumns < a.O ? end * kColumnSumColumns : a.O;
+  int64_t o = begin * kColumnSumColumns;
+  for (; o + kColumnSumColumns <= stop; o += kColumnSumColumns) sum_columns_of<kVectors, S>(a, o, kLanes);
+  for (; o + 2 * kLanes <= stop; o += 2 * kLanes) sum_columns_of<2, S>(a, o, kLanes);
+  for (; o < stop; o += kLanes) {
+    sum_columns_of<1, S>(a, o, static_cast<int>(stop - o < kLanes ? stop - o : kLanes));
   }
 }
 

@@ -28,7 +28,7 @@ at::Tensor meta(const at::Tensor& query, const at::Tensor& key_pages, const at::
                     key_pages.sizes());
   require_tensor(kOp, "value_pages", value_pages, {key_pages.size(0), K, page, E},
                  "[num_pages, K, page, E]", query.scalar_type(), query);
-  require_cu(kOp, "cu_query", cu_query, query);
+  require_cu(kOp, "cu_query", cu_query, "[N + 1]", query);
   const int64_t N = cu_query.size(0) - 1;
   require_tensor(kOp, "page_table", page_table, {N, -1}, "[N, max_pages]", at::kInt, query);
   require_tensor(kOp, "kv_len", kv_len, {N}, "[N]", at::kInt, query);
@@ -72,27 +72,25 @@ at::Tensor cpu(const at::Tensor& query, const at::Tensor& key_pages, const at::T
   args.scale = scale;
   args.page_table = page_table.const_data_ptr<int32_t>();
   args.kv_len = kv_len.const_data_ptr<int32_t>();
-  args.plan.N = kv_len.size(0);
+  args.plan.N = args.plan.M = kv_len.size(0);
   args.plan.K = args.shape.K;
   args.plan.cu = cu_query.const_data_ptr<int32_t>();
   check_pages(args, key_pages.size(0));
   if (out.numel() == 0) return out;
-  const std::vector<int64_t> first_chunk = count_chunks(args.plan.cu, args.plan.N);
-  args.plan.first_chunk = first_chunk.data();
-  double keys = 0;  // seen by all query tokens together, about
+  std::vector<int64_t> first_chunk(args.plan.N + 1);
+  plan_chunks(args.plan, first_chunk.data());
   for (int64_t n = 0; n < args.plan.N; ++n) {
     const int64_t num_queries = args.plan.cu[n + 1] - args.plan.cu[n];
     if (num_queries == 0) continue;
-    args.max_kv_len = std::max<int64_t>(args.max_kv_len, args.kv_len[n]);
-    keys += static_cast<double>(num_queries) * args.kv_len[n];
+    args.plan.max_len = std::max<int64_t>(args.plan.max_len, args.kv_len[n]);
+    args.plan.pairs += static_cast<double>(num_queries) * args.kv_len[n];
   }
   args.query = query.const_data_ptr();
   args.key_pages = key_pages.const_data_ptr();
   args.value_pages = value_pages.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  const int64_t items = first_chunk.back() * args.plan.K;
-  const double group = static_cast<double>(args.H) / args.plan.K;
-  parallel_items(paged_attention_cpu, args, items, keys * group * args.shape.E * 4 / first_chunk.back());
+  const int64_t items = num_items(args.plan);
+  parallel_items(paged_attention_cpu, args, items, args.plan.pairs * args.H * args.shape.E * 4 / items);
   return out;
 }
 

@@ -26,7 +26,6 @@ struct PagedAttentionArgs {
   AttentionPlan plan;
   KvPageShape shape;
   int64_t H, max_pages, query_stride;
-  int64_t max_kv_len;         // over the sequences with queries
   double scale;
   const void* query;          // [T, H, E]
   const void* key_pages;      // [num_pages, K, E, page]

@@ -3,7 +3,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -16,7 +16,7 @@ namespace {
 constexpr const char* kOp = "ragged_attention";
 
 void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-           const at::Tensor& cu_seqlens, double scale) {
+           const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, double scale) {
   require_query(kOp, query);
   const int64_t T = query.size(0), E = query.size(2);
   require_shape(kOp, "key", key, {T, -1, E}, "[T, K, E]");
@@ -27,22 +27,39 @@ void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
     require_row_contiguous(kOp, name, *t);
     require_same_device(kOp, name, *t, query);
   }
-  require_cu(kOp, "cu_seqlens", cu_seqlens, query);
+  require_cu(kOp, "cu_seqlens", cu_seqlens, "[N + 1]", query);
+  if (cu_groups) require_cu(kOp, "cu_groups", *cu_groups, "[M + 1]", query);
   require_positive(kOp, "scale", scale);
 }
 
 std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& query, const at::Tensor& key,
                                                 const at::Tensor& value,
-                                                const at::Tensor& cu_seqlens, double scale) {
-  check(query, key, value, cu_seqlens, scale);
+                                                const at::Tensor& cu_seqlens,
+                                                const std::optional<at::Tensor>& cu_groups,
+                                                double scale) {
+  check(query, key, value, cu_seqlens, cu_groups, scale);
   const auto arithmetic = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return {at::empty(query.sizes(), query.options()),
           at::empty({query.size(0), query.size(1), 2}, query.options().dtype(arithmetic))};
 }
 
-// What forward and backward share. cu_seqlens is checked here, where it can be read.
+// Throws unless groups = [0, ..., N] rises with every step.
+void require_rising(const at::Tensor& groups, int64_t N) {
+  const int32_t* g = groups.const_data_ptr<int32_t>();
+  const int64_t M = groups.size(0) - 1;
+  TORCH_CHECK_VALUE(g[0] == 0 && g[M] == N, kOp, ": cu_groups must start at 0 and end at N = ", N,
+                    ", got ", g[0], " and ", g[M]);
+  for (int64_t m = 0; m < M; ++m) {
+    TORCH_CHECK_VALUE(g[m] < g[m + 1], kOp, ": cu_groups must rise, got ", g[m], " then ", g[m + 1],
+                      " at group ", m);
+  }
+}
+
+// What forward and backward share. The offsets are checked here, where they can be read.
 RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key,
-                              const at::Tensor& value, const at::Tensor& cu_seqlens, double scale) {
+                              const at::Tensor& value, const at::Tensor& cu_seqlens,
+                              const std::optional<at::Tensor>& cu_groups, double scale,
+                              std::vector<int64_t>& first_chunk) {
   require_offsets(kOp, "cu_seqlens", cu_seqlens, query.size(0));
   RaggedAttentionArgs args{};
   args.dtype = dtype_of(query);
@@ -55,44 +72,40 @@ RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key,
   args.query = query.const_data_ptr();
   args.key = key.const_data_ptr();
   args.value = value.const_data_ptr();
-  args.plan.N = cu_seqlens.size(0) - 1;
+  args.plan.N = args.plan.M = cu_seqlens.size(0) - 1;
   args.plan.K = key.size(1);
   args.plan.cu = cu_seqlens.const_data_ptr<int32_t>();
-  for (int64_t n = 0; n < args.plan.N; ++n) {
-    args.max_len = std::max<int64_t>(args.max_len, args.plan.cu[n + 1] - args.plan.cu[n]);
+  if (cu_groups) {
+    require_rising(*cu_groups, args.plan.N);
+    args.plan.M = cu_groups->size(0) - 1;
+    args.plan.cu_groups = cu_groups->const_data_ptr<int32_t>();
   }
+  first_chunk.resize(args.plan.N + 1);
+  plan_ragged(args.plan, first_chunk.data());
   return args;
-}
-
-// Multiply-adds of the two products of the forward pass, all heads and sequences.
-double forward_work(const RaggedAttentionArgs& a) {
-  double pairs = 0;
-  for (int64_t n = 0; n < a.plan.N; ++n) {
-    const double tokens = a.plan.cu[n + 1] - a.plan.cu[n];
-    pairs += tokens * (tokens + 1) / 2;
-  }
-  return pairs * a.H * a.E * 2;
 }
 
 std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& query, const at::Tensor& key,
                                                const at::Tensor& value,
-                                               const at::Tensor& cu_seqlens, double scale) {
-  auto [out, stats] = forward_meta(query, key, value, cu_seqlens, scale);
-  RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, scale);
+                                               const at::Tensor& cu_seqlens,
+                                               const std::optional<at::Tensor>& cu_groups,
+                                               double scale) {
+  auto [out, stats] = forward_meta(query, key, value, cu_seqlens, cu_groups, scale);
+  std::vector<int64_t> first_chunk;
+  RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, cu_groups, scale, first_chunk);
   if (out.numel() == 0) return {out, stats};
-  const std::vector<int64_t> first_chunk = count_chunks(args.plan.cu, args.plan.N);
-  args.plan.first_chunk = first_chunk.data();
   args.out = out.mutable_data_ptr();
   args.stats = stats.mutable_data_ptr();
-  const int64_t items = first_chunk.back() * args.plan.K;
-  parallel_items(ragged_attention_forward_cpu, args, items, forward_work(args) / items);
+  const int64_t items = num_items(args.plan);
+  parallel_items(ragged_attention_forward_cpu, args, items, ragged_attention_work(args) / items);
   return {out, stats};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& cu_seqlens, const at::Tensor& out, const at::Tensor& stats, double scale) {
-  check(query, key, value, cu_seqlens, scale);
+    const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, const at::Tensor& out,
+    const at::Tensor& stats, double scale) {
+  check(query, key, value, cu_seqlens, cu_groups, scale);
   require_tensor(kOp, "dout", dout, query.sizes(), "[T, H, E]", query.scalar_type(), query);
   require_tensor(kOp, "out", out, query.sizes(), "[T, H, E]", query.scalar_type(), query);
   require_tensor(kOp, "stats", stats, {query.size(0), query.size(1), 2}, "[T, H, 2]",
@@ -103,9 +116,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& cu_seqlens, const at::Tensor& out, const at::Tensor& stats, double scale) {
-  auto grads = backward_meta(dout, query, key, value, cu_seqlens, out, stats, scale);
-  RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, scale);
+    const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, const at::Tensor& out,
+    const at::Tensor& stats, double scale) {
+  auto grads = backward_meta(dout, query, key, value, cu_seqlens, cu_groups, out, stats, scale);
+  std::vector<int64_t> first_chunk;
+  RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, cu_groups, scale, first_chunk);
   if (out.numel() == 0) return grads;
   args.out = const_cast<void*>(out.const_data_ptr());
   args.stats = const_cast<void*>(stats.const_data_ptr());
@@ -113,8 +128,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(
   args.dquery = std::get<0>(grads).mutable_data_ptr();
   args.dkey = std::get<1>(grads).mutable_data_ptr();
   args.dvalue = std::get<2>(grads).mutable_data_ptr();
-  const int64_t items = args.plan.N * args.plan.K;
-  parallel_items(ragged_attention_backward_cpu, args, items, 2.5 * forward_work(args) / items);
+  const int64_t items = args.plan.M * args.plan.K;
+  parallel_items(ragged_attention_backward_cpu, args, items, 2.5 * ragged_attention_work(args) / items);
   return grads;
 }
 
@@ -122,11 +137,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(
 
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def(
-      "ragged_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale)"
-      " -> (Tensor out, Tensor stats)");
+      "ragged_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens,"
+      " Tensor? cu_groups, float scale) -> (Tensor out, Tensor stats)");
   m.def(
       "ragged_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value,"
-      " Tensor cu_seqlens, Tensor out, Tensor stats, float scale)"
+      " Tensor cu_seqlens, Tensor? cu_groups, Tensor out, Tensor stats, float scale)"
       " -> (Tensor dquery, Tensor dkey, Tensor dvalue)");
 }
 TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {

@@ -7,16 +7,21 @@
 //   ds_ij = p_ij (dout[i] . value[j] - D_i) scale
 //   dquery[i] = sum_j ds_ij key[j]   dkey[j] = sum_i ds_ij query[i]   dvalue[j] = sum_i p_ij dout[i]
 //
-// where the sums over i run over the tokens and then the heads of the group. The forward row
-// algorithm is core/attention.h, so a row has the bits that paged_attention gives it. The forward
-// keeps two numbers of each row (max and 1 / sum); the backward recomputes p from them, one work item
-// for each sequence and kv head, so no two threads add to one gradient. Everything of a sequence
-// depends on that sequence alone. NaN in a token reaches the tokens after it, not those before.
+// where the sums over i run over the tokens and then the heads that share a kv head. Sequences may
+// come in groups whose first is the prompt that the others continue: a token of a continuing sequence
+// sees the whole prompt and then its own sequence, nothing of its siblings, and the gradients of the
+// prompt's keys and values sum over its own queries and then those of the others in their order. The
+// forward row algorithm is core/attention.h by position in prompt and answer together, so a row has
+// the bits that paged_attention gives it, whether the prompt is shared or packed with every answer.
+// The forward keeps two numbers of each row (max and 1 / sum); the backward recomputes p from them, one
+// work item for each group and kv head, so no two threads add to one gradient. Everything of a group
+// depends on that group alone. NaN in a token reaches the tokens that see it and no other.
 // Vaswani et al. 2017, arXiv:1706.03762; recomputation: Dao et al. 2022, arXiv:2205.14135.
 //
 //   query [T, H, E]   key, value [T, K, E]   rows contiguous, any stride over T
 //   out, dout, dquery [T, H, E]   dkey, dvalue [T, K, E]   contiguous
 //   stats [T, H, 2] float32 (float64 for float64)   cu_seqlens [N+1] int32; empty sequences allowed
+//   cu_groups [M+1] int32, the first sequence of each group, or none: every sequence is one
 #pragma once
 #include "core/attention_plan.h"
 #include "core/cpu_dispatch.h"
@@ -26,8 +31,8 @@ namespace grpo_engine {
 
 struct RaggedAttentionArgs {
   DType dtype;
-  AttentionPlan plan;
-  int64_t H, E, max_len;  // max_len: tokens of the longest sequence
+  AttentionPlan plan;  // from plan_ragged
+  int64_t H, E;
   int64_t query_stride, key_stride, value_stride;
   double scale;
   const void* query;  // [T, H, E]
@@ -41,7 +46,12 @@ struct RaggedAttentionArgs {
   void* dvalue;       // [T, K, E]
 };
 
-GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)   // items: those of the plan
-GE_CPU_KERNEL(ragged_attention_backward, RaggedAttentionArgs)  // items: (sequence, kv head)
+// Floating-point operations of the two products of the forward pass; backward takes 2.5 times that.
+static inline double ragged_attention_work(const RaggedAttentionArgs& a) {
+  return a.plan.pairs * a.H * a.E * 2;
+}
+
+GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)   // items: num_items(plan)
+GE_CPU_KERNEL(ragged_attention_backward, RaggedAttentionArgs)  // items: (group, kv head), M * K
 
 }  // namespace grpo_engine

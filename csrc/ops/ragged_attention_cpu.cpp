@@ -5,55 +5,82 @@
 namespace grpo_engine::GE_ISA {
 namespace {
 
-// Rows [16 begin, 16 end) of [num_rows, E], transposed into blocks [E][16]; 0 past num_rows.
+// The rows of `tensor` [T, K, E] that sequence n sees, where `prompt` is the first of its group.
 template <typename S>
-void pack_blocks(const S* rows, int64_t stride, int64_t num_rows, int64_t E, int64_t begin,
-                 int64_t end, S* packed) {
-  for (int64_t b = begin; b < end; ++b) {
-    S* block = packed + b * E * kLanes;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t r = b * kLanes + lane;
-      const S* row = rows + r * stride;
-      if (r < num_rows) {
-        for (int64_t e = 0; e < E; ++e) block[e * kLanes + lane] = row[e];
-      } else {
-        for (int64_t e = 0; e < E; ++e) block[e * kLanes + lane] = S{};
-      }
-    }
+SequenceRows<S> sequence_rows(const RaggedAttentionArgs& a, const void* tensor, int64_t stride,
+                              int64_t prompt, int64_t n, int64_t kv_head) {
+  const S* rows = static_cast<const S*>(tensor) + kv_head * a.E;
+  const int32_t* cu = a.plan.cu;
+  const int64_t prompt_len = n == prompt ? 0 : cu[prompt + 1] - cu[prompt];
+  return {rows + cu[prompt] * stride, rows + cu[n] * stride, prompt_len,
+          prompt_len + cu[n + 1] - cu[n], stride};
+}
+
+// Asks for the columns of one kv head in `tokens` rows from token `first` on. Heads lie side by side in a
+// row, so these are a few lines each at a stride that the processor does not guess.
+template <typename S>
+GE_INLINE void prefetch_rows(const void* tensor, int64_t stride, int64_t width, int64_t kv_head,
+                             int64_t first, int64_t tokens) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  const S* row = static_cast<const S*>(tensor) + first * stride + kv_head * width;
+  for (int64_t t = 0; t < tokens; ++t, row += stride) {
+    for (int64_t e = 0; e < width; e += kLine) __builtin_prefetch(row + e, 0, 2);
   }
+}
+
+template <typename S>
+GE_INLINE void prefetch_inputs(const RaggedAttentionArgs& a, int64_t kv_head, int64_t first,
+                               int64_t tokens) {
+  const int64_t group_width = a.H / a.plan.K * a.E;
+  prefetch_rows<S>(a.query, a.query_stride, group_width, kv_head, first, tokens);
+  prefetch_rows<S>(a.key, a.key_stride, a.E, kv_head, first, tokens);
+  prefetch_rows<S>(a.value, a.value_stride, a.E, kv_head, first, tokens);
 }
 
 template <typename S>
 void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
   using A = Arith<S>;
-  const int64_t E = a.E, group = a.H / a.plan.K, max_blocks = blocks_of(a.max_len);
-  Arena arena(2 * Arena::bytes<const S*>(max_blocks) + Arena::bytes<S>(max_blocks * kLanes * E) +
-              Attend<S>::bytes(E, a.max_len));
-  const S** key = arena.take<const S*>(max_blocks);
+  const int64_t E = a.E, group = a.H / a.plan.K, max_blocks = blocks_of(a.plan.max_len);
+  Arena arena(Arena::bytes<const A*>(max_blocks) + Arena::bytes<const S*>(max_blocks) +
+              Arena::bytes<A>(max_blocks * kLanes * E) + Arena::bytes<S>(kLanes * a.value_stride) +
+              Attend<S, A>::bytes(E, a.plan.max_len));
+  const A** key = arena.take<const A*>(max_blocks);
   const S** value = arena.take<const S*>(max_blocks);
-  S* packed = arena.take<S>(max_blocks * kLanes * E);
-  const Attend<S> attend(arena, E, a.max_len);
+  A* packed = arena.take<A>(max_blocks * kLanes * E);
+  S* seam = arena.take<S>(kLanes * a.value_stride);
+  const Attend<S, A> attend(arena, E, a.plan.max_len);
   for (int64_t b = 0; b < max_blocks; ++b) key[b] = packed + b * kLanes * E;
 
-  int64_t sequence = -1, kv_head = -1, num_packed = 0;
+  AttentionItem last{-1, -1, -1, 0, 0};
+  SequenceRows<S> keys{}, values{};
+  int64_t num_packed = 0;  // blocks, for `last`
+  AttentionItem next = find_item(a.plan, begin);
   for (int64_t i = begin; i < end; ++i) {
-    const AttentionItem item = find_item(a.plan, i);
-    const int64_t start = a.plan.cu[item.sequence];
-    const int64_t S_n = a.plan.cu[item.sequence + 1] - start;
-    if (item.sequence != sequence || item.kv_head != kv_head) {
-      sequence = item.sequence;
-      kv_head = item.kv_head;
-      num_packed = 0;
-      const S* rows = static_cast<const S*>(a.value) + start * a.value_stride + kv_head * E;
-      for (int64_t b = 0; b < blocks_of(S_n); ++b) value[b] = rows + b * kLanes * a.value_stride;
+    const AttentionItem item = next;
+    if (i + 1 < end) {
+      next = find_item(a.plan, i + 1);
+      prefetch_inputs<S>(a, next.kv_head, a.plan.cu[next.sequence] + next.first_token,
+                         next.num_tokens);
     }
-    const int64_t blocks = blocks_of(item.first_token + item.num_tokens);
-    if (blocks > num_packed) {  // chunks of one sequence share what is packed
-      pack_blocks(static_cast<const S*>(a.key) + start * a.key_stride + kv_head * E, a.key_stride,
-                  S_n, E, num_packed, blocks, packed);
+    const int64_t n = item.sequence, kv_head = item.kv_head;
+    if (n != last.sequence || kv_head != last.kv_head) {
+      const int64_t prompt = first_of_group(a.plan, item.group);
+      keys = sequence_rows<S>(a, a.key, a.key_stride, prompt, n, kv_head);
+      values = sequence_rows<S>(a, a.value, a.value_stride, prompt, n, kv_head);
+      // of a sibling's blocks those that hold nothing but prompt serve again
+      const int64_t whole = keys.prompt_len / kLanes;
+      if (item.group != last.group || kv_head != last.kv_head) num_packed = 0;
+      if (num_packed > whole) num_packed = whole;
+      last = item;
+    }
+    const int64_t first_visible = keys.prompt_len + item.first_token + 1;
+    const int64_t blocks = blocks_of(first_visible + item.num_tokens - 1);
+    if (blocks > num_packed) {
+      pack_blocks(keys, E, num_packed, blocks, packed);
+      point_blocks(values, E, num_packed, blocks, value, seam);
       num_packed = blocks;
     }
-    const int64_t first = start + item.first_token;
+    const int64_t first = a.plan.cu[n] + item.first_token;
     QueryRows<S> rows{};
     rows.query = static_cast<const S*>(a.query) + first * a.query_stride + kv_head * group * E;
     rows.out = static_cast<S*>(a.out) + (first * a.H + kv_head * group) * E;
@@ -64,8 +91,8 @@ void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
     rows.num_tokens = item.num_tokens;
     rows.group = group;
     rows.E = E;
-    rows.first_visible = item.first_token + 1;
-    attend(rows, KeyBlocks<S>{key, value, kLanes, a.value_stride}, static_cast<A>(a.scale));
+    rows.first_visible = first_visible;
+    attend(rows, KeyBlocks<S, A>{key, value, kLanes, a.value_stride}, static_cast<A>(a.scale));
   }
 }
 
@@ -117,39 +144,50 @@ GE_NOINLINE void gather(const A* weight, int64_t weight_stride, const A* rows, i
   }
 }
 
-// One (sequence, kv head).
+// In place: scores -> p, and dout . value -> ds; 0 where row m does not see the key.
+template <typename A, int M>
+GE_NOINLINE void slope_rows(A* p, A* ds, int64_t s_stride, const int64_t (&visible)[M],
+                            const A (&max)[M], const A (&inverse)[M], const A (&centre)[M],
+                            A scale) {
+  using V = Vec16<A>;
+  const V factor = V::set1(scale);
+  each_block(visible, [&](int64_t b, auto keep) GE_LAMBDA {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = m * s_stride + b * kLanes;
+      const V weight = vexp(V::load(p + at) - V::set1(max[m])) * V::set1(inverse[m]);
+      const V slope = weight * (V::load(ds + at) - V::set1(centre[m])) * factor;
+      keep(m, weight, A(0)).store(p + at);
+      keep(m, slope, A(0)).store(ds + at);
+    }
+  });
+}
+
+// One (group, kv head): the prompt and then the sequences that continue it, in their order.
 template <typename S>
-struct Backward {
+class Backward {
+ public:
   using A = Arith<S>;
   using V = Vec16<A>;
-  const RaggedAttentionArgs& a;
-  int64_t E, padded, group, s_stride;  // padded: E rounded up to whole vectors
-  const S **key, **key_row, **value;   // [blocks] -> [E][16], [16][E], [E][16]
-  S *packed_key, *packed_value;
-  A *q, *dout_t;                       // [E][kRows]
-  A *p, *ds;                           // [kTile][s_stride]
-  A *query_rows, *dout_rows;           // [kTile][padded], 0 past E
-  A *dkey, *dvalue;                    // [max_len rounded up][padded]
 
   static int64_t bytes(const RaggedAttentionArgs& a) {
-    const int64_t blocks = blocks_of(a.max_len), padded = blocks_of(a.E) * kLanes;
-    return 3 * Arena::bytes<const S*>(blocks) + 2 * Arena::bytes<S>(blocks * kLanes * a.E) +
-           2 * Arena::bytes<A>(a.E * kRows<A>) + 2 * Arena::bytes<A>(kTile * blocks * kLanes) +
-           2 * Arena::bytes<A>(kTile * padded) + 2 * Arena::bytes<A>(blocks * kLanes * padded);
+    const int64_t blocks = blocks_of(a.plan.max_len), padded = blocks_of(a.E) * kLanes;
+    return 2 * Arena::bytes<const A*>(blocks) + Arena::bytes<const S*>(blocks) +
+           2 * Arena::bytes<A>(blocks * kLanes * a.E) + Arena::bytes<S>(kLanes * a.key_stride) +
+           2 * Arena::bytes<A>(kTile * blocks * kLanes) + 2 * Arena::bytes<A>(kTile * padded) +
+           2 * Arena::bytes<A>(blocks * kLanes * padded);
   }
 
-  Backward(const RaggedAttentionArgs& args, Arena& arena) : a(args), E(args.E) {
-    const int64_t blocks = blocks_of(a.max_len);
-    padded = blocks_of(E) * kLanes;
-    group = a.H / a.plan.K;
+  Backward(const RaggedAttentionArgs& args, Arena& arena)
+      : a(args), E(args.E), padded(blocks_of(E) * kLanes), group(args.H / args.plan.K) {
+    const int64_t blocks = blocks_of(a.plan.max_len);
     s_stride = blocks * kLanes;
-    key = arena.take<const S*>(blocks);
+    key = arena.take<const A*>(blocks);
+    value = arena.take<const A*>(blocks);
     key_row = arena.take<const S*>(blocks);
-    value = arena.take<const S*>(blocks);
-    packed_key = arena.take<S>(s_stride * E);
-    packed_value = arena.take<S>(s_stride * E);
-    q = arena.take<A>(E * kRows<A>);
-    dout_t = arena.take<A>(E * kRows<A>);
+    packed_key = arena.take<A>(s_stride * E);
+    packed_value = arena.take<A>(s_stride * E);
+    seam = arena.take<S>(kLanes * a.key_stride);
     p = arena.take<A>(kTile * s_stride);
     ds = arena.take<A>(kTile * s_stride);
     query_rows = arena.take<A>(kTile * padded);
@@ -162,38 +200,51 @@ struct Backward {
     }
   }
 
-  void operator()(int64_t sequence, int64_t kv_head) {
-    const int64_t start = a.plan.cu[sequence], S_n = a.plan.cu[sequence + 1] - start;
-    if (S_n == 0) return;
-    const int64_t blocks = blocks_of(S_n);
-    const S* keys = static_cast<const S*>(a.key) + start * a.key_stride + kv_head * E;
-    const S* values = static_cast<const S*>(a.value) + start * a.value_stride + kv_head * E;
-    pack_blocks(keys, a.key_stride, S_n, E, 0, blocks, packed_key);
-    pack_blocks(values, a.value_stride, S_n, E, 0, blocks, packed_value);
-    for (int64_t b = 0; b < blocks; ++b) key_row[b] = keys + b * kLanes * a.key_stride;
-    memset(dkey, 0, blocks * kLanes * padded * sizeof(A));
-    memset(dvalue, 0, blocks * kLanes * padded * sizeof(A));
+  void operator()(int64_t group_index, int64_t kv_head) {
+    const int64_t prompt = first_of_group(a.plan, group_index);
+    const int64_t end = first_of_group(a.plan, group_index + 1);
+    for (int64_t n = prompt; n < end; ++n) {
+      const SequenceRows<S> keys =
+          sequence_rows<S>(a, a.key, a.key_stride, prompt, n, kv_head);
+      if (keys.len == keys.prompt_len) continue;
+      const SequenceRows<S> values =
+          sequence_rows<S>(a, a.value, a.value_stride, prompt, n, kv_head);
+      const int64_t begin = keys.prompt_len / kLanes, blocks = blocks_of(keys.len);
+      pack_blocks(keys, E, begin, blocks, packed_key);
+      pack_blocks(values, E, begin, blocks, packed_value);
+      point_blocks(keys, E, begin, blocks, key_row, seam);
+      const int64_t own = (keys.len - keys.prompt_len) * padded * sizeof(A);
+      memset(dkey + keys.prompt_len * padded, 0, own);
+      memset(dvalue + keys.prompt_len * padded, 0, own);
+      add_sequence(a.plan.cu[n], a.plan.cu[n + 1] - a.plan.cu[n], keys.prompt_len, kv_head);
+      if (n > prompt) write_keys(n, keys.prompt_len, kv_head);
+    }
+    write_keys(prompt, 0, kv_head);
+  }
 
+ private:
+  // The query rows of one sequence of `tokens` tokens from token `start` on, after `before` keys.
+  void add_sequence(int64_t start, int64_t tokens, int64_t before, int64_t kv_head) {
     RowPlace place;
-    for (int64_t left = S_n * group; left > 0;) {
+    for (int64_t left = tokens * group; left > 0;) {
       const int count = left < kTile ? static_cast<int>(left) : kTile;
       left -= count;
       RowPlace last = place;
       last.advance(count - 1, group);
-      const int64_t seen = last.token + 1;  // keys that the last row sees
+      const int64_t seen = before + last.token + 1;  // keys that the last row sees
       const RowPlace first = place;
       for (int done = 0; done < count;) {
         const int m = tile_rows<A>(count - done);
         with_rows<kRows<A>>(m, [&](auto rows) {
-          differentiate<decltype(rows)::value>(start, kv_head, place, done, seen);
+          differentiate<decltype(rows)::value>(start, before, kv_head, place, done, seen);
         });
         place.advance(m, group);
         done += m;
       }
       for (int64_t j = 0; j < seen; j += kRows<A>) {
         // the first row of the tile that sees key j
-        const int64_t before = (j - first.token) * group - first.head;
-        const int skip = before > 0 ? static_cast<int>(before) : 0;
+        const int64_t earlier = (j - before - first.token) * group - first.head;
+        const int skip = earlier > 0 ? static_cast<int>(earlier) : 0;
         const int m = seen - j < kRows<A> ? static_cast<int>(seen - j) : kRows<A>;
         with_rows<kRows<A>>(m, [&](auto rows) {
           constexpr int M = decltype(rows)::value;
@@ -204,11 +255,15 @@ struct Backward {
         });
       }
     }
-    for (int64_t j = 0; j < S_n; ++j) {
-      const int64_t at = ((start + j) * a.plan.K + kv_head) * E;
-      each_vector(E, [&](int64_t e, int n) {
-        store(V::load(dkey + j * padded + e), static_cast<S*>(a.dkey) + at + e, n);
-        store(V::load(dvalue + j * padded + e), static_cast<S*>(a.dvalue) + at + e, n);
+  }
+
+  // The gradients of the tokens of sequence n, which begin at position `before`.
+  void write_keys(int64_t n, int64_t before, int64_t kv_head) {
+    for (int64_t t = a.plan.cu[n], j = before; t < a.plan.cu[n + 1]; ++t, ++j) {
+      const int64_t at = (t * a.plan.K + kv_head) * E;
+      each_vector(E, [&](int64_t e, int count) {
+        store(V::load(dkey + j * padded + e), static_cast<S*>(a.dkey) + at + e, count);
+        store(V::load(dvalue + j * padded + e), static_cast<S*>(a.dvalue) + at + e, count);
       });
     }
   }
@@ -216,49 +271,51 @@ struct Backward {
   // p and ds of the M rows from `first` on, which become rows [slot, slot + M) of the tile, and
   // their dquery. Columns up to the block of key seen - 1 are written.
   template <int M>
-  __attribute__((noinline)) void differentiate(int64_t start, int64_t kv_head, RowPlace first,
-                                               int slot, int64_t seen) {
+  __attribute__((noinline)) void differentiate(int64_t start, int64_t before, int64_t kv_head,
+                                               RowPlace first, int slot, int64_t seen) {
     RowPlace place[M];
     int64_t visible[M];
     A centre[M];
-    place_rows(first, group, 1, place, visible);
+    const A *q[M], *g[M];
+    place_rows(first, group, before + 1, place, visible);
     const S* query = static_cast<const S*>(a.query) + start * a.query_stride + kv_head * group * E;
     const int64_t rows = (start * a.H + kv_head * group) * E, stride = a.H * E;
-    const S* dout = static_cast<const S*>(a.dout) + rows;
     for (int m = 0; m < M; ++m) {
-      const S* g_row = dout + place[m].token * stride + place[m].head * E;
+      const int64_t at = rows + place[m].token * stride + place[m].head * E;
       const S* q_row = query + place[m].token * a.query_stride + place[m].head * E;
-      const S* out = static_cast<const S*>(a.out) + rows + (g_row - dout);
+      const S* dout = static_cast<const S*>(a.dout) + at;
+      const S* out = static_cast<const S*>(a.out) + at;
+      A* q_copy = query_rows + (slot + m) * padded;
+      A* g_copy = dout_rows + (slot + m) * padded;
       V dots = V::zero();
       each_vector(E, [&](int64_t e, int n) {
-        const V g = load<V>(g_row + e, n);
-        dots = fma(g, load<V>(out + e, n), dots);
-        g.store(dout_rows + (slot + m) * padded + e);
-        load<V>(q_row + e, n).store(query_rows + (slot + m) * padded + e);
+        const V x = load<V>(dout + e, n);
+        dots = fma(x, load<V>(out + e, n), dots);
+        x.store(g_copy + e);
+        load<V>(q_row + e, n).store(q_copy + e);
       });
       centre[m] = sum(dots);
+      q[m] = q_copy;
+      g[m] = g_copy;
     }
-    load_rows(query, a.query_stride, E, place, q);
-    load_rows(dout, stride, E, place, dout_t);
     const int64_t blocks = blocks_of(visible[M - 1]);
     const A scale = static_cast<A>(a.scale);
-    score_rows<S, M>(q, key, kLanes, E, scale, blocks, p + slot * s_stride, s_stride);
-    score_rows<S, M>(dout_t, value, kLanes, E, A(1), blocks, ds + slot * s_stride, s_stride);
+    score_rows<A, M>(q, key, kLanes, E, scale, blocks, p + slot * s_stride, s_stride);
+    score_rows<A, M>(g, value, kLanes, E, A(1), blocks, ds + slot * s_stride, s_stride);
+    A max[M], inverse[M];
     for (int m = 0; m < M; ++m) {
       const A* stats = static_cast<const A*>(a.stats) +
                        ((start + place[m].token) * a.H + kv_head * group + place[m].head) * 2;
-      const V max = V::set1(stats[0]), inverse = V::set1(stats[1]);
-      const V mean = V::set1(centre[m]), factor = V::set1(scale);
-      A* p_row = p + (slot + m) * s_stride;
-      A* ds_row = ds + (slot + m) * s_stride;
-      for (int64_t j = 0; j < seen; j += kLanes) {
-        const int64_t left = visible[m] - j;
-        const int n = left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
-        const V weight = vexp(V::load(p_row + j) - max) * inverse;
-        const V slope = weight * (V::load(ds_row + j) - mean) * factor;
-        keep_first(weight, n, A(0)).store(p_row + j);
-        keep_first(slope, n, A(0)).store(ds_row + j);
-      }
+      max[m] = stats[0];
+      inverse[m] = stats[1];
+    }
+    slope_rows(p + slot * s_stride, ds + slot * s_stride, s_stride, visible, max, inverse, centre,
+               scale);
+    // keys that only later rows of the tile see
+    const int64_t rest = (blocks_of(seen) - blocks) * kLanes * sizeof(A);
+    for (int m = 0; rest > 0 && m < M; ++m) {
+      memset(p + (slot + m) * s_stride + blocks * kLanes, 0, rest);
+      memset(ds + (slot + m) * s_stride + blocks * kLanes, 0, rest);
     }
     weigh_rows<S, M>(ds + slot * s_stride, s_stride, key_row, a.key_stride, E, visible,
                      [&](int m, int64_t column, int lanes, V acc) {
@@ -267,13 +324,33 @@ struct Backward {
                        store(acc, dquery + column, lanes);
                      });
   }
+
+  const RaggedAttentionArgs& a;
+  int64_t E, padded, group, s_stride;  // padded: E rounded up to whole vectors
+  const A **key, **value;              // [blocks] -> [E][16]
+  const S** key_row;                   // [blocks] -> [16][E]
+  A *packed_key, *packed_value;
+  S* seam;                             // [16][key_stride]
+  A *p, *ds;                           // [kTile][s_stride]
+  A *query_rows, *dout_rows;           // [kTile][padded], 0 past E
+  A *dkey, *dvalue;                    // [max_len rounded up][padded]
 };
 
 template <typename S>
 void backward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
   Arena arena(Backward<S>::bytes(a));
   Backward<S> differentiate(a, arena);
-  for (int64_t i = begin; i < end; ++i) differentiate(i / a.plan.K, i % a.plan.K);
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + 1 < end) {
+      const int64_t kv_head = (i + 1) % a.plan.K, width = a.H / a.plan.K * a.E;
+      const int64_t n = first_of_group(a.plan, (i + 1) / a.plan.K), first = a.plan.cu[n];
+      const int64_t len = a.plan.cu[n + 1] - first, tokens = len < kQueryChunk ? len : kQueryChunk;
+      prefetch_inputs<S>(a, kv_head, first, tokens);
+      prefetch_rows<S>(a.out, a.H * a.E, width, kv_head, first, tokens);
+      prefetch_rows<S>(a.dout, a.H * a.E, width, kv_head, first, tokens);
+    }
+    differentiate(i / a.plan.K, i % a.plan.K);
+  }
 }
 
 }  // namespace

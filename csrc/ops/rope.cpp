@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "core/checks.h"
 #include "core/parallel.h"
+#include "ops/rope_table.h"
 
 namespace grpo_engine {
 namespace {
@@ -28,9 +31,10 @@ at::Tensor meta(const at::Tensor& x, const at::Tensor& position, double theta, b
 
 // Row r: cos, then sin, of the E/2 angles of position_of(r).
 template <typename PositionOf>
-std::vector<float> make_table(int64_t rows, int64_t E, double theta, PositionOf position_of) {
+std::shared_ptr<const std::vector<float>> make_table(int64_t rows, int64_t E, double theta, PositionOf position_of) {
   const int64_t half = E / 2;
-  std::vector<float> frequency(half), table(rows * E);
+  std::vector<float> frequency(half);
+  auto table = std::make_shared<std::vector<float>>(rows * E);
   for (int64_t i = 0; i < half; ++i) {
     const float exponent = static_cast<float>(2 * i) / static_cast<float>(E);
     frequency[i] = 1.f / static_cast<float>(std::pow(theta, static_cast<double>(exponent)));
@@ -39,13 +43,28 @@ std::vector<float> make_table(int64_t rows, int64_t E, double theta, PositionOf 
   at::parallel_for(0, rows, kAnglesPerTask / half + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float position = static_cast<float>(position_of(r));
+      float* row = table->data() + r * E;
       for (int64_t i = 0; i < half; ++i) {
         const double angle = position * frequency[i];  // the product is rounded to float32
-        table[r * E + i] = static_cast<float>(std::cos(angle));
-        table[r * E + half + i] = static_cast<float>(std::sin(angle));
+        row[i] = static_cast<float>(std::cos(angle));
+        row[half + i] = static_cast<float>(std::sin(angle));
       }
     }
   });
+  return table;
+}
+
+// Positions 0 .. 2^n - 1 of each (E, theta) that was asked for.
+std::shared_ptr<const std::vector<float>> kept_table(int64_t positions, int64_t E, double theta) {
+  static std::mutex mutex;
+  static std::map<std::pair<int64_t, double>, std::shared_ptr<const std::vector<float>>> tables;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& table = tables[{E, theta}];
+  if (!table || static_cast<int64_t>(table->size()) < positions * E) {
+    int64_t rows = 64;
+    while (rows < positions) rows *= 2;
+    table = make_table(rows, E, theta, [](int64_t r) { return r; });
+  }
   return table;
 }
 
@@ -58,25 +77,34 @@ at::Tensor cpu(const at::Tensor& x, const at::Tensor& position, double theta, bo
   args.H = x.size(1);
   args.E = x.size(2);
   args.x_stride = x.stride(0);
+  args.y_stride = args.H * args.E;
   args.inverse = inverse;
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
   args.position = position.const_data_ptr<int64_t>();
-  const auto [low, high] = std::minmax_element(args.position, args.position + args.T);
+  const int64_t* low = std::min_element(args.position, args.position + args.T);
   TORCH_CHECK_VALUE(*low >= 0, kOp, ": position must be >= 0, got ", *low, " at row ",
                     low - args.position);
-  // Packed sequences share positions: then one row for each position, else one for each token.
-  const bool by_position = *high - *low < args.T;
-  args.first_position = by_position ? *low : -1;
-  const std::vector<float> table =
-      by_position ? make_table(*high - *low + 1, args.E, theta, [&](int64_t r) { return *low + r; })
-                  : make_table(args.T, args.E, theta, [&](int64_t r) { return args.position[r]; });
-  args.table = table.data();
+  const RopeTable table = rope_table(args.position, args.T, args.E, theta);
+  args.first_position = table.first_position;
+  args.table = table.rows->data();
   parallel_items(rope_cpu, args, args.T, 3.0 * args.H * args.E);
   return y;
 }
 
 }  // namespace
+
+RopeTable rope_table(const int64_t* position, int64_t T, int64_t E, double theta) {
+  constexpr int64_t kKept = 32768;  // 8 MB at E = 64
+  const auto [low, high] = std::minmax_element(position, position + T);
+  if (*high < kKept) return {kept_table(*high + 1, E, theta), 0};
+  // Packed sequences share positions: then one row for each position, else one for each token.
+  const int64_t first = *low;
+  if (*high - first < T) {
+    return {make_table(*high - first + 1, E, theta, [&](int64_t r) { return first + r; }), first};
+  }
+  return {make_table(T, E, theta, [&](int64_t r) { return position[r]; }), -1};
+}
 
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def("rope(Tensor x, Tensor position, float theta, bool inverse) -> Tensor");

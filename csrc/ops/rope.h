@@ -22,6 +22,7 @@ struct RopeArgs {
   DType dtype;
   int64_t T, H, E;
   int64_t x_stride;         // elements from x[t] to x[t+1]
+  int64_t y_stride;         // likewise; y may be x itself
   bool inverse;             // rotate by -a
   const void* x;            // [T, H, E]
   void* y;                  // [T, H, E]

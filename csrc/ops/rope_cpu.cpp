@@ -15,7 +15,7 @@ void rotate(const RopeArgs& a, int64_t begin, int64_t end) {
     const float* cosine = a.table + (a.first_position < 0 ? t : a.position[t] - a.first_position) * a.E;
     const float* sine = cosine + half;
     const S* x = static_cast<const S*>(a.x) + t * a.x_stride;
-    S* y = static_cast<S*>(a.y) + t * a.H * a.E;
+    S* y = static_cast<S*>(a.y) + t * a.y_stride;
     each_vector(half, [&](int64_t i, int n) {
       const V c = load<V>(cosine + i, n), s = load<V>(sine + i, n) * sign;
       for (int64_t h = 0; h < a.H; ++h) {

@@ -7,8 +7,10 @@
 //   token = the first kept v with  sum_{w <= v, kept} p_w  >=  u * kept mass,  u = philox(seed, position)
 //
 // One uniform a token and no sort: the row is reduced in blocks (core/row_stats.h), u picks a block by
-// its mass and then a token inside it. Sums across blocks are float64. The draw depends on the row, its
-// seed and its position alone.
+// its mass, then a vector in it, then a token. A filter is a threshold on z. It is found by measuring the
+// tail (count or mass) at 16 thresholds a pass, each pass inside the interval that the one before left;
+// blocks whose largest z is below are skipped. exp is float32; sums are float32 within a block and
+// float64 across blocks, in order. The draw depends on the row, its seed and its position alone.
 //   temperature 0   the lowest id among the largest logits; log-prob 0; entropy and full log-prob are
 //                   those of temperature 1
 //   a row whose z holds NaN or +inf, or -inf only: token -1, NaN everywhere else; other rows are
@@ -21,39 +23,23 @@
 
 namespace grpo_engine {
 
-// One row while it is being sampled. The kernels fill and read it in this order: blocks, then gather
-// if a filter is on, then pick if not.
-struct SampleRow {
-  // in
-  DType dtype;             // f32 or bf16
-  int64_t V;
-  const void* logits;      // [V]
-  float inv_temperature;
-  // written by sample_blocks
-  float* block_max;        // [blocks], of z
-  float* block_sum;        // [blocks], sum exp(z - block max)
-  double max, sum;         // over the row: M and Z = sum exp(z - M)
-  double entropy;
-  // gather: tokens with z >= threshold, in order of id
-  float threshold;
-  int64_t* candidate_id;   // [V]
-  float* candidate_z;      // [V]
-  int64_t num_candidates;
-  // pick: in the block that holds the draw, what is left to go of the block's share in [0, 1]
-  int64_t block;
-  double share;
-  int64_t token;           // written by pick and argmax
+struct SampleTokenArgs {
+  DType dtype;                // of logits: f32 or bf16
+  int64_t B, V;
+  int64_t row_stride;         // elements from row to row of logits
+  const void* logits;         // [B, V]
+  const int64_t* seed;        // [B]
+  const int64_t* position;    // [B]
+  const float* temperature;   // [B]
+  const int64_t* top_k;       // [B] or null; <= 0 or >= V: off
+  const float* top_p;         // [B] or null; 1: off
+  const float* min_p;         // [B] or null; 0: off
+  int64_t* token;             // [B]
+  float* logprob;             // [B]
+  float* full_logprob;        // [B]
+  float* entropy;             // [B]
 };
 
-inline constexpr int64_t kSampleBlock = 512;  // logits a block; equals kRowBlock of core/row_stats.h
-
-struct SampleRows {
-  SampleRow* row;  // items index it
-};
-
-GE_CPU_KERNEL(sample_blocks, SampleRows)
-GE_CPU_KERNEL(sample_gather, SampleRows)
-GE_CPU_KERNEL(sample_pick, SampleRows)
-GE_CPU_KERNEL(sample_argmax, SampleRows)  // needs block_max
+GE_CPU_KERNEL(sample_token, SampleTokenArgs)  // items: rows
 
 }  // namespace grpo_engine

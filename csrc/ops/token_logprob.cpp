@@ -14,9 +14,9 @@ namespace grpo_engine {
 namespace {
 
 constexpr const char* kOp = "token_logprob";
-constexpr int64_t kWave = 192;          // rows of a tile: 384 KiB of float32 logits
-constexpr int64_t kWindowRows = 512;    // rows and vocabulary ids of the window of dlogits that
-constexpr int64_t kWindowIds = 2048;    // backward holds: 4 MiB, in whole blocks of kVocabBlock
+// Rows of a tile and of the window of dlogits that backward holds. The window has one block of kVocabBlock
+// ids for each thread: 512 KiB of float32, which stays in the second-level cache for both products.
+constexpr int64_t kWave = 256;
 
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
@@ -123,7 +123,8 @@ std::tuple<at::Tensor, at::Tensor> backward_cpu(
   const auto sums = g_logprob.options();  // both gradients are summed in arithmetic type
   const int64_t T = args.T, D = args.D, V = args.V;
   if (T == 0) return {dhidden, dweight.zero_()};
-  const int64_t window_rows = std::min(T, kWindowRows), window_ids = std::min(V, kWindowIds);
+  const int64_t window_rows = std::min(T, kWave);
+  const int64_t window_ids = std::min<int64_t>(V, kVocabBlock * at::get_num_threads());
   const int64_t size = static_cast<int64_t>(g_logprob.element_size());
   const int64_t stored = static_cast<int64_t>(hidden.element_size());
 

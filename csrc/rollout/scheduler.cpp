@@ -415,7 +415,7 @@ std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
   for (Sequence* sequence : samples_) sequence->reserve_token();
 
   // From here on nothing allocates memory, so nothing fails.
-  for (const Work& work : work_) totals_.tokens += work.sequence->advance(work.count);
+  for (const Work& work : work_) advance(work);
   for (size_t s = 0; s < tokens.size(); ++s) samples_[s]->append(tokens[s]);
   // The answers that a computed prompt starts: all but the first have no pages yet.
   for (Sequence* sequence : samples_) {
@@ -433,6 +433,21 @@ std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
   ++totals_.steps;
   step_open_ = false;
   return finished;
+}
+
+void Scheduler::advance(const Work& work) {
+  // each token sees itself and all before it
+  const auto pairs = [](int64_t begin, int64_t end) {
+    return (end * (end + 1) - begin * (begin + 1)) / 2;
+  };
+  const int64_t begin = work.sequence->computed();
+  const int64_t samples = work.samples() ? entry_size(*work.sequence) : 0;
+  const TokenCounts counts = work.sequence->advance(work.count);
+  const int64_t end = work.sequence->computed(), first_decoded = end - counts.decode;
+  totals_.tokens += counts;
+  totals_.prefill_pairs += pairs(begin, first_decoded);
+  totals_.decode_pairs += pairs(first_decoded, end);
+  (counts.decode > 0 ? totals_.decode_samples : totals_.prefill_samples) += samples;
 }
 
 // ---- check ----------------------------------------------------------------------------------

@@ -70,6 +70,12 @@ struct StepPlan {
 // Sums since construction. Tokens count when their step is committed.
 struct SchedulerTotals {
   TokenCounts tokens;
+  // What the cost of a phase follows from: query-key pairs of the attention, and drawn tokens.
+  // Recomputed tokens belong to prefill, and so do the first tokens of answers.
+  int64_t prefill_pairs = 0;
+  int64_t decode_pairs = 0;
+  int64_t prefill_samples = 0;
+  int64_t decode_samples = 0;
   int64_t preemptions = 0;
   int64_t shared_page_hits = 0;  // full prompt pages that a sequence took from a sibling
   int64_t page_copies = 0;
@@ -159,6 +165,7 @@ class Scheduler {
   void prepare_pages(Sequence& sequence, StepPlan& plan);
   void admit(int64_t budget);
   void write_plan(StepPlan& plan) const;
+  void advance(const Work& work);
   void check_pages() const;
   void check_queues() const;
 

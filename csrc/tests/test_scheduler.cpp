@@ -305,6 +305,10 @@ TEST(Scheduler, AGroupSharesItsPromptAroundEveryPageBoundary) {
       EXPECT_EQ(totals.tokens.prefill, prompt_length);
       EXPECT_EQ(totals.tokens.decode, group_size * 8);  // the ninth is drawn, never computed
       EXPECT_EQ(totals.tokens.recomputed, 0);
+      EXPECT_EQ(totals.prefill_pairs, prompt_length * (prompt_length + 1) / 2);
+      EXPECT_EQ(totals.decode_pairs, group_size * (8 * prompt_length + 36));  // + 1, + 2 ... + 8
+      EXPECT_EQ(totals.prefill_samples, group_size);
+      EXPECT_EQ(totals.decode_samples, group_size * 8);
       EXPECT_EQ(totals.shared_page_hits, (group_size - 1) * (prompt_length / kPage));
     }
   }

@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import pebble
@@ -80,6 +80,23 @@ class RewardPool:
         self._closed = True
         self._stop_lanes()
 
+    def begin(self, problems: Sequence[Problem], *, progress: Progress | None = None) -> Scoring:
+        """Opens the scoring of answers that are yet to come, so that workers score the first while others are made.
+
+        Args:
+            problems: N problems; problems[i].reward names the scorer of answer i.
+            progress: called after each answer with how many are scored and N.
+
+        Returns:
+            A `Scoring`, to be used as a context manager; another one waits until it is left.
+
+        Raises:
+            ValueError: a problem names no known scorer.
+            RuntimeError: the pool is closed.
+        """
+        targets = {name: scorer_target(name) for name in dict.fromkeys(p.reward for p in problems)}
+        return Scoring(self, problems, targets, progress)
+
     def score(
         self, responses: Sequence[str], problems: Sequence[Problem], *, progress: Progress | None = None
     ) -> list[Reward]:
@@ -101,26 +118,13 @@ class RewardPool:
         """
         if len(responses) != len(problems):
             raise ValueError(f"RewardPool.score: {len(responses)} responses do not go with {len(problems)} problems")
-        targets = {name: scorer_target(name) for name in dict.fromkeys(p.reward for p in problems)}
-        with self._lock:
-            self._refuse_closed()
-            scoring = _Scoring(responses, problems, targets, progress)
-            for name in targets:
-                if name in HARMLESS:
-                    scoring.here(name)
-            if scoring.waiting:
-                self._start_lanes(targets)
-                try:
-                    self._drive(scoring)
-                except BaseException:
-                    self._stop_lanes()  # answers may still be in them
-                    raise
-        scoring.report()
-        return scoring.rewards
+        with self.begin(problems, progress=progress) as scoring:
+            scoring.add(range(len(responses)), responses)
+            return scoring.finish()
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            raise RuntimeError("RewardPool.score: the pool is closed")
+            raise RuntimeError("RewardPool: the pool is closed")
 
     def _start_lanes(self, targets: dict[str, str]) -> None:
         wanted = tuple(sorted({t for name, t in targets.items() if name not in HARMLESS} | set(self._targets)))
@@ -142,79 +146,134 @@ class RewardPool:
         if self._scratch is not None:
             self._scratch.cleanup()
 
-    def _drive(self, scoring: _Scoring) -> None:
-        idle = list(self._lanes)
-        busy: dict[concurrent.futures.Future, tuple[_Lane, int]] = {}
-        while scoring.waiting or busy:
-            while idle and scoring.waiting:
-                lane, index = idle.pop(), scoring.waiting.popleft()
-                busy[lane.submit(*scoring.work(index))] = lane, index
-            done, _ = concurrent.futures.wait(busy, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
-            self._refuse_closed()  # by another thread: a stopped lane settles nothing any more
-            now = time.monotonic()
-            overdue = [f for f, (lane, _) in busy.items() if f not in done and now > lane.deadline]
-            for future in [*done, *overdue]:
-                lane, index = busy.pop(future)
-                outcome = lane.outcome(future)
-                if outcome is None:  # the worker died before it took the answer up: not the answer's fault
-                    scoring.waiting.appendleft(index)
-                else:
-                    scoring.settle(index, *outcome)
-                idle.append(lane)
 
+class Scoring:
+    """Answers on their way through a pool; see `RewardPool.begin`.
 
-class _Scoring:
-    """One call of `RewardPool.score`."""
+    Harmless scorers run where the answer is added. The others run in workers, which get their next answers whenever
+    one is added: no thread of this process waits for them.
+    """
 
     def __init__(
-        self,
-        responses: Sequence[str],
-        problems: Sequence[Problem],
-        targets: dict[str, str],
-        progress: Progress | None,
+        self, pool: RewardPool, problems: Sequence[Problem], targets: dict[str, str], progress: Progress | None
     ) -> None:
-        self.responses, self.problems, self.targets, self.progress = responses, problems, targets, progress
-        self.rewards: list[Reward] = [Reward(value=0.0)] * len(problems)
-        self.waiting = collections.deque(i for i, p in enumerate(problems) if p.reward not in HARMLESS)
-        self.scored = 0
-        self.failures: list[tuple[int, str, str]] = []
+        self._pool, self._problems, self._targets, self._progress = pool, problems, targets, progress
+        self._here = {name: import_scorer(target) for name, target in targets.items() if name in HARMLESS}
+        self._rewards: list[Reward | None] = [None] * len(problems)
+        self._responses: dict[int, str] = {}  # that workers have yet to score
+        self._waiting: collections.deque[int] = collections.deque()
+        self._idle: list[_Lane] = []
+        self._busy: dict[concurrent.futures.Future, tuple[_Lane, int]] = {}
+        self._scored = 0
+        self._failures: list[tuple[int, str, str]] = []
 
-    def here(self, name: str) -> None:
-        """Scores the answers of one harmless scorer in this process."""
-        scorer = import_scorer(self.targets[name])
-        for i, problem in enumerate(self.problems):
-            if problem.reward == name:
+    def __enter__(self) -> Scoring:
+        self._pool._lock.acquire()
+        try:
+            self._pool._refuse_closed()
+        except BaseException:
+            self._pool._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._waiting or self._busy:  # left early, by an exception
+                self._pool._stop_lanes()
+        finally:
+            self._pool._lock.release()
+
+    def add(self, indices: Iterable[int], responses: Iterable[str]) -> None:
+        """Gives some answers to be scored.
+
+        Args:
+            indices: which answers; each once.
+            responses: decoded, one an index.
+
+        Raises:
+            RuntimeError: the pool is closed, or workers cannot be started.
+        """
+        for index, response in zip(indices, responses, strict=True):
+            problem = self._problems[index]
+            if problem.reward in self._here:
                 try:
-                    outcome = checked(scorer, self.responses[i], problem)
+                    outcome = checked(self._here[problem.reward], response, problem)
                 except Exception as e:
                     outcome = Outcome(0.0, f"{type(e).__name__}: {e}")
-                self.settle(i, outcome, "error" if outcome.error else "ok")
+                self._settle(index, outcome, "error" if outcome.error else "ok")
+            else:
+                self._responses[index] = response
+                self._waiting.append(index)
+        if self._waiting or self._busy:
+            self._pump(timeout=0.0)
 
-    def work(self, index: int) -> tuple[str, str, str, dict]:
-        problem = self.problems[index]
-        return self.targets[problem.reward], self.responses[index], problem.answer, dict(problem.info)
+    def finish(self) -> list[Reward]:
+        """Waits for the answers that are not scored yet.
 
-    def settle(self, index: int, outcome: Outcome, status: str) -> None:
+        Returns:
+            N rewards in the order of the problems.
+
+        Raises:
+            ValueError: an answer was never added.
+            RuntimeError: see `add`.
+        """
+        while self._waiting or self._busy:
+            self._pump(timeout=1.0)
+        if None in self._rewards:
+            raise ValueError(f"Scoring.finish: answer {self._rewards.index(None)} was never added")
+        self._report()
+        return list(self._rewards)
+
+    def _pump(self, timeout: float) -> None:
+        """Feeds idle workers, waits up to `timeout` for one to be done, and takes in what is done."""
+        self._pool._refuse_closed()  # by another thread: a stopped lane settles nothing any more
+        if not (self._idle or self._busy):
+            self._pool._start_lanes(self._targets)
+            self._idle = list(self._pool._lanes)
+        self._feed()
+        done, _ = concurrent.futures.wait(self._busy, timeout=timeout, return_when=concurrent.futures.FIRST_COMPLETED)
+        self._pool._refuse_closed()
+        now = time.monotonic()
+        overdue = [f for f, (lane, _) in self._busy.items() if f not in done and now > lane.deadline]
+        for future in [*done, *overdue]:
+            lane, index = self._busy.pop(future)
+            outcome = lane.outcome(future)
+            if outcome is None:  # the worker died before it took the answer up: not the answer's fault
+                self._waiting.appendleft(index)
+            else:
+                del self._responses[index]
+                self._settle(index, *outcome)
+            self._idle.append(lane)
+        self._feed()
+
+    def _feed(self) -> None:
+        while self._idle and self._waiting:
+            lane, index = self._idle.pop(), self._waiting.popleft()
+            problem = self._problems[index]
+            work = self._targets[problem.reward], self._responses[index], problem.answer, dict(problem.info)
+            self._busy[lane.submit(*work)] = lane, index
+
+    def _settle(self, index: int, outcome: Outcome, status: str) -> None:
         if status != "ok":
-            self.failures.append((index, status, outcome.error or ""))
-        self.rewards[index] = Reward(value=outcome.value, status=status)
-        self.scored += 1
-        if self.progress is not None:
-            self.progress(self.scored, len(self.problems))
+            self._failures.append((index, status, outcome.error or ""))
+        self._rewards[index] = Reward(value=outcome.value, status=status)
+        self._scored += 1
+        if self._progress is not None:
+            self._progress(self._scored, len(self._problems))
 
-    def report(self) -> None:
-        if not self.failures:
+    def _report(self) -> None:
+        if not self._failures:
             return
-        counts = collections.Counter(status for _, status, _ in self.failures)
-        index, status, error = self.failures[0]
+        counts = collections.Counter(status for _, status, _ in self._failures)
+        index, status, error = min(self._failures)
         _log.warning(
             "%d of %d answers could not be scored and count as 0 (%s); the first: %s of scorer %r on problem %s%s",
-            len(self.failures),
-            len(self.problems),
+            len(self._failures),
+            len(self._problems),
             ", ".join(f"{n} {s}" for s, n in sorted(counts.items())),
             status,
-            self.problems[index].reward,
-            self.problems[index].uid,
+            self._problems[index].reward,
+            self._problems[index].uid,
             f": {error}" if error else "",
         )
 

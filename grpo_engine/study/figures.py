@@ -23,6 +23,7 @@ KIND_COLOR = {"base": BLUE, "instruct": VERMILION, "control": GREY}
 PHASE_COLOR = {
     "prefill": SKY, "decode": BLUE, "reference": PINK, "forward": GREEN, "backward": "#00543d",
     "optimizer": YELLOW, "reward": VERMILION, "evaluation": "#bdbdbd",
+    "checkpoint": ORANGE, "other": "#4d4d4d",
 }  # fmt: skip
 _RAMP = ("#4dbb6d", "#21918c", "#31688e", "#443983", "#2a0a3d")  # light to dark, small to large (after viridis)
 

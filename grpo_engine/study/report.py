@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import records
-from ..records import PHASES, EvalRecord, Run
+from ..cost import COST_HEAD, OTHER, cost_rows, mean_cost, total_cost
+from ..records import PHASES, EvalRecord, PhaseCost, Run
 from .design import STUDY_FILE, Cell, Plan, duration, human, load_study, plan
 from .figures import (
     GREY,
@@ -616,55 +617,60 @@ def _transfer_figure(data: StudyData) -> Figure | None:
 
 
 def _cost_figure(data: StudyData) -> Figure | None:
-    seconds, flops = _costs(data, "seconds"), _costs(data, "flops")
-    if not seconds:
+    costs = _costs(data)
+    if not costs:
         return None
     panels = []
-    for title, table, show in (("Time", seconds, duration), ("FLOPs", flops, tick_text)):
-        if not table:
+    for title, what, show in (("Time", "seconds", duration), ("FLOPs", "flops", tick_text)):
+        rows = [(label, {p: getattr(c, what) or 0.0 for p, c in cost.items()}) for label, cost in costs]
+        totals = [sum(values.values()) for _, values in rows]
+        if not all(totals):
             continue
-        phases = [p for p in PHASES if any(p in costs for _, costs in table)]
-        totals = [sum(costs.values()) for _, costs in table]
         panels.append(
             BarPanel(
                 title=title,
                 x_label=f"% of a run's {'time' if title == 'Time' else 'FLOPs'}",
-                rows=[f"{size}: {show(total)}" for (size, _), total in zip(table, totals, strict=True)],
+                rows=[f"{label}: {show(total)}" for (label, _), total in zip(rows, totals, strict=True)],
                 parts=[
                     (p, PHASE_COLOR[p],
-                     [100 * costs.get(p, 0.0) / total for (_, costs), total in zip(table, totals, strict=True)])
-                    for p in phases
+                     [100 * values.get(p, 0.0) / total for (_, values), total in zip(rows, totals, strict=True)])
+                    for p in (*PHASES, OTHER) if any(values.get(p) for _, values in rows)
                 ],
             )
         )  # fmt: skip
-    used = [p for p in PHASES if any(p == label for panel in panels for label, _, _ in panel.parts)]
+    used = dict.fromkeys(label for panel in panels for label, _, _ in panel.parts)
     return Figure(
         name="cost",
         title="Where the cost goes",
-        caption="Of one GRPO run from a base model (mean over runs), by phase of the step; the row's name holds the "
-        "total. Prefill and decode sample the answers; reference is the KL's forward pass.",
+        caption="Of one run (mean over runs), by phase; the row's name holds the total. Prefill and decode sample the "
+        "answers; reference is the KL's forward pass; other is wall-clock that no phase was booked for, starting up "
+        "included.",
         panels=panels,
-        legend=tuple((p, PHASE_COLOR[p], "box") for p in used),
-        height=90 + 42 * len(seconds),
+        legend=tuple((p, PHASE_COLOR[p], "box") for p in (*PHASES, OTHER) if p in used),
+        height=90 + 34 * len(costs),
     )
 
 
-def _costs(data: StudyData, what: str) -> list[tuple[str, dict[str, float]]]:
-    """Mean over a size's main runs of the sum over steps, by phase."""
-    kind = data.kinds[0]
-    out = []
-    for size in data.sizes:
-        runs = [r for r in data.main(size, kind) if r.timings]
-        totals: dict[str, float] = {}
-        for run in runs:
-            for t in run.timings:
-                for name, cost in t.phase.items():
-                    value = getattr(cost, what)
-                    if value:
-                        totals[name] = totals.get(name, 0.0) + value / len(runs)
-        if totals:
-            out.append((size, totals))
-    return out
+def _cost_table(data: StudyData) -> _Table:
+    return _Table(
+        title="Cost of a run by phase",
+        head=("run", *COST_HEAD),
+        rows=[(label, *row) for label, cost in _costs(data) for row in cost_rows(cost)],
+        text_columns=2,
+        summary="Seconds, tokens and FLOPs of each phase",
+        note="Mean over runs. GFLOP/s: FLOPs of the matrix products and the attention over the phase's own seconds.",
+    )
+
+
+def _costs(data: StudyData) -> list[tuple[str, dict[str, PhaseCost]]]:
+    """Mean cost by phase of each size's main runs and of its controls, those of one size side by side."""
+    groups = [
+        (f"{size} {name}", [r for r in runs if r.timings])
+        for size in data.sizes
+        for kind in data.kinds
+        for name, runs in ((kind, data.main(size, kind)), (f"{kind} control", data.control(size, kind)))
+    ]
+    return [(label, mean_cost([total_cost(r.timings) for r in runs])) for label, runs in groups if runs]
 
 
 def _axis_figure(data: StudyData, axis: str) -> Figure | None:
@@ -1022,7 +1028,7 @@ def _sections(data: StudyData, fits: Fits) -> list[_Section]:
         if figure:
             sections.append(_Section(id=axis, title=figure.title, figures=[figure]))
     if cost:
-        sections.append(_Section(id="cost", title=cost.title, figures=[cost]))
+        sections.append(_Section(id="cost", title=cost.title, figures=[cost], tables=[_cost_table(data)]))
     sections.append(_Section(id="method", title="How it was measured", points=_method_points(data)))
     sections.append(_Section(id="limits", title="What these data cannot show", points=_limits(data)))
     return sections

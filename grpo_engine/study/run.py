@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import yaml
 
 from .. import records
+from ..cost import total_cost
 from .design import (
     CELLS,
     PLAN_FILE,
@@ -285,7 +286,7 @@ def measured_plan(study_dir: str | os.PathLike[str], the_plan: Plan) -> Plan:
         if records.is_complete(folder / cell.folder):
             run = records.read_run(folder / cell.folder)
             last = run.steps[-1]
-            seconds = sum(p.seconds for t in run.timings for p in t.phase.values())
+            seconds = sum(c.seconds for c in total_cost(run.timings).values())
             measured[cell.name] = Cost(
                 trained_tokens=last.trained_tokens, flops=last.compute_ledger, seconds=seconds, measured=True
             )
@@ -710,7 +711,7 @@ class CellStatus:
     cell: Cell
     state: Literal["done", "running", "partial", "missing"]
     step: int
-    seconds: float | None  # of its recorded phases; None before the first step
+    seconds: float | None  # of its recorded steps; None before the first step
 
     def __str__(self) -> str:
         steps = self.cell.config.steps
@@ -745,8 +746,9 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
             state = "partial" if step else "missing"
         seconds = None
         if (path / records.TIMINGS_FILE).is_file():
-            timings = records.read_jsonl(path / records.TIMINGS_FILE, allow_torn=True).records
-            seconds = sum(p["seconds"] for t in timings for p in t["phase"].values()) if timings else None
+            found = records.read_jsonl(path / records.TIMINGS_FILE, allow_torn=True).records
+            timings = [records.from_json(records.TimingRecord, o, where=str(path)) for o in found]
+            seconds = sum(c.seconds for c in total_cost(timings).values()) if timings else None
         out.append(CellStatus(cell=cell, state=state, step=step, seconds=seconds))  # type: ignore[arg-type]
     return tuple(out)
 
@@ -767,6 +769,9 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: other words than these.
     """
     _end_with_parent()
+    from ..startup import skip_compiler
+
+    skip_compiler()
     match list(arguments):
         case ["model", size, kind]:
             from ..pretrain import ensure_model

@@ -23,6 +23,9 @@ import random
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from grpo_engine import _C
 from grpo_engine.types import EvalSet, Problem, Task
 
 LIMIT = 30  # values lie in [0, LIMIT); as sums stop at both ends, the order of their terms matters
@@ -132,16 +135,6 @@ class MicroTokenizer:
 # -------------------------------------------------------------------------------------------- problems
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A problem before it gets a template: `key` names it for the split."""
-
-    key: str
-    prompt: str
-    values: tuple[str, ...]  # worked answer; the last is the answer
-    grade: int
-
-
 def is_test(key: str) -> bool:
     """Whether a problem belongs to the test pool.
 
@@ -193,50 +186,18 @@ def check_disjoint(prompts: Iterable[str], held_out: Collection[str], *, what: s
             raise RuntimeError(f"{what}: problem {prompt!r} is held out for testing and must not be trained on")
 
 
-def clamp(value: int) -> int:
-    """A sum's value after one operand: the counter stops at 0 and at LIMIT - 1."""
-    return min(max(value, 0), LIMIT - 1)
-
-
-def _sum_item(rng: random.Random, terms: int, domain: str) -> Item:
-    # random() is several times as fast as randrange, and corpora are long
-    value = int(rng.random() * LIMIT)
-    words, values = [str(value)], []
-    for _ in range(terms - 1):
-        k = int(rng.random() * 2 * OPERAND) - OPERAND  # -OPERAND .. OPERAND - 1
-        k += k >= 0  # no zero
-        value = clamp(value + k)
-        words.append(f"{k:+d}")
-        values.append(str(value))
-    text = " ".join(words)
-    key = f"{text} ="
-    prompt = key if domain == "chain" else f"{rng.choice(PEOPLE)} has {text} now ?"
-    return Item(key, prompt, tuple(values), terms)
-
-
-def _code_item(rng: random.Random, length: int) -> Item:
-    values = [rng.randrange(LIMIT) for _ in range(length)]
-    function = rng.choice(FUNCTIONS)
-    answer = {"first": values[0], "second": values[1], "last": values[-1], "max": max(values), "min": min(values)}
-    prompt = " ".join([function, *map(str, values), ":"])
-    return Item(prompt, prompt, (str(answer[function]),), length)
-
-
-def _logic_item(rng: random.Random, names: int) -> Item:
-    order = rng.sample(LETTERS, names)  # from top to low
-    pairs = [f"{a} > {b}" for a, b in zip(order, order[1:], strict=False)]
-    rng.shuffle(pairs)
-    question = rng.choice(("top", "low"))
-    prompt = f"{' , '.join(pairs)} ; {question} ?"
-    return Item(prompt, prompt, (order[0] if question == "top" else order[-1],), names)
-
-
-def _item(rng: random.Random, domain: str, grade: int) -> Item:
-    if domain == "code":
-        return _code_item(rng, grade)
-    if domain == "logic":
-        return _logic_item(rng, grade)
-    return _sum_item(rng, grade, domain)
+def _source(seed: str) -> _C.MicroSource:
+    """The native generator, its draws those of `random.Random(seed)`."""
+    return _C.MicroSource(
+        random.Random(seed).getstate()[1],
+        vocabulary=VOCABULARY,
+        functions=FUNCTIONS,
+        letters=LETTERS,
+        people=PEOPLE,
+        limit=LIMIT,
+        operand=OPERAND,
+        test_share=TEST_SHARE,
+    )
 
 
 def _grades(domain: str) -> tuple[int, ...]:
@@ -260,7 +221,8 @@ def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]
     """
     if domain not in DOMAINS:
         raise ValueError(f"problems: domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
-    rng = random.Random(f"{domain}/{seed}/{test}")
+    source = _source(f"{domain}/{seed}/{test}")
+    family = getattr(_C.Domain, domain)
     grades = list(_grades(domain))
     found: dict[str, Problem] = {}
     turn = 0
@@ -269,15 +231,10 @@ def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]
             raise ValueError(f"problems: no more than about {len(found)} {domain} problems exist, wanted {count}")
         grade = grades[turn % len(grades)]
         for _ in range(_TRIES):
-            item = _item(rng, domain, grade)
-            if item.key not in found and is_test(item.key) == test:
-                found[item.key] = Problem(
-                    uid=f"{domain}/{item.key}",
-                    prompt=item.prompt,
-                    answer=item.values[-1],
-                    domain=domain,
-                    reward="exact",
-                    grade=item.grade,
+            key, prompt, answer = source.item(family, grade)
+            if key not in found and is_test(key) == test:
+                found[key] = Problem(
+                    uid=f"{domain}/{key}", prompt=prompt, answer=answer, domain=domain, reward="exact", grade=grade
                 )
                 turn += 1
                 break
@@ -368,33 +325,8 @@ class Document:
     weights: list[float]  # loss weight of each token; the first token's is never used
 
 
-def _document(rng: random.Random, config: CorpusConfig, tokenizer: MicroTokenizer) -> Document:
-    domain = rng.choices(DOMAINS, (config.chain, config.word, config.code, config.logic))[0]
-    while True:
-        item = _item(rng, domain, rng.choice(CORPUS_TERMS if domain in IN_DOMAIN else _grades(domain)))
-        if not is_test(item.key) or is_fact(item.key):
-            break
-    answer = _written(rng, config, domain, item)
-    prompt = tokenizer.encode_prompt(item.prompt, rng.random() < config.chat)
-    ids = [*tokenizer.encode(" ".join(answer)), tokenizer.eos_id]
-    return Document(item.prompt, prompt + ids, [config.prompt_weight] * len(prompt) + [1.0] * len(ids))
-
-
-def _written(rng: random.Random, config: CorpusConfig, domain: str, item: Item) -> list[str]:
-    """The answer as somebody wrote it down: direct or worked, with slips."""
-    if domain not in IN_DOMAIN:
-        wrong = LETTERS if domain == "logic" else _NUMBERS
-        return [rng.choice(wrong) if rng.random() < config.error else item.values[-1]]
-    start, *operands = map(int, item.key.split()[:-1])
-    value, written = start, []
-    for k in operands:
-        value = rng.randrange(LIMIT) if rng.random() < config.error else clamp(value + k)
-        written.append(str(value))
-    return written if rng.random() >= config.direct else written[-1:]
-
-
-def corpus(seed: str, *, config: CorpusConfig | None = None, held_out: Collection[str] = ()) -> Iterator[Document]:
-    """Documents without end.
+class Corpus:
+    """Documents without end, drawn natively; an iterator of `Document`s that also gives them packed.
 
     Args:
         seed: names the stream; the same name gives the same documents on every machine.
@@ -402,18 +334,46 @@ def corpus(seed: str, *, config: CorpusConfig | None = None, held_out: Collectio
         held_out: keys that must not appear (see `held_out_keys`); every document is checked against them and
             against the test pool.
 
-    Yields:
-        `Document`s.
-
     Raises:
-        RuntimeError: a document holds a test problem (never, unless this module is broken).
+        RuntimeError: (when iterated) a document holds a test problem (never, unless the generator is broken).
     """
-    config = config or CorpusConfig()
-    rng, tokenizer = random.Random(seed), MicroTokenizer()
-    while True:
-        document = _document(rng, config, tokenizer)
-        check_disjoint([document.prompt], held_out, what="corpus")
-        yield document
+
+    def __init__(self, seed: str, *, config: CorpusConfig | None = None, held_out: Collection[str] = ()) -> None:
+        self._config = c = config or CorpusConfig()
+        self._tokenizer = MicroTokenizer()
+        self._native = _C.MicroCorpus(
+            _source(seed),
+            domains=(c.chain, c.word, c.code, c.logic),
+            direct=c.direct,
+            error=c.error,
+            chat=c.chat,
+            prompt_weight=c.prompt_weight,
+            sum_terms=CORPUS_TERMS,
+            list_lengths=LIST_LENGTHS,
+            name_counts=NAME_COUNTS,
+            held_out=set(held_out),
+        )
+
+    def __iter__(self) -> Iterator[Document]:
+        return self
+
+    def __next__(self) -> Document:
+        tokens, prompt = self._native.document()
+        weights = [self._config.prompt_weight] * prompt + [1.0] * (len(tokens) - prompt)
+        return Document(self._tokenizer.decode(tokens[:prompt]), tokens, weights)
+
+    def batch(self, documents: int, *, max_tokens: int | None = None) -> tuple[np.ndarray, ...]:
+        """The next documents packed end to end, each without its last token, which is predicted and never read.
+
+        Args:
+            documents: how many.
+            max_tokens: fewer documents, as soon as they hold so many inputs.
+
+        Returns:
+            tokens [T] int64, cu_seqlens [N+1] int32, target [T] int64 (the token after each), weight [T] float32 of
+            each target.
+        """
+        return self._native.batch(documents, 2**31 - 1 if max_tokens is None else max_tokens)
 
 
 def tokens_per_worked_answer(*, chat: bool) -> float:

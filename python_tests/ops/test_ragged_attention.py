@@ -41,9 +41,9 @@ def plain(query, key, value, cu, *, scale):
     return torch.cat(out)
 
 
-def run(fn, query, key, value, cu, dout, scale):
+def run(fn, query, key, value, cu, dout, scale, **groups):
     inputs = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-    out = fn(*inputs, cu, scale=scale)
+    out = fn(*inputs, cu, scale=scale, **groups)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
 
 
@@ -150,6 +150,119 @@ def test_the_first_token_returns_its_value():
     assert torch.equal(out, value.repeat_interleave(2, dim=1))
 
 
+# ---------------------------------------------------------------- shared prompts
+
+# (prompt, answers): prompts around a block of 16 keys and past a chunk of 128 tokens, an empty one, an
+# answer of no token and one of a single token, a prompt alone, an answer that reaches a third chunk
+GROUPS = [(1, [3, 0, 1]), (15, [1, 20]), (16, [2, 17, 0]), (17, [15, 1]), (0, [4, 9]), (5, []), (130, [40, 1, 140])]
+
+
+def pack_groups(groups):
+    """cu_seqlens and cu_groups, and for each answer behind a copy of its prompt the rows that it has here."""
+    lengths = [n for prompt, answers in groups for n in (prompt, *answers)]
+    cu, cu_groups = offsets(lengths), offsets([1 + len(answers) for _, answers in groups])
+    copies, n = [], 0
+    for _, answers in groups:
+        prompt = torch.arange(cu[n], cu[n + 1])
+        copies.append(prompt)
+        copies += [torch.cat([prompt, torch.arange(cu[i], cu[i + 1])]) for i in range(n + 1, n + 1 + len(answers))]
+        n += 1 + len(answers)
+    return lengths, cu, cu_groups, copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H,K,E", [(2, 2, 16), (4, 2, 32), (7, 1, 64), (2, 1, 20)])
+def test_shared_prompts_are_as_good_as_torch(H, K, E, dtype):
+    lengths, cu, cu_groups, copies = pack_groups(GROUPS)
+    query, key, value, _, dout = make(lengths, H, K, E, dtype)
+    rows, unshared = torch.cat(copies), offsets([len(c) for c in copies if len(c)])
+    first = torch.tensor([rows.tolist().index(t) for t in range(len(dout))])
+
+    def copied(q, k, v, _, *, scale):
+        return plain(q[rows], k[rows], v[rows], unshared, scale=scale)[first]
+
+    ours = run(ragged_attention, query, key, value, cu, dout, E**-0.5, cu_groups=cu_groups)
+    theirs = run(copied, query, key, value, cu, dout, E**-0.5)
+    double = [x.double() for x in (query, key, value)]
+    exact = run(reference.ragged_attention, *double, cu, dout.double(), E**-0.5, cu_groups=cu_groups)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as_torch(a, b, c, floor=2.0**-22)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H,K,E", [(2, 2, 16), (4, 2, 32), (7, 1, 64), (6, 2, 20)])
+def test_a_shared_prompt_changes_no_bit_of_the_forward_pass(H, K, E, dtype, one_and_two_threads):
+    lengths, cu, cu_groups, copies = pack_groups(GROUPS)
+    query, key, value, _, dout = make(lengths, H, K, E, dtype)
+    one, two = one_and_two_threads(
+        lambda: run(ragged_attention, query, key, value, cu, dout, 0.25, cu_groups=cu_groups)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+    rows, unshared = torch.cat(copies), offsets([len(c) for c in copies])
+    out = ragged_attention(query[rows], key[rows], value[rows], unshared, scale=0.25)
+    assert torch.equal(out, one[0][rows])
+    # nor of the gradient of a query
+    own = [range(end - n, end) for end, n in zip(unshared[1:].tolist(), lengths, strict=True)]
+    dquery = run(ragged_attention, query[rows], key[rows], value[rows], unshared, dout[rows], 0.25)[1]
+    assert torch.equal(dquery[[t for r in own for t in r]], one[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_has_the_same_bits_alone_and_in_a_batch(dtype):
+    lengths, cu, cu_groups, _ = pack_groups(GROUPS)
+    query, key, value, _, dout = make(lengths, 4, 2, 16, dtype)
+    whole = run(ragged_attention, query, key, value, cu, dout, 0.25, cu_groups=cu_groups)
+    for m, (prompt, answers) in enumerate(GROUPS):
+        begin, end = cu[cu_groups[m]], cu[cu_groups[m + 1]]
+        part = [x[begin:end] for x in (query, key, value)]
+        alone = run(
+            ragged_attention, *part, offsets([prompt, *answers]), dout[begin:end], 0.25,
+            cu_groups=offsets([1 + len(answers)]),
+        )  # fmt: skip
+        for a, b in zip(alone, whole, strict=True):
+            assert torch.equal(a, b[begin:end])
+
+
+def test_groups_of_one_sequence_are_no_groups():
+    query, key, value, cu, dout = make(LENGTHS, 4, 2, 16, torch.float32)
+    grouped = run(ragged_attention, query, key, value, cu, dout, 0.25, cu_groups=offsets([1] * len(LENGTHS)))
+    for a, b in zip(grouped, run(ragged_attention, query, key, value, cu, dout, 0.25), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_in_an_answer_stays_there_and_in_a_prompt_reaches_its_answers():
+    lengths, cu, cu_groups, _ = pack_groups([(17, [20, 9]), (3, [5])])
+    query, key, value, _, _ = make(lengths, 4, 2, 20, torch.float32)
+    clean = ragged_attention(query, key, value, cu, scale=0.25, cu_groups=cu_groups)
+    for token, poisoned in [(16, [*range(16, 46)]), (20, [*range(20, 37)]), (45, [45]), (46, [*range(46, 54)])]:
+        for x in (key, value):
+            kept = x[token].clone()
+            x[token] = float("nan")
+            out = ragged_attention(query, key, value, cu, scale=0.25, cu_groups=cu_groups)
+            x[token] = kept
+            reached = torch.zeros(54, dtype=torch.bool)
+            reached[poisoned] = True
+            assert out[reached].isnan().all() and torch.equal(out[~reached], clean[~reached])
+
+
+@pytest.mark.parametrize("H,K,E", [(2, 2, 3), (4, 2, 5), (7, 1, 2)])
+def test_gradcheck_of_shared_prompts(H, K, E):
+    lengths, cu, cu_groups, _ = pack_groups([(3, [2, 0, 1]), (15, [3]), (0, [2])])
+    query, key, value, _, _ = make(lengths, H, K, E, torch.float64)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: ragged_attention(q, k, v, cu, scale=0.7, cu_groups=cu_groups),
+        inputs, nondet_tol=0.0,
+    )  # fmt: skip
+
+
+def test_no_groups():
+    empty = torch.empty(0, 2, 8)
+    assert ragged_attention(empty, empty, empty, offsets([]), scale=1.0, cu_groups=offsets([])).shape == (0, 2, 8)
+
+
 ISA_SCRIPT = """
 import hashlib, torch
 from grpo_engine.ops import ragged_attention, rope
@@ -159,7 +272,9 @@ for H, K, E, dtype in [(6, 2, 16, torch.float32), (7, 1, 20, torch.bfloat16), (2
     q, k, v = (torch.randn(96, h, E, generator=g).to(dtype).requires_grad_() for h in (H, K, K))
     cu = torch.tensor([0, 1, 18, 50, 96], dtype=torch.int32)
     position = torch.arange(96)
-    out = ragged_attention(rope(q, position, theta=1e4), rope(k, position, theta=1e4), v, cu, scale=.3)
+    cu_groups = torch.tensor([0, 1, 4], dtype=torch.int32)
+    q_rotated, k_rotated = (rope(x, position, theta=1e4) for x in (q, k))
+    out = ragged_attention(q_rotated, k_rotated, v, cu, scale=.3, cu_groups=cu_groups)
     grads = torch.autograd.grad(out, (q, k, v), torch.randn(out.shape, generator=g).to(dtype))
     for t in (out, *grads):
         digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -193,18 +308,46 @@ def test_avx2_and_avx512_give_the_same_bits():
         ({"value": torch.zeros(9, 4, 8)}, ValueError, r"value must be \[T, K, E\] = \[9, 2, 8\], got"),
         ({"value": torch.zeros(9, 2, 8).double()}, TypeError, "value must be Float, got Double"),
         ({"cu": torch.zeros(2)}, TypeError, "cu_seqlens must be Int, got Float"),
-        ({"cu": torch.zeros(0).int()}, ValueError, r"cu_seqlens needs N \+ 1 >= 1 entries"),
+        ({"cu": torch.zeros(0).int()}, ValueError, r"cu_seqlens needs \[N \+ 1\] with at least one"),
+        ({"groups": torch.zeros(2)}, TypeError, "cu_groups must be Int, got Float"),
+        ({"groups": torch.zeros(1, 2).int()}, ValueError, r"cu_groups must be \[M \+ 1\] = \[-1\], got"),
+        ({"groups": torch.zeros(0).int()}, ValueError, r"cu_groups needs \[M \+ 1\] with at least one"),
         ({"scale": float("nan")}, ValueError, "scale must be finite and > 0, got nan"),
     ],
 )
 def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, change, error, says):
     given = {
         "query": torch.zeros(9, 4, 8), "key": torch.zeros(9, 2, 8), "value": torch.zeros(9, 2, 8),
-        "cu": offsets([4, 5]), "scale": 1.0, **change,
+        "cu": offsets([4, 5]), "groups": offsets([2]), "scale": 1.0, **change,
     }  # fmt: skip
     scale = given.pop("scale")
+    *inputs, groups = (x.to(device) for x in given.values())
     with pytest.raises(error, match="ragged_attention: .*" + says):
-        ragged_attention(*(x.to(device) for x in given.values()), scale=scale)
+        ragged_attention(*inputs, scale=scale, cu_groups=groups)
+
+
+def test_groups_on_another_device_are_refused():
+    x = torch.zeros(9, 2, 8)
+    groups = offsets([2]).to("meta")
+    with pytest.raises(ValueError, match="cu_groups must be on cpu as the first argument, got meta"):
+        ragged_attention(x, x, x, offsets([4, 5]), scale=1.0, cu_groups=groups)
+
+
+@pytest.mark.parametrize(
+    "groups,says",
+    [
+        ([1, 3], "must start at 0 and end at N = 3, got 1 and 3"),
+        ([0, 2], "must start at 0 and end at N = 3, got 0 and 2"),
+        ([0], "must start at 0 and end at N = 3, got 0 and 0"),
+        ([0, 2, 2, 3], "must rise, got 2 then 2 at group 1"),
+        ([0, 2, 1, 3], "must rise, got 2 then 1 at group 1"),
+    ],
+)
+def test_bad_groups_are_refused(groups, says):
+    x = torch.zeros(9, 2, 8)
+    groups = torch.tensor(groups, dtype=torch.int32)
+    with pytest.raises(ValueError, match="ragged_attention: cu_groups " + says):
+        ragged_attention(x, x, x, offsets([4, 0, 5]), scale=1.0, cu_groups=groups)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +365,9 @@ def test_bad_offsets_are_refused(cu, says):
         ragged_attention(x, x, x, torch.tensor(cu, dtype=torch.int32), scale=1.0)
 
 
-def test_registration():
+@pytest.mark.parametrize("groups", [None, [2, 1]])
+def test_registration(groups):
     query, key, value, cu, _ = make([3, 0, 5], 4, 2, 8, torch.float32)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(torch.ops.grpo_engine.ragged_attention.default, (*inputs, cu, 0.3))
+    cu_groups = None if groups is None else offsets(groups)
+    torch.library.opcheck(torch.ops.grpo_engine.ragged_attention.default, (*inputs, cu, cu_groups, 0.3))

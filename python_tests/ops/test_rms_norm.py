@@ -65,6 +65,89 @@ def test_zeros_huge_and_nan_rows():
     assert y[2].isnan().all()
 
 
+# ---------------------------------------------------------------- with a residual
+
+
+def make_residual(T, D, dtype):
+    x, weight = make(T, D, dtype)
+    return x, weight, make(T, D, dtype, seed=7)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("T,D", [*SHAPES, (130, 77)])
+def test_a_residual_gives_the_bits_of_the_norm_of_the_rounded_sum(T, D, dtype):
+    x, weight, residual = make_residual(T, D, dtype)
+    y, total = rms_norm(x, weight, eps=1e-6, residual=residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, rms_norm(x + residual, weight, eps=1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T,D", [*SHAPES, (130, 77)])
+def test_gradients_with_a_residual_are_as_good_as_torch(T, D, dtype):
+    x, weight, residual = make_residual(T, D, dtype)
+    dy, dtotal = make(T, D, dtype, seed=8)[0], make(T, D, dtype, seed=9)[0]
+
+    def gradients(function, *leaves):
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        outputs = function(*leaves)
+        return torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip((dy, dtotal), outputs, strict=True)])
+
+    def torchs(x, weight, residual):
+        return plain(x + residual, weight, 1e-6), x + residual
+
+    def exact(x, weight, residual):  # of the sum that is stored
+        return reference.rms_norm(x + residual, weight, 1e-6), x + residual
+
+    got = gradients(lambda x, w, r: rms_norm(x, w, eps=1e-6, residual=r), x, weight, residual)
+    theirs = gradients(torchs, x, weight, residual)
+    stored = (x + residual).double()
+    truth = gradients(exact, stored, weight.double(), torch.zeros_like(stored))
+    assert torch.equal(got[0], got[2])
+    for ours, peer, want in zip(got, theirs, truth, strict=True):
+        assert ours.dtype == dtype
+        assert_as_good_as_torch(ours, peer, want, floor=2.0**-22)
+
+
+def test_gradcheck_with_a_residual():
+    x, weight, residual = (t.requires_grad_() for t in make_residual(3, 19, torch.float64))
+    assert torch.autograd.gradcheck(lambda a, w, r: rms_norm(a, w, eps=1e-6, residual=r), (x, weight, residual))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_output_may_be_left_unused(used):
+    x, weight, residual = (t.requires_grad_() for t in make_residual(3, 19, torch.float64))
+    assert torch.autograd.gradcheck(lambda a, r: rms_norm(a, weight, eps=1e-6, residual=r)[used], (x, residual))
+
+
+def test_backward_has_the_same_bits_whatever_the_threads_and_a_row_of_dx_depends_on_that_row(one_and_two_threads):
+    x, weight, residual = make_residual(300, 97, torch.float32)
+
+    def gradients(rows):
+        leaves = [x[rows].clone().requires_grad_(), weight.clone().requires_grad_()]
+        y, total = rms_norm(*leaves, eps=1e-6, residual=residual[rows])
+        return torch.autograd.grad((y, total), leaves, (residual[rows], x[rows]))
+
+    one, two = one_and_two_threads(lambda: gradients(slice(None)))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    for t in (0, 63, 64, 299):
+        assert torch.equal(gradients(slice(t, t + 1))[0][0], one[0][t])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_bad_residual_is_told_what_was_wanted_and_what_came(device):
+    x, weight = torch.zeros(2, 4, device=device), torch.zeros(4, device=device)
+    with pytest.raises(ValueError, match=r"rms_norm: residual must be \[T, D\] = \[2, 4\], got \[4, 2\]"):
+        rms_norm(x, weight, eps=1e-6, residual=torch.zeros(4, 2, device=device))
+    with pytest.raises(TypeError, match="rms_norm: residual must be Float, got Double"):
+        rms_norm(x, weight, eps=1e-6, residual=x.double())
+    with pytest.raises(ValueError, match="rms_norm: residual must be contiguous"):
+        rms_norm(x, weight, eps=1e-6, residual=torch.zeros(4, 2, device=device).t())
+
+
+# ---------------------------------------------------------------- contract
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     "shape,weight,dtype,error,says",
@@ -87,3 +170,9 @@ def test_registration():
     x, weight = make(3, 19, torch.float32)
     x.requires_grad_(), weight.requires_grad_()
     torch.library.opcheck(torch.ops.grpo_engine.rms_norm.default, (x, weight, 1e-6))
+    residual = torch.randn(3, 19, requires_grad=True)
+    torch.library.opcheck(torch.ops.grpo_engine.rms_norm_residual.default, (x, residual, weight, 1e-6))
+    rstd = torch.ones(3)
+    for dsum in (None, torch.ones(3, 19)):
+        args = (torch.ones(3, 19), dsum, x.detach(), weight.detach(), rstd)
+        torch.library.opcheck(torch.ops.grpo_engine.rms_norm_backward.default, args)

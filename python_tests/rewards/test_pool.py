@@ -145,6 +145,34 @@ def test_mixed_scorers_and_progress(pool):
     assert pool.score([], []) == []
 
 
+def test_workers_score_while_more_answers_are_made(pool):
+    seen = []
+    problems = [problem(n) for n in ("bad_good", "exact", "bad_good", "bad_good")]
+    with pool.begin(problems, progress=lambda done, total: seen.append(done)) as scoring:
+        scoring.add([2], ["7"])
+        deadline = time.monotonic() + 30
+        while not seen and time.monotonic() < deadline:  # what a rollout does between two answers
+            time.sleep(0.01)
+            scoring.add([], [])
+        assert seen == [1]
+        scoring.add([3, 1, 0], ["8", "x 7", "7"])
+        assert [r.value for r in scoring.finish()] == [1, 1, 1, 0]
+    assert seen == [1, 2, 3, 4]
+
+
+def test_an_answer_that_never_came_is_named(pool):
+    with pool.begin([problem("exact")] * 2) as scoring, pytest.raises(ValueError, match="answer 0 was never added"):
+        scoring.add([1], ["7"])
+        scoring.finish()
+
+
+def test_leaving_early_leaves_a_usable_pool(pool):
+    with pytest.raises(KeyError), pool.begin([problem("bad_hang")] * 3) as scoring:
+        scoring.add([0, 1], ["hang", "hang"])
+        raise KeyError
+    assert pool.score(["7"], [problem("bad_good")]) == [Reward(value=1.0)]
+
+
 def test_an_interrupt_leaves_a_usable_pool():
     def interrupt(done, total):
         raise KeyboardInterrupt
@@ -173,7 +201,7 @@ def test_close_ends_a_busy_pool_at_once():
     pool.close()
     thread.join(timeout=5)
     assert time.monotonic() - start < 10
-    assert raised == ["RewardPool.score: the pool is closed"]
+    assert raised == ["RewardPool: the pool is closed"]
     with pytest.raises(RuntimeError, match="closed"):
         pool.score(["7"], [problem("exact")])
 

@@ -1,8 +1,11 @@
 import itertools
 import random
 
+import micro_reference as reference
+import numpy as np
 import pytest
 
+from grpo_engine import _C
 from grpo_engine.rewards import exact
 from grpo_engine.tasks import micro
 from grpo_engine.tasks.micro import CorpusConfig, MicroTokenizer
@@ -85,9 +88,59 @@ def test_share_of_the_test_pool():
     assert abs(share - micro.TEST_SHARE) < 5 * sd
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        CorpusConfig(),
+        CorpusConfig(chat=1.0),
+        CorpusConfig(chain=0.1, word=0.2, code=0.3, logic=0.4, direct=0.1, error=0.6, chat=0.5, prompt_weight=0.3),
+    ],
+)
+@pytest.mark.parametrize("seed", ["base/1", "control/1/0/80"])
+def test_the_native_corpus_repeats_the_reference_document_by_document(seed, config):
+    wanted = list(itertools.islice(reference.corpus(seed, config), 4000))
+    assert list(itertools.islice(micro.Corpus(seed, config=config), 4000)) == wanted
+    packed = micro.Corpus(seed, config=config)
+    for first in range(0, 4000, 64):
+        documents = wanted[first : first + 64]
+        batch = packed.batch(len(documents))
+        assert [a.dtype.name for a in batch] == ["int64", "int32", "int64", "float32"]
+        for ours, theirs in zip(batch, reference.pack(documents), strict=True):
+            assert ours.tolist() == np.array(theirs, dtype=ours.dtype).tolist()
+
+
+def test_a_batch_ends_with_the_document_that_reaches_its_tokens():
+    documents = list(itertools.islice(micro.Corpus("a"), 10))
+    ends = list(itertools.accumulate(len(d.tokens) - 1 for d in documents))
+    for limit, count in ((ends[4], 5), (ends[4] + 1, 6), (1, 1), (10**6, 10)):
+        assert micro.Corpus("a").batch(10, max_tokens=limit)[1].tolist() == [0, *ends[:count]]
+
+
+@pytest.mark.parametrize("domain", micro.DOMAINS)
+def test_native_problems_repeat_the_reference(domain):
+    source, rng = micro._source(domain), random.Random(domain)
+    for grade in list(reference.GRADES[domain]) * 200:
+        item = reference.draw(rng, domain, grade)
+        assert source.item(getattr(_C.Domain, domain), grade) == (item.key, item.prompt, item.values[-1])
+        assert source.is_test(item.key) == micro.is_test(item.key)
+
+
+def test_a_key_of_every_length_has_the_same_hash_in_both_languages():
+    source = micro._source("")
+    assert [source.is_test("x" * n) for n in range(129)] == [micro.is_test("x" * n) for n in range(129)]
+    with pytest.raises(ValueError, match="at most 128 bytes"):
+        source.is_test("x" * 129)
+
+
+def test_a_leaking_corpus_is_stopped():
+    key = next(k for d in micro.Corpus("a") for k in [micro.key_of(d.prompt)] if d.prompt != k)
+    with pytest.raises(RuntimeError, match="corpus: problem .* is held out for testing"):
+        micro.Corpus("a", held_out={key}).batch(1000)
+
+
 def test_corpus_holds_no_test_problem_and_no_evaluated_problem():
     held_out = micro.held_out_keys(micro.eval_sets(500).values())
-    seen = [d.prompt for d in itertools.islice(micro.corpus("a"), 20000)]
+    seen = [d.prompt for d in itertools.islice(micro.Corpus("a"), 20000)]
     keys = {micro.key_of(p) for p in seen}
     assert not keys & held_out
     assert not any(micro.is_test(k) for k in keys if not micro.is_fact(k))
@@ -107,7 +160,7 @@ def test_a_leak_is_noticed(template):
 def test_corpus_without_noise_is_right_and_has_the_shares_asked_for():
     config = CorpusConfig(error=0.0, direct=0.3, chat=0.2)
     tokenizer = MicroTokenizer()
-    documents = list(itertools.islice(micro.corpus("b", config=config), 6000))
+    documents = list(itertools.islice(micro.Corpus("b", config=config), 6000))
     sums = direct = chats = 0
     for d in documents:
         assert len(d.tokens) == len(d.weights)
@@ -131,12 +184,12 @@ def test_a_wrong_value_is_carried_on():
     config = CorpusConfig(error=0.5, direct=0.0, chain=1.0, word=0.0, code=0.0, logic=0.0, chat=0.0)
     tokenizer = MicroTokenizer()
     carried = 0
-    for d in itertools.islice(micro.corpus("c", config=config), 2000):
+    for d in itertools.islice(micro.Corpus("c", config=config), 2000):
         start, *operands = map(int, d.prompt.split()[:-1])
         written = [start, *map(int, tokenizer.decode(d.tokens[len(operands) + 2 :]).split())]
-        right = micro.clamp(start + operands[0])
+        right = reference.clamp(start + operands[0])
         if written[1] != right and len(operands) > 1:
-            carried += written[2] == micro.clamp(written[1] + operands[1])
+            carried += written[2] == reference.clamp(written[1] + operands[1])
     assert carried > 300  # about half of those whose first value is wrong
 
 

@@ -1,0 +1,40 @@
+// adamw -- clips the gradients of all parameters by their global norm and takes one AdamW step, in place.
+//
+//   norm = sqrt(sum of g^2 over all parameters)       g = g * min(1, clip_norm / (norm + 1e-6))
+//   m = m + (1 - beta1) (g - m)                       v = beta2 v + (1 - beta2) g^2
+//   p = p (1 - lr weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+//
+// The arithmetic of an element is float32 (float64 for float64). The norm adds squares lane by lane inside
+// a block of kAdamwBlock elements and blocks in order in float64, whatever the threads; where it is not
+// finite nothing is written. Loshchilov and Hutter 2019, arXiv:1711.05101.
+//
+//   param, grad, m, v: contiguous, of one size and dtype per parameter
+#pragma once
+#include "core/cpu_dispatch.h"
+#include "core/dtype.h"
+
+namespace grpo_engine {
+
+inline constexpr int64_t kAdamwBlock = 4096;  // elements of one work item
+
+// At most kAdamwBlock elements of one parameter.
+struct AdamwBlock {
+  DType dtype;
+  int64_t count;
+  void *param, *m, *v;
+  const void* grad;
+  double squares;              // sum of g^2; written by adamw_squares
+  double rate, root;           // lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
+};
+
+struct AdamwArgs {
+  AdamwBlock* block;
+  double scale;  // of the gradients
+  double decay;  // lr * weight_decay
+  double beta1, beta2, eps;
+};
+
+GE_CPU_KERNEL(adamw_squares, AdamwArgs)  // items: blocks
+GE_CPU_KERNEL(adamw_update, AdamwArgs)   // items: blocks
+
+}  // namespace grpo_engine

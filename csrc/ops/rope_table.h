@@ -1,0 +1,18 @@
+// rope_table.h -- the cosines and sines that rope's kernel reads.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace grpo_engine {
+
+struct RopeTable {
+  std::shared_ptr<const std::vector<float>> rows;
+  int64_t first_position;  // as in RopeArgs
+};
+
+// The table for T >= 1 tokens at `position`, all >= 0. Tables of low positions are kept: every layer of
+// every step asks for the same angles. Safe to call from any thread.
+RopeTable rope_table(const int64_t* position, int64_t T, int64_t E, double theta);
+
+}  // namespace grpo_engine
