@@ -51,7 +51,7 @@ class Training:
     def step(self):
         loss = self.loss()
         loss.backward()
-        norm = update(self.model, self.optimizer, lr=LR, clip_norm=1.0)
+        norm = update(self.optimizer, lr=LR, clip_norm=1.0)
         return torch.tensor([float(loss.detach()), norm])
 
     def gradients(self):
