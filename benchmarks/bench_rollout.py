@@ -14,6 +14,7 @@ from benchmarks.shapes import LADDER, equal_lengths, ladder_config, log_normal_l
 from benchmarks.table import OURS, Case, WrongAnswer, main, same_bits  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
 from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
+from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
 from grpo_engine.rollout import derive_seeds, generate  # noqa: E402
 
@@ -108,6 +109,7 @@ def transformers_peer(model):
 
 
 def cases(quick):
+    keep_freed_memory()  # as a run does; the peers of this process have it too
     for size in ("0.2M",) if quick else LADDER:
         model = Model(ladder_config(size)).init_weights(1, std=None)
         for kind, draw in (("equal", equal_lengths), ("log-normal", log_normal_lengths)):

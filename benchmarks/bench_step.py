@@ -16,6 +16,7 @@ from benchmarks.shapes import LADDER_VOCABULARY, equal_lengths, ladder_config, l
 from benchmarks.table import OURS, Case, WrongAnswer, main, tensors  # noqa: E402
 from grpo_engine.config import BatchConfig, LossConfig, OptimizerConfig, RolloutConfig, RunConfig  # noqa: E402
 from grpo_engine.ledger import Ledger  # noqa: E402
+from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
 from grpo_engine.rewards.pool import RewardPool  # noqa: E402
 from grpo_engine.step import grpo_step  # noqa: E402
@@ -128,6 +129,7 @@ def case(size, kind):
 
 
 def cases(quick):
+    keep_freed_memory()  # as a run does; the peers of this process have it too
     for size in ("0.2M",) if quick else ("0.2M", "0.8M"):
         for kind in ("equal", "log-normal"):
             yield from case(size, kind)

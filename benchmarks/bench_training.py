@@ -21,6 +21,7 @@ from benchmarks.shapes import (  # noqa: E402
     sequence_flops,
 )
 from benchmarks.table import Case, main, same_bits  # noqa: E402
+from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model, packed_positions  # noqa: E402
 from grpo_engine.optimizer import update  # noqa: E402
 
@@ -98,6 +99,7 @@ def case(size, kind, *, compiled):
 
 
 def cases(quick):
+    keep_freed_memory()  # as a run does; the peers of this process have it too
     for size in ("0.2M", "0.8M") if quick else LADDER:
         yield case(size, "equal", compiled=not quick and size in ("0.2M", "0.8M"))
         yield case(size, "log-normal", compiled=False)
