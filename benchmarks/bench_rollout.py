@@ -11,14 +11,15 @@ import torch  # noqa: E402
 from benchmarks import peers  # noqa: E402
 from benchmarks.lengths import answer_lengths  # noqa: E402
 from benchmarks.shapes import LADDER, equal_lengths, ladder_config, log_normal_lengths, qwen_config  # noqa: E402
-from benchmarks.table import OURS, Case, WrongAnswer, main, relative_error, same_bits  # noqa: E402
+from benchmarks.table import OURS, Case, WrongAnswer, main, same_bits  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
 from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
-from grpo_engine.model import Model, packed_attention, packed_positions  # noqa: E402
+from grpo_engine.memory import keep_freed_memory  # noqa: E402
+from grpo_engine.model import Model  # noqa: E402
 from grpo_engine.rollout import derive_seeds, generate  # noqa: E402
 
 PROMPT, NEW = 8, 16
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # logits, as a share of the largest; bfloat16 over 24 layers
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats; bfloat16 rounds through 24 layers
 
 
 class Rollout:
@@ -42,13 +43,13 @@ class Rollout:
         out = self.run(count)
         return [out.tokens, out.logprob, out.entropy]
 
-    def last_logits(self):
-        """[P, V] after the prompts."""
-        tokens = self.prompts.flatten()
-        cu = torch.arange(len(self.prompts) + 1, dtype=torch.int32) * self.prompts.shape[1]
+    def first_logprobs(self, tokens):
+        """[P, K] log-probs of some tokens [P, K] as the first of an answer."""
+        P, n = self.prompts.shape
+        cu = torch.arange(P + 1, dtype=torch.int32) * n
+        rows = (cu[1:].long() - 1).repeat_interleave(tokens.shape[1])
         with torch.inference_mode():
-            hidden = self.model(tokens, packed_positions(cu), packed_attention(cu, self.model.config.head_dim))
-            return self.model.logits(hidden[cu[1:].long() - 1])
+            return self.model.logprobs(self.prompts.flatten(), cu, rows=rows, target=tokens.flatten())[0].view_as(tokens)
 
     def flops(self):
         """Of what must be computed: each prompt once, each answer token but the last."""
@@ -73,9 +74,11 @@ def case(name, model, *, prompts, group_size, lengths, others):
             return
         if result.shape != (len(rows), max(rows)):
             raise WrongAnswer(f"answers of shape {list(result.shape)}, wanted {[len(rows), max(rows)]}")
-        error = relative_error(made[who].last_logits()[::group_size], mine.last_logits())
+        some = torch.randint(model.config.vocab_size, (prompts, 64))
+        theirs = torch.log_softmax(made[who].last_logits()[::group_size], dim=-1).gather(1, some)
+        error = float((theirs - mine.first_logprobs(some)).abs().max())
         if not error <= TOLERANCE[model.dtype]:
-            raise WrongAnswer(f"its logits differ from ours by {error:.3g}, allowed {TOLERANCE[model.dtype]}")
+            raise WrongAnswer(f"its log-probs differ from ours by {error:.3g}, allowed {TOLERANCE[model.dtype]}")
 
     def alone(result):
         n = int(result.cu_seqlens[group_size])
@@ -106,6 +109,7 @@ def transformers_peer(model):
 
 
 def cases(quick):
+    keep_freed_memory()  # as a run does; the peers of this process have it too
     for size in ("0.2M",) if quick else LADDER:
         model = Model(ladder_config(size)).init_weights(1, std=None)
         for kind, draw in (("equal", equal_lengths), ("log-normal", log_normal_lengths)):

@@ -22,6 +22,7 @@ from benchmarks.bench_training import Training  # noqa: E402
 from benchmarks.limits import clock_for, interleave  # noqa: E402
 from benchmarks.shapes import LADDER, LADDER_VOCABULARY, ladder_config, sequence_flops  # noqa: E402
 from grpo_engine import ops  # noqa: E402
+from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
 
 EXPONENT = 1.2  # of time against arithmetic over an axis's last three points; 1 is proportional
@@ -93,6 +94,7 @@ def exponent(arithmetic: Sequence[float], seconds: Sequence[float]) -> float:
 def run(*, quick: bool, threads: int) -> dict[str, Any]:
     """The record of all axes: one case a point, and `growth` with the exponent of each axis."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as a run does
     torch.manual_seed(0)
     clock = clock_for(threads)
     about = table.machine()

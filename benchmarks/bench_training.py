@@ -21,6 +21,7 @@ from benchmarks.shapes import (  # noqa: E402
     sequence_flops,
 )
 from benchmarks.table import Case, main, same_bits  # noqa: E402
+from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model, packed_positions  # noqa: E402
 from grpo_engine.optimizer import update  # noqa: E402
 
@@ -51,7 +52,7 @@ class Training:
     def step(self):
         loss = self.loss()
         loss.backward()
-        norm = update(self.model, self.optimizer, lr=LR, clip_norm=1.0)
+        norm = update(self.optimizer, lr=LR, clip_norm=1.0)
         return torch.tensor([float(loss.detach()), norm])
 
     def gradients(self):
@@ -98,6 +99,7 @@ def case(size, kind, *, compiled):
 
 
 def cases(quick):
+    keep_freed_memory()  # as a run does; the peers of this process have it too
     for size in ("0.2M", "0.8M") if quick else LADDER:
         yield case(size, "equal", compiled=not quick and size in ("0.2M", "0.8M"))
         yield case(size, "log-normal", compiled=False)
