@@ -305,4 +305,8 @@ def test_tables_of_several_sources_make_one_fit(tmp_path):
     rest = pa.Table.from_pylist([r for r in whole.to_pylist() if r["size"] != "m"], schema=whole.schema)
     a = fit.fit_axis(whole, axis="data", n_boot=20, shapes=False)
     b = fit.fit_axis(pa.concat_tables([rest, read]), axis="data", n_boot=20, shapes=False)
-    assert b.joint.parameters == a.joint.parameters
+    # the rows come in another order, so sums of the fit round differently
+    for name, want in a.joint.parameters.items():
+        got = b.joint.parameters[name]
+        assert (got.value, got.low, got.high) == pytest.approx((want.value, want.low, want.high), rel=1e-6)
+    assert b.joint.parameters.keys() == a.joint.parameters.keys()
