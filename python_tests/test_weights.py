@@ -89,8 +89,8 @@ def test_fused_rows_are_q_then_k_then_v_and_gate_then_up(tmp_path):
     assert torch.equal(got.qkv_weight, torch.cat([x.weight for x in qkv]))
     assert torch.equal(got.qkv_bias, torch.cat([x.bias for x in qkv]))
     assert torch.equal(got.gate_up_weight, torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
-    assert torch.equal(got.attn_norm.weight, layer.input_layernorm.weight)
-    assert torch.equal(got.mlp_norm.weight, layer.post_attention_layernorm.weight)
+    assert torch.equal(got.attn_norm, layer.input_layernorm.weight)
+    assert torch.equal(got.mlp_norm, layer.post_attention_layernorm.weight)
 
 
 def test_pieces_cover_every_row_once():
