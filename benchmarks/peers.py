@@ -257,7 +257,7 @@ def as_transformers(model: Model, attention: str = "sdpa"):
         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
         num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
         rms_norm_eps=c.rms_norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         attn_implementation=attention,
     )  # fmt: skip
     theirs = Qwen2ForCausalLM._from_config(config, dtype=model.dtype)
