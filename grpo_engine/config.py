@@ -129,7 +129,7 @@ class BatchConfig(Config):
     prompts: Positive = 64  # P
     group_size: Annotated[int, Field(ge=2)] = 8  # G
     minibatches: Positive = 1  # optimizer steps a GRPO step; prompts must divide by it
-    tokens_per_micro_batch: Positive = 16384  # forward and backward at once; changes memory, not results
+    tokens_per_micro_batch: Positive = 4096  # forward and backward at once; changes memory and rounding, not results
 
     @pydantic.model_validator(mode="after")
     def _divides(self) -> BatchConfig:
