@@ -125,6 +125,11 @@ template <typename T>
 GE_INLINE Vec16<T> vmax(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 template <typename T>
 GE_INLINE Vec16<T> vmin(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+// x where a < b, else y: y also where either is NaN.
+template <typename T>
+GE_INLINE Vec16<T> where_less(Vec16<T> a, Vec16<T> b, Vec16<T> x, Vec16<T> y) {
+  GE_LANEWISE(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
+}
 template <typename T>
 GE_INLINE Vec16<T> vsqrt(Vec16<T> a) { GE_LANEWISE(static_cast<T>(::sqrt(a.v[i]))); }
 #undef GE_LANEWISE
@@ -196,6 +201,9 @@ GE_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
 GE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
 GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+GE_INLINE VecF where_less(VecF a, VecF b, VecF x, VecF y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
 GE_INLINE VecF vsqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
 GE_INLINE float sum8(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -267,6 +275,10 @@ GE_INLINE VecF fma(VecF a, VecF b, VecF c) {
 }
 GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+GE_INLINE VecF where_less(VecF a, VecF b, VecF x, VecF y) {
+  return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
 GE_INLINE VecF vsqrt(VecF a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 GE_INLINE float sum8(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

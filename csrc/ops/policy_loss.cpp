@@ -130,7 +130,7 @@ Three cpu(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tens
   const at::Tensor rows = at::empty({args.N, kNumPolicyStats}, stats.options());
   args.stats = rows.mutable_data_ptr<double>();
   const double mean_length = static_cast<double>(logprob.numel()) / (args.N > 0 ? args.N : 1);
-  parallel_items(policy_loss_cpu, args, args.N, 100.0 * mean_length);
+  parallel_items(policy_loss_cpu, args, args.N, 10.0 * mean_length);
 
   double* total = stats.mutable_data_ptr<double>();
   for (int k = 0; k < kNumPolicyStats; ++k) {
@@ -139,7 +139,7 @@ Three cpu(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tens
     for (int64_t n = 0; n < args.N; ++n) {
       const double x = args.stats[n * kNumPolicyStats + k];
       if (!is_max) total[k] += x;
-      else if (!(x <= total[k])) total[k] = x;  // NaN wins and stays
+      else if (total[k] == total[k] && !(x <= total[k])) total[k] = x;  // NaN wins and stays
     }
   }
   loss.fill_(total[kStatPolicyLoss] + total[kStatKlLoss]);

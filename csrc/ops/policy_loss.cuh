@@ -1,4 +1,4 @@
-// Token arithmetic of policy_loss, for the CPU and a CUDA kernel alike.
+// Token arithmetic of policy_loss, for one token or a vector of them: T is a number or a Vec16.
 #pragma once
 #include "core/dtype.h"
 #include "ops/policy_loss.h"
@@ -7,48 +7,65 @@ namespace grpo_engine {
 
 inline constexpr double kLogRatioLimit = 20.0;
 
+// x where a < b, else y: y also where either is NaN.
 template <typename A>
-struct PolicyTerm {
-  A value;    // f
-  A slope;    // df/dlogprob through this token's own ratio: r df/dr for clip, the weight for cispo
-  bool low, high, dual;
+GE_HOST_DEVICE inline A where_less(A a, A b, A x, A y) { return a < b ? x : y; }
+
+template <typename T>
+struct PolicyConstants {
+  T zero, one, floor, ceiling, dual_clip, limit;  // 1 - clip_low, 1 + clip_high; of the log-ratios
 };
 
-// `slope_of_ratio` is 1, or 0 where the clamp of the log-ratio binds.
-template <typename A>
-GE_HOST_DEVICE inline PolicyTerm<A> policy_term(PolicyObjective objective, A advantage, A ratio, A logprob,
-                                                A clip_low, A clip_high, A dual_clip,
-                                                A slope_of_ratio) {
-  const A floor = A(1) - clip_low, ceiling = A(1) + clip_high;
-  const A clamped = ratio < floor ? floor : (ratio > ceiling ? ceiling : ratio);
-  PolicyTerm<A> t{A(0), A(0), advantage < A(0) && ratio < floor, advantage > A(0) && ratio > ceiling,
-                  false};
-  if (objective == PolicyObjective::cispo) {
-    t.value = -advantage * clamped * logprob;
-    t.slope = -advantage * clamped;
-    return t;
-  }
-  const A free = -advantage * ratio, held = -advantage * clamped;
-  const bool first = !(free < held);  // equal branches: the gradient flows; NaN goes through
-  t.value = first ? free : held;
-  t.slope = first ? free * slope_of_ratio : A(0);
-  if (advantage < A(0) && t.value > -advantage * dual_clip) {
-    t.value = -advantage * dual_clip;
-    t.slope = A(0);
-    t.dual = true;
-  }
-  return t;
+// minuend - subtrahend, held within the limit. `inside` is 1 where that does not bind, else 0; a NaN counts
+// as inside, so that it reaches the gradient.
+template <typename T>
+struct LogRatio {
+  T value, inside;
+};
+template <typename T>
+GE_HOST_DEVICE inline LogRatio<T> log_ratio(const PolicyConstants<T>& c, T difference) {
+  const T low = c.zero - c.limit, one = c.one, zero = c.zero;
+  return {where_less(difference, low, low, where_less(c.limit, difference, c.limit, difference)),
+          where_less(difference, low, zero, where_less(c.limit, difference, zero, one))};
 }
 
-// e = ref - logprob (clamped), exp_e = exp(e); `inside`: the clamp does not bind.
-template <typename A>
-GE_HOST_DEVICE inline void kl_term(PolicyKl kl, A e, A exp_e, bool inside, A* value, A* slope) {
-  switch (kl) {
-    case PolicyKl::k1: *value = -e; *slope = A(1); break;
-    case PolicyKl::k2: *value = e * e / A(2); *slope = -e; break;
-    case PolicyKl::k3: *value = exp_e - e - A(1); *slope = A(1) - exp_e; break;
-  }
-  if (!inside) *slope = A(0);
+template <typename T>
+struct PolicyTerm {
+  T value;            // f
+  T slope;            // df/dlogprob through this token's own ratio: r df/dr for clip, the weight for cispo
+  T low, high, dual;  // 1 where the token is clipped so, else 0
+};
+
+// `inside` is 1, or 0 where the limit of the log-ratio binds.
+template <typename T>
+GE_HOST_DEVICE inline PolicyTerm<T> policy_term(PolicyObjective objective, const PolicyConstants<T>& c, T advantage,
+                                                T ratio, T logprob, T inside) {
+  const T zero = c.zero, one = c.one;
+  const T clamped = where_less(ratio, c.floor, c.floor, where_less(c.ceiling, ratio, c.ceiling, ratio));
+  const T is_low = where_less(advantage, zero, where_less(ratio, c.floor, one, zero), zero);
+  const T is_high = where_less(zero, advantage, where_less(c.ceiling, ratio, one, zero), zero);
+  const T loss = zero - advantage, held = loss * clamped;
+  if (objective == PolicyObjective::cispo) return {held * logprob, held, is_low, is_high, zero};
+  const T free = loss * ratio;
+  const T value = where_less(free, held, held, free);  // equal branches: the gradient flows; NaN goes through
+  const T slope = where_less(free, held, zero, free * inside);
+  const T most = loss * c.dual_clip;
+  const T is_dual = where_less(advantage, zero, where_less(most, value, one, zero), zero);
+  return {where_less(zero, is_dual, most, value), where_less(zero, is_dual, zero, slope), is_low, is_high, is_dual};
+}
+
+template <typename T>
+struct KlTerm {
+  T value, slope;  // of the estimate, and its derivative by logprob
+};
+
+// e = the log-ratio ref - logprob, exp_e = exp(e).
+template <typename T>
+GE_HOST_DEVICE inline KlTerm<T> kl_term(PolicyKl kl, const PolicyConstants<T>& c, LogRatio<T> e, T exp_e) {
+  const T minus = c.zero - e.value;
+  if (kl == PolicyKl::k1) return {minus, e.inside};
+  if (kl == PolicyKl::k2) return {e.value * e.value / (c.one + c.one), minus * e.inside};
+  return {exp_e - e.value - c.one, (c.one - exp_e) * e.inside};
 }
 
 }  // namespace grpo_engine
