@@ -26,7 +26,6 @@ namespace {
 
 // The products are functions of their own: inlined among other loops, they spill their accumulators.
 #define GE_NOINLINE static __attribute__((noinline))
-#define GE_LAMBDA __attribute__((always_inline))
 
 // Rows, and vectors of 16 columns, whose accumulators fit in the registers. Where there are no vector
 // registers one row is as good as many and takes less code.

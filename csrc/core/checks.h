@@ -76,4 +76,9 @@ inline DType dtype_of(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
 }
 
+// Options of a tensor like t in arithmetic type: float64 for float64, else float32.
+inline at::TensorOptions arithmetic(const at::Tensor& t) {
+  return t.options().dtype(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
 }  // namespace grpo_engine

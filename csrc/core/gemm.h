@@ -20,8 +20,6 @@
 #include "core/simd.h"
 #include "core/transpose.h"
 
-#define GE_LAMBDA __attribute__((always_inline))
-
 namespace grpo_engine::GE_ISA {
 namespace {
 

@@ -25,6 +25,7 @@
 #endif
 #define GE_INLINE static inline __attribute__((always_inline))
 #define GE_MEMBER inline __attribute__((always_inline))
+#define GE_LAMBDA __attribute__((always_inline))
 
 namespace grpo_engine::GE_ISA {
 namespace {

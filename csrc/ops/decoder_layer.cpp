@@ -39,10 +39,6 @@ struct Layer {
   int64_t qkv_width() const { return (H + 2 * K) * E; }
 };
 
-at::TensorOptions arithmetic(const Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
 Layer check(const Tensor& x, const Weights& w, const Tensor& position, int64_t K, int64_t E, double theta,
             double eps) {
   require_shape(kOp, "x", x, {-1, -1}, "[T, D]");
@@ -87,7 +83,7 @@ void each_tile(int64_t T, Stage stage) {
     for (int64_t row = 0; row < T; row += kTileRows) stage(row, std::min(kTileRows, T - row));
     return;
   }
-  const int64_t chunks = (T + kRmsNormRows - 1) / kRmsNormRows;
+  const int64_t chunks = rms_norm_chunks(T);
   const int64_t rows = std::min(kTileRows, (chunks + threads - 1) / threads * kRmsNormRows);
   at::parallel_for(0, (T + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) stage(i * rows, std::min(rows, T - i * rows));
@@ -141,8 +137,6 @@ RmsNormArgs norm_args(const Layer& l, int64_t rows, const void* x, const Tensor&
   return n;
 }
 
-int64_t norm_chunks(int64_t rows) { return (rows + kRmsNormRows - 1) / kRmsNormRows; }
-
 void norm(const RmsNormArgs& n) { parallel_items(rms_norm_forward_cpu, n, n.T, 4.0 * n.D); }
 
 // dx = the norm's input gradient + dsum; the rows' chunks of its weight gradient go to dweight.
@@ -154,11 +148,11 @@ void norm_back(const Layer& l, int64_t row, int64_t rows, const void* dy, const 
   n.dsum = dsum;
   n.dx = row_of(dx, row);
   n.dweight = row_of(dweight, row / kRmsNormRows);
-  parallel_items(rms_norm_backward_cpu, n, norm_chunks(rows), 12.0 * l.D * kRmsNormRows);
+  parallel_items(rms_norm_backward_cpu, n, rms_norm_chunks(rows), 12.0 * l.D * kRmsNormRows);
 }
 
 Tensor norm_weight_chunks(const Layer& l, const Tensor& x) {
-  const int64_t chunks = norm_chunks(x.size(0));
+  const int64_t chunks = rms_norm_chunks(x.size(0));
   return chunks > 0 ? at::empty({chunks, l.D}, arithmetic(x)) : at::zeros({1, l.D}, arithmetic(x));
 }
 
@@ -200,10 +194,7 @@ void turn(const Layer& l, const Angles& angles, int64_t row, int64_t rows, int64
 
 Angles angles_of(const Layer& l, const Tensor& position) {
   const int64_t* p = position.const_data_ptr<int64_t>();
-  const int64_t T = position.size(0);
-  const int64_t* low = std::min_element(p, p + T);
-  TORCH_CHECK_VALUE(*low >= 0, kOp, ": position must be >= 0, got ", *low, " at row ", low - p);
-  return {rope_table(p, T, l.E, l.theta), p};
+  return {rope_table(kOp, p, position.size(0), l.E, l.theta), p};
 }
 
 void add(const Layer& l, int64_t rows, const void* a, void* b) {

@@ -135,8 +135,7 @@ Three backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& 
     gemm(args);
   }
   if (need_bias) {
-    at::Tensor sums = at::empty({O}, dy.options().dtype(dy.scalar_type() == at::kDouble ? at::kDouble
-                                                                                       : at::kFloat));
+    at::Tensor sums = at::empty({O}, arithmetic(dy));
     column_sum({dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr()});
     dbias = sums.to(x.scalar_type());
   }

@@ -26,10 +26,6 @@ void check(const at::Tensor& x, const at::Tensor& weight) {
   require_tensor(kOp, "weight", weight, {x.size(1)}, "[D]", x.scalar_type(), x);
 }
 
-at::TensorOptions arithmetic(const at::Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
 void check_forward(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check(x, weight);
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0.0, kOp, ": eps must be finite and >= 0, got ",
@@ -99,7 +95,7 @@ Two backward_cpu(const at::Tensor& dy, const OptionalTensor& dsum, const at::Ten
                  const at::Tensor& weight, const at::Tensor& rstd) {
   check_backward(dy, dsum, x, weight, rstd);
   RmsNormArgs args = common_args(x, weight);
-  const int64_t chunks = (args.T + kRmsNormRows - 1) / kRmsNormRows;
+  const int64_t chunks = rms_norm_chunks(args.T);
   const at::Tensor dx = at::empty_like(x);
   const at::Tensor dweight = chunks > 0 ? at::empty({chunks, args.D}, arithmetic(x))
                                         : at::zeros({1, args.D}, arithmetic(x));

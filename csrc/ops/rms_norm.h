@@ -40,6 +40,8 @@ struct RmsNormArgs {
 inline constexpr int64_t kRmsNormRows = 64;     // rows of one chunk of dweight
 inline constexpr int64_t kRmsNormColumns = 64;  // columns of dweight in one work item
 
+static inline int64_t rms_norm_chunks(int64_t rows) { return (rows + kRmsNormRows - 1) / kRmsNormRows; }
+
 GE_CPU_KERNEL(rms_norm_forward, RmsNormArgs)   // items: rows
 GE_CPU_KERNEL(rms_norm_backward, RmsNormArgs)  // items: chunks of kRmsNormRows rows; dx, rows of dweight
 GE_CPU_KERNEL(rms_norm_join, RmsNormArgs)      // items: blocks of kRmsNormColumns columns of dweight

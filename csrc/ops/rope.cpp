@@ -82,10 +82,7 @@ at::Tensor cpu(const at::Tensor& x, const at::Tensor& position, double theta, bo
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
   args.position = position.const_data_ptr<int64_t>();
-  const int64_t* low = std::min_element(args.position, args.position + args.T);
-  TORCH_CHECK_VALUE(*low >= 0, kOp, ": position must be >= 0, got ", *low, " at row ",
-                    low - args.position);
-  const RopeTable table = rope_table(args.position, args.T, args.E, theta);
+  const RopeTable table = rope_table(kOp, args.position, args.T, args.E, theta);
   args.first_position = table.first_position;
   args.table = table.rows->data();
   parallel_items(rope_cpu, args, args.T, 3.0 * args.H * args.E);
@@ -94,9 +91,10 @@ at::Tensor cpu(const at::Tensor& x, const at::Tensor& position, double theta, bo
 
 }  // namespace
 
-RopeTable rope_table(const int64_t* position, int64_t T, int64_t E, double theta) {
+RopeTable rope_table(const char* op, const int64_t* position, int64_t T, int64_t E, double theta) {
   constexpr int64_t kKept = 32768;  // 8 MB at E = 64
   const auto [low, high] = std::minmax_element(position, position + T);
+  TORCH_CHECK_VALUE(*low >= 0, op, ": position must be >= 0, got ", *low, " at row ", low - position);
   if (*high < kKept) return {kept_table(*high + 1, E, theta), 0};
   // Packed sequences share positions: then one row for each position, else one for each token.
   const int64_t first = *low;

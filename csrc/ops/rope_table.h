@@ -11,8 +11,8 @@ struct RopeTable {
   int64_t first_position;  // as in RopeArgs
 };
 
-// The table for T >= 1 tokens at `position`, all >= 0. Tables of low positions are kept: every layer of
-// every step asks for the same angles. Safe to call from any thread.
-RopeTable rope_table(const int64_t* position, int64_t T, int64_t E, double theta);
+// The table for T >= 1 tokens at `position`; throws, in the name of `op`, where one is below 0. Tables of low
+// positions are kept: every layer of every step asks for the same angles. Safe to call from any thread.
+RopeTable rope_table(const char* op, const int64_t* position, int64_t T, int64_t E, double theta);
 
 }  // namespace grpo_engine
