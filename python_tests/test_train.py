@@ -113,37 +113,33 @@ def test_scarce_pages_change_no_record(folder, undisturbed, tmp_path):
     assert same_weights(scarce, undisturbed)
 
 
-def script(out: Path, folder: Path) -> str:
+def script(out: Path, folder: Path, *, pause: float = 0.0) -> str:
+    """A program that runs the configuration; it waits `pause` seconds before each record that it writes."""
     return (
-        "from pathlib import Path; import test_train as t; from grpo_engine.train import train; "
+        "import time; from pathlib import Path; import test_train as t; from grpo_engine import records; "
+        "from grpo_engine.train import train; write = records.JsonlWriter.write; "
+        f"records.JsonlWriter.write = lambda self, record: (time.sleep({pause}), write(self, record)); "
         f"train(t.run_config(Path({str(folder)!r})), {str(out)!r}, quiet=True)"
     )
 
 
 def test_killed_three_times_and_resumed_gives_identical_records_and_weights(folder, undisturbed, tmp_path):
     out = tmp_path / "killed"
+    path = out / records.STEPS_FILE
     rng = random.Random(0)
-    kills = 0
-    for attempt in range(12):
-        process = subprocess.Popen([sys.executable, "-c", script(out, folder)], cwd=Path(__file__).parent)
-        if kills < 3:
-            # wait until it works on this attempt's share of the steps, then kill at a random moment
-            goal = (out / records.STEPS_FILE).stat().st_size if (out / records.STEPS_FILE).exists() else 0
-            deadline = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline:
-                size = (out / records.STEPS_FILE).stat().st_size if (out / records.STEPS_FILE).exists() else 0
-                if size != goal:
-                    break
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.15))
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-            process.wait()
-        else:
-            assert process.wait(timeout=120) == 0, attempt
-            break
-    assert kills == 3
+    for _ in range(3):
+        written = path.stat().st_size if path.exists() else 0
+        # a run of this size is over in a blink: the pause leaves time to hit it between any two records
+        process = subprocess.Popen([sys.executable, "-c", script(out, folder, pause=0.05)], cwd=Path(__file__).parent)
+        deadline = time.monotonic() + 120
+        while not path.exists() or path.stat().st_size == written:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15))
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", script(out, folder)], check=True, cwd=Path(__file__).parent, timeout=120)
     assert deterministic_bytes(out) == deterministic_bytes(undisturbed)
     assert same_weights(out, undisturbed)
 
