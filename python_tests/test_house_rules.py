@@ -55,4 +55,4 @@ def test_a_wrong_instruction_set_is_an_error():
     result = subprocess.run(
         [sys.executable, "-c", code], env={"GRPO_ENGINE_ISA": "sse9", "PATH": ""}, capture_output=True, text=True, cwd=ROOT
     )
-    assert "GRPO_ENGINE_ISA must be generic, avx2 or avx512, got sse9" in result.stderr
+    assert "GRPO_ENGINE_ISA must be one of generic, avx2, avx512, avx512_bf16, got sse9" in result.stderr

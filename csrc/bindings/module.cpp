@@ -9,11 +9,11 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of grpo_engine.";
   m.def("cpu_isa", [] { return grpo_engine::cpu_isa_name(grpo_engine::cpu_isa()); },
-        "The instruction set that the CPU kernels use: generic, avx2 or avx512.");
+        "The instruction set that the CPU kernels use: generic, avx2, avx512 or avx512_bf16.");
   m.def("cpu_isas", [] {
     using grpo_engine::CpuIsa;
     pybind11::list names;
-    for (CpuIsa isa : {CpuIsa::generic, CpuIsa::avx2, CpuIsa::avx512}) {
+    for (CpuIsa isa : grpo_engine::kCpuIsas) {
       if (grpo_engine::cpu_has(isa)) names.append(grpo_engine::cpu_isa_name(isa));
     }
     return names;

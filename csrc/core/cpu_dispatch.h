@@ -1,20 +1,22 @@
 // cpu_dispatch.h -- which copy of a kernel runs on this CPU, decided once.
 //
 // Kernels (csrc/ops/*_cpu.cpp) are compiled once per instruction set into the namespaces generic,
-// avx2 and avx512. GE_CPU_KERNEL(name, Args) declares the copies and a function `name_cpu` that
-// calls the chosen one on the work items [begin, end).
+// avx2 and avx512; those with matrix products also into avx512_bf16, which multiplies bfloat16 twice as
+// fast and is avx512 otherwise. GE_CPU_KERNEL(name, Args) or GE_CPU_PRODUCT_KERNEL declares the copies and
+// a function `name_cpu` that calls the chosen one on the work items [begin, end).
 #pragma once
 #include <cstdint>
 
 namespace grpo_engine {
 
-enum class CpuIsa : int { generic = 0, avx2 = 1, avx512 = 2 };
+enum class CpuIsa : int { generic, avx2, avx512, avx512_bf16 };
 
 // The best instruction set of this CPU, or the one that the environment variable GRPO_ENGINE_ISA
-// names (generic, avx2, avx512). Throws std::runtime_error when that one is unknown or missing.
+// names. Throws std::runtime_error when that one is unknown or missing.
 CpuIsa cpu_isa();
 const char* cpu_isa_name(CpuIsa isa);
 bool cpu_has(CpuIsa isa);
+inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::generic, CpuIsa::avx2, CpuIsa::avx512, CpuIsa::avx512_bf16};
 
 // Memory for a kernel, aligned to 64 bytes. Defined outside the kernels, which may not use std::.
 // Throws std::bad_alloc.
@@ -27,12 +29,17 @@ using CpuKernel = void (*)(const Args&, int64_t begin, int64_t end);
 }  // namespace grpo_engine
 
 #if defined(__x86_64__)
-#define GE_CPU_KERNEL(name, Args)                                                            \
+#define GE_CPU_KERNEL(name, Args) GE_CPU_KERNEL_COPIES(name, Args, avx512)
+#define GE_CPU_PRODUCT_KERNEL(name, Args)                                                     \
+  namespace avx512_bf16 { void name(const Args&, int64_t begin, int64_t end); }              \
+  GE_CPU_KERNEL_COPIES(name, Args, avx512_bf16)
+#define GE_CPU_KERNEL_COPIES(name, Args, best)                                               \
   namespace generic { void name(const Args&, int64_t begin, int64_t end); }                  \
   namespace avx2 { void name(const Args&, int64_t begin, int64_t end); }                     \
   namespace avx512 { void name(const Args&, int64_t begin, int64_t end); }                   \
   inline void name##_cpu(const Args& args, int64_t begin, int64_t end) {                     \
-    static constexpr CpuKernel<Args> kCopies[] = {generic::name, avx2::name, avx512::name};  \
+    static constexpr CpuKernel<Args> kCopies[] = {generic::name, avx2::name, avx512::name,   \
+                                                  best::name};                               \
     kCopies[static_cast<int>(cpu_isa())](args, begin, end);                                  \
   }
 #else
@@ -41,4 +48,5 @@ using CpuKernel = void (*)(const Args&, int64_t begin, int64_t end);
   inline void name##_cpu(const Args& args, int64_t begin, int64_t end) {    \
     generic::name(args, begin, end);                                        \
   }
+#define GE_CPU_PRODUCT_KERNEL(name, Args) GE_CPU_KERNEL(name, Args)
 #endif

@@ -3,10 +3,14 @@
 //   C[m,n] = sum_k A[m,k] B[k,n]  (+ bias[n])
 //
 // Strides make x W^T, dY W and dY^T X the same function. Each C[m,n] is ONE chain of fused
-// multiply-adds in ascending k that starts from 0 (or from C, when accumulating); the bias is added
+// multiply-adds over k that starts from 0 (or from C, when accumulating); the bias is added
 // once at the end and the result is rounded once to the type of C. Tiles only decide which chains
 // advance together, so the bits of C[m,n] depend on row m of A and column n of B alone: not on M, N,
-// the tile sizes, the threads, or whether the CPU has AVX2 or AVX-512.
+// the tile sizes, the threads, or which vector instructions the CPU has.
+//
+// k ascends, but for two bfloat16 operands, where it descends and subnormals count as 0. That is what the
+// dot product of AVX512_BF16 does: of a pair of values it adds the second product first, each sum rounded.
+// So a CPU that has it multiplies pairs, at twice the rate, and gives the bits of one that has not.
 //
 // Structure: for each slice of k and each panel of up to three vectors of columns, B is copied to
 // [k][column] (transposed on the way when k is its adjacent index), then tiles of TileShape::rows rows
@@ -52,7 +56,7 @@ template <typename A>
 struct TileShape { static constexpr int rows = 2, vectors = 1; };
 #endif
 
-// Values of k in a slice: many, so that sums rarely travel; few when few rows use a panel, so that
+// Operands along k in a slice: many, so that sums rarely travel; few when few rows use a panel, so that
 // copying the next panel overlaps the sums of this one.
 constexpr int64_t kSlice = 256, kShortSlice = 64, kFewRows = 32;
 // Copying pays when a value is used this often: B by so many rows, A (rows adjacent) by so many columns.
@@ -62,6 +66,19 @@ template <typename T, typename U>
 struct Same { static constexpr bool value = false; };
 template <typename T>
 struct Same<T, T> { static constexpr bool value = true; };
+
+template <typename SA, typename SB>
+constexpr bool kDescends = Same<SA, bfloat16>::value && Same<SB, bfloat16>::value;
+
+// What one multiply-add takes of each side: a value in arithmetic type, or two bfloat16 of adjacent k.
+template <typename SA, typename SB, typename A>
+struct OperandOf { using type = A; };
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<bfloat16, bfloat16, float> { using type = Bf16Pair; };
+#endif
+template <typename O>
+constexpr int64_t kValues = Same<O, Bf16Pair>::value ? 2 : 1;
 
 // Memory that a thread keeps between calls, by purpose.
 struct Scratch {
@@ -88,6 +105,8 @@ T* scratch(ScratchUse use, int64_t count) {
 }
 
 // ---------------------------------------------------------------- copies of slices
+//
+// `depth` counts operands. Those of pairs read `values` of k and fill an odd last pair up with 0.
 
 // Vectors of the next panel when `columns` are left: a lone vector runs at the speed of its latency,
 // so four are split in two halves and not three and one.
@@ -99,45 +118,66 @@ GE_INLINE int panel_vectors(int64_t columns) {
   return static_cast<int>(left < kMax ? left : kMax);
 }
 
-// dst[k * width + i] = src[k * stride + i] for i < count; lanes past count are 0.
+// Operand k of a line of values src[k * stride].
 template <typename A, typename S>
-void copy_across(const S* src, int64_t stride, int64_t depth, int64_t count, A* dst, int64_t width) {
+GE_INLINE void gather(const S* src, int64_t stride, int64_t k, int64_t, A* out) { *out = to_arith(src[k * stride]); }
+GE_INLINE void gather(const bfloat16* src, int64_t stride, int64_t k, int64_t values, Bf16Pair* out) {
+  out->first = src[2 * k * stride];
+  out->second = 2 * k + 1 < values ? src[(2 * k + 1) * stride] : bfloat16{0};
+}
+
+// dst[k * width + i] = operand k of src[i + k * stride] for i < count; lanes past count are 0.
+template <typename A, typename S>
+void copy_across(const S* src, int64_t stride, int64_t values, int64_t count, A* dst, int64_t width) {
   using V = Vec16<A>;
-  const int64_t whole = count / kLanes;
-  const int tail = static_cast<int>(count % kLanes);
-  for (int64_t k = 0; k < depth; ++k, src += stride, dst += width) {
-    for (int64_t j = 0; j < whole; ++j) V::load(src + j * kLanes).store(dst + j * kLanes);
-    if (tail) V::load_n(src + whole * kLanes, tail).store(dst + whole * kLanes);
+  for (int64_t k = 0; k < values; ++k, src += stride, dst += width) {
+    each_vector(count, [&](int64_t i, int n) { load<V>(src + i, n).store(dst + i); });
   }
 }
+#if defined(__AVX512BF16__)
+void copy_across(const bfloat16* src, int64_t stride, int64_t values, int64_t count, Bf16Pair* dst, int64_t width) {
+  for (int64_t k = 0; k < values; k += 2, src += 2 * stride, dst += width) {
+    const bool whole = k + 1 < values;
+    each_vector(count, [&](int64_t i, int n) {
+      Vec16<Bf16Pair>::join(src + i, whole ? src + stride + i : nullptr, n).store(dst + i);
+    });
+  }
+}
+#endif
 
-// dst[r * width + k] = src[r * stride + k] in arithmetic type.
+// dst[r * width + k] = operand k of row r, src[r * stride + k].
 template <typename A, typename S>
-void copy_rows(const S* src, int64_t stride, int64_t rows, int64_t depth, A* dst, int64_t width) {
+void copy_rows(const S* src, int64_t stride, int64_t rows, int64_t values, A* dst, int64_t width) {
   for (int64_t r = 0; r < rows; ++r, src += stride, dst += width) {
-    each_vector(depth, [&](int64_t k, int n) { store(load<Vec16<A>>(src + k, n), dst + k, n); });
+    each_vector(values, [&](int64_t k, int n) { store(load<Vec16<A>>(src + k, n), dst + k, n); });
+  }
+}
+GE_INLINE void copy_rows(const bfloat16* src, int64_t stride, int64_t rows, int64_t values, Bf16Pair* dst, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r, src += stride, dst += width) {
+    memcpy(dst, src, static_cast<size_t>(values / 2) * sizeof(Bf16Pair));
+    if (values % 2) gather(src, 1, values / 2, values, dst + values / 2);
   }
 }
 
-// Tiles of R rows, [R * kSlice] each: dst[k * R + i] = src[k * stride + i]. A line of src is read once, for
-// kAcross tiles at a time: more would be too many places to write to.
-template <int R, typename A, typename S>
-void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t rows, A* dst) {
+// Tiles of R rows, [R * kSlice] each: dst[k * R + i] = operand k of src[k * stride + i]. A line of src is read once,
+// for kAcross tiles at a time: more would be too many places to write to.
+template <int R, typename O, typename S>
+void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int64_t rows, O* dst) {
   constexpr int64_t kAcross = 4;
   int64_t m = 0;
   while (m + R <= rows) {
     const int64_t tiles = (rows - m) / R < kAcross ? (rows - m) / R : kAcross;
     for (int64_t k = 0; k < depth; ++k) {
-      const S* from = src + k * stride + m;
-      A* to = dst + m * kSlice + k * R;
+      const S* from = src + m;
+      O* to = dst + m * kSlice + k * R;
       for (int64_t t = 0; t < tiles; ++t, from += R, to += R * kSlice) {
-        for (int i = 0; i < R; ++i) to[i] = to_arith(from[i]);
+        for (int i = 0; i < R; ++i) gather(from + i, stride, k, values, to + i);
       }
     }
     m += tiles * R;
   }
   for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t i = 0; m + i < rows; ++i) dst[m * kSlice + k * R + i] = to_arith(src[k * stride + m + i]);
+    for (int64_t i = 0; m + i < rows; ++i) gather(src + m + i, stride, k, values, dst + m * kSlice + k * R + i);
   }
 }
 
@@ -150,54 +190,59 @@ GE_INLINE void prefetch16(const S* src, int64_t stride, int64_t k) {
   for (int i = 0; i < 4; ++i) __builtin_prefetch(rows + i * stride, 0, 2);
 }
 
-// dst[k * width + i] = src[i * stride + k] for i < 16; returns how many values of k are done, the caller
+// dst[k * width + i] = operand k of src[i * stride + k] for i < 16; returns how many operands are done, the caller
 // does the rest one by one.
-template <typename S>
-int64_t transpose_whole(const S* src, int64_t stride, int64_t depth, float* dst, int64_t width) {
+template <typename O, typename S>
+int64_t transpose_whole(const S* src, int64_t stride, int64_t values, O* dst, int64_t width) {
   const S* next = src + width * stride;
   constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
   int64_t k = 0;
-  for (; k + kStep <= depth; k += kStep) {
+  for (; k + kStep <= values; k += kStep) {
     prefetch16(next, stride, k);
-    transpose16<S>([&](int i) { return src + i * stride + k; },
-                   [&](int64_t i, VecF v) GE_LAMBDA { v.store(dst + (k + i) * width); });
+    transpose16<Stored<S, O>>([&](int i) { return src + i * stride + k; },
+                              [&](int64_t i, Vec16<O> v) GE_LAMBDA { v.store(dst + (k / kValues<O> + i) * width); });
   }
-  return k;
+  return k / kValues<O>;
 }
 #endif
-template <typename A, typename S>
-int64_t transpose_whole(const S*, int64_t, int64_t, A*, int64_t) { return 0; }
+template <typename S>
+int64_t transpose_whole(const S*, int64_t, int64_t, double*, int64_t) { return 0; }
+#if !defined(__AVX2__)
+template <typename S>
+int64_t transpose_whole(const S*, int64_t, int64_t, float*, int64_t) { return 0; }
+#endif
 
-// dst[k * width + i] = src[i * stride + k] for i < count. Lanes past count repeat the last row, which
+// dst[k * width + i] = operand k of src[i * stride + k] for i < count. Lanes past count repeat the last row, which
 // is as good as anything: their sums are never stored.
-template <typename A, typename S>
-void copy_transposed(const S* src, int64_t stride, int64_t depth, int64_t count, A* dst,
+template <typename O, typename S>
+void copy_transposed(const S* src, int64_t stride, int64_t depth, int64_t values, int64_t count, O* dst,
                      int64_t width) {
-  S padded[kLanes * kSlice];
+  constexpr int64_t kRow = kSlice * kValues<O>;
+  S padded[kLanes * kRow];
   for (int64_t first = 0; first < width; first += kLanes, src += kLanes * stride, dst += kLanes) {
     const S* rows = src;
     int64_t row = stride;
     if (first + kLanes > count) {
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t from = first + i < count ? i : count - 1 - first;
-        memcpy(padded + i * kSlice, src + from * stride, static_cast<size_t>(depth) * sizeof(S));
+        memcpy(padded + i * kRow, src + from * stride, static_cast<size_t>(values) * sizeof(S));
       }
       rows = padded;
-      row = kSlice;
+      row = kRow;
     }
-    for (int64_t k = transpose_whole(rows, row, depth, dst, width); k < depth; ++k) {
-      for (int64_t i = 0; i < kLanes; ++i) dst[k * width + i] = to_arith(rows[i * row + k]);
+    for (int64_t k = transpose_whole(rows, row, values, dst, width); k < depth; ++k) {
+      for (int64_t i = 0; i < kLanes; ++i) gather(rows + i * row, 1, k, values, dst + k * width + i);
     }
   }
 }
 
 // ---------------------------------------------------------------- tiles
 
-template <typename A>
+template <typename O, typename A>
 struct Tile {
-  const A* a;             // a[i * a_row + k * a_col], i < rows of the tile
+  const O* a;             // a[i * a_row + k * a_col], i < rows of the tile
   int64_t a_row, a_col;
-  const A* b;             // b[k * b_row + j], j < columns of the tile
+  const O* b;             // b[k * b_row + j], j < columns of the tile
   int64_t b_row;
   int64_t depth;
   const A* init;          // sums so far, or null for 0
@@ -206,10 +251,10 @@ struct Tile {
   int last;               // columns of the last vector that exist
 };
 
-template <typename A, typename S, int R, int NV, bool kWhole>
-GE_INLINE void run_tile_of(const Tile<A>& tile, S* out, int64_t out_row) {
+template <typename O, typename A, typename S, int R, int NV, bool kWhole>
+GE_INLINE void run_tile_of(const Tile<O, A>& tile, S* out, int64_t out_row) {
   using V = Vec16<A>;
-  const Tile<A> t = tile;  // a copy: stores to `out` cannot change it
+  const Tile<O, A> t = tile;  // a copy: stores to `out` cannot change it
   const int last = kWhole ? kLanes : t.last;
   V sums[R][NV];
   if (t.init) {
@@ -227,15 +272,15 @@ GE_INLINE void run_tile_of(const Tile<A>& tile, S* out, int64_t out_row) {
       for (int j = 0; j < NV; ++j) sums[i][j] = V::zero();
     }
   }
-  const A* a = t.a;
-  const A* b = t.b;
+  const O* a = t.a;
+  const O* b = t.b;
   for (int64_t k = 0; k < t.depth; ++k, a += t.a_col, b += t.b_row) {
-    V bs[NV];
+    Vec16<O> bs[NV];
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) bs[j] = V::load(b + j * kLanes);
+    for (int j = 0; j < NV; ++j) bs[j] = Vec16<O>::load(b + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const V x = V::set1(a[i * t.a_row]);
+      const Vec16<O> x = Vec16<O>::set1(a[i * t.a_row]);
 #pragma GCC unroll 3
       for (int j = 0; j < NV; ++j) sums[i][j] = fma(x, bs[j], sums[i][j]);
     }
@@ -257,33 +302,33 @@ GE_INLINE void run_tile_of(const Tile<A>& tile, S* out, int64_t out_row) {
   }
 }
 
-template <typename A, typename S, int R, int NV>
-void run_tile(const Tile<A>& t, S* out, int64_t out_row) {
-  if (t.last == kLanes) return run_tile_of<A, S, R, NV, true>(t, out, out_row);
-  run_tile_of<A, S, R, NV, false>(t, out, out_row);
+template <typename O, typename A, typename S, int R, int NV>
+void run_tile(const Tile<O, A>& t, S* out, int64_t out_row) {
+  if (t.last == kLanes) return run_tile_of<O, A, S, R, NV, true>(t, out, out_row);
+  run_tile_of<O, A, S, R, NV, false>(t, out, out_row);
 }
 
-template <typename A, typename S, int NV>
-GE_INLINE void run_tile_of(int rows, const Tile<A>& t, S* out, int64_t out_row) {
+template <typename O, typename A, typename S, int NV>
+GE_INLINE void run_tile_of(int rows, const Tile<O, A>& t, S* out, int64_t out_row) {
   constexpr int kMax = TileShape<A>::rows;
   switch (rows) {
-    case 1: return run_tile<A, S, 1, NV>(t, out, out_row);
-    case 2: return run_tile<A, S, 2, NV>(t, out, out_row);
-    case 3: return run_tile<A, S, kMax < 3 ? kMax : 3, NV>(t, out, out_row);
-    case 4: return run_tile<A, S, kMax < 4 ? kMax : 4, NV>(t, out, out_row);
-    case 5: return run_tile<A, S, kMax < 5 ? kMax : 5, NV>(t, out, out_row);
-    case 6: return run_tile<A, S, kMax < 6 ? kMax : 6, NV>(t, out, out_row);
-    case 7: return run_tile<A, S, kMax < 7 ? kMax : 7, NV>(t, out, out_row);
-    default: return run_tile<A, S, kMax, NV>(t, out, out_row);
+    case 1: return run_tile<O, A, S, 1, NV>(t, out, out_row);
+    case 2: return run_tile<O, A, S, 2, NV>(t, out, out_row);
+    case 3: return run_tile<O, A, S, kMax < 3 ? kMax : 3, NV>(t, out, out_row);
+    case 4: return run_tile<O, A, S, kMax < 4 ? kMax : 4, NV>(t, out, out_row);
+    case 5: return run_tile<O, A, S, kMax < 5 ? kMax : 5, NV>(t, out, out_row);
+    case 6: return run_tile<O, A, S, kMax < 6 ? kMax : 6, NV>(t, out, out_row);
+    case 7: return run_tile<O, A, S, kMax < 7 ? kMax : 7, NV>(t, out, out_row);
+    default: return run_tile<O, A, S, kMax, NV>(t, out, out_row);
   }
 }
 
-template <typename A, typename S>
-GE_INLINE void run_tile_of(int vectors, int rows, const Tile<A>& t, S* out, int64_t out_row) {
+template <typename O, typename A, typename S>
+GE_INLINE void run_tile_of(int vectors, int rows, const Tile<O, A>& t, S* out, int64_t out_row) {
   constexpr int kMax = TileShape<A>::vectors;
-  if (vectors == 1) return run_tile_of<A, S, 1>(rows, t, out, out_row);
-  if (vectors == 2) return run_tile_of<A, S, kMax < 2 ? kMax : 2>(rows, t, out, out_row);
-  run_tile_of<A, S, kMax>(rows, t, out, out_row);
+  if (vectors == 1) return run_tile_of<O, A, S, 1>(rows, t, out, out_row);
+  if (vectors == 2) return run_tile_of<O, A, S, kMax < 2 ? kMax : 2>(rows, t, out, out_row);
+  run_tile_of<O, A, S, kMax>(rows, t, out, out_row);
 }
 
 // ---------------------------------------------------------------- few rows
@@ -300,36 +345,55 @@ constexpr int kChainRows = 2;
 constexpr int64_t kMaxFewRows = kChainRows * 3 / 2;
 constexpr int64_t kAhead = 2;  // vectors of columns between those that are summed and those that are fetched
 
+// A few rows of A as operands, [M, x_row], and the columns of B as they are stored.
+template <typename O, typename SB, typename SC>
+struct FewRows {
+  int64_t M, N, K;
+  const O* x;
+  int64_t x_row;
+  const SB* b;    // B[k,n] = b[k + n * b_col]
+  int64_t b_col;
+  const SB* bias;
+  SC* c;
+  int64_t c_row;
+};
+
 // R rows by G * 16 columns from column n on: G * R chains advance together.
-template <int R, int G, typename SB, typename SC>
-void few_rows_panel(const Gemm<float, SB, SC>& g, int64_t m, int64_t n) {
-  constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(SB));
-  const int64_t stride = g.b_col, x_row = g.a_row;
-  const float* x = g.a + m * x_row;
+template <int R, int G, bool kDown, typename O, typename SB, typename SC>
+void few_rows_panel(const FewRows<O, SB, SC>& g, int64_t m, int64_t n) {
+  constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(SB)), kOperands = kStep / kValues<O>;
+  const int64_t stride = g.b_col, x_row = g.x_row, depth = (g.K + kValues<O> - 1) / kValues<O>, whole = g.K / kStep;
+  const O* x = g.x + m * x_row;
   const SB* b = g.b + n * stride;
   VecF sums[G][R];
   for (auto& column : sums) {
     for (VecF& sum : column) sum = VecF::zero();
   }
-  int64_t k = 0;
-  for (; k + kStep <= g.K; k += kStep) {
+  const auto add = [&](int j, int64_t k, Vec16<O> v) GE_LAMBDA {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) sums[j][i] = fma(Vec16<O>::set1(x[i * x_row + k]), v, sums[j][i]);
+  };
+  const auto one = [&](int64_t k) {
+    for (int j = 0; j < G; ++j) {
+      O lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) gather(b + (j * kLanes + i) * stride, 1, k, g.K, lanes + i);
+      add(j, k, Vec16<O>::load(lanes));
+    }
+  };
+  if constexpr (kDown) {
+    for (int64_t k = depth; k-- > whole * kOperands;) one(k);
+  }
+  for (int64_t step = 0; step < whole; ++step) {
+    const int64_t at = kDown ? whole - 1 - step : step, k = at * kStep;
 #pragma GCC unroll 2
     for (int j = 0; j < G; ++j) {
       if (m == 0) prefetch16(b + (kAhead + j) * kLanes * stride, stride, k);
-      const auto row = [&](int i) { return b + (j * kLanes + i) * stride + k; };
-      transpose16<SB>(row, [&](int64_t at, VecF v) GE_LAMBDA {
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i) sums[j][i] = fma(VecF::set1(x[i * x_row + k + at]), v, sums[j][i]);
-      });
+      transpose16<Stored<SB, O>, kDown>([&](int i) { return b + (j * kLanes + i) * stride + k; },
+                                        [&](int64_t i, Vec16<O> v) GE_LAMBDA { add(j, at * kOperands + i, v); });
     }
   }
-  for (; k < g.K; ++k) {
-    for (int j = 0; j < G; ++j) {
-      float lanes[kLanes];
-      for (int i = 0; i < kLanes; ++i) lanes[i] = to_arith(b[(j * kLanes + i) * stride + k]);
-      const VecF v = VecF::load(lanes);
-      for (int i = 0; i < R; ++i) sums[j][i] = fma(VecF::set1(x[i * x_row + k]), v, sums[j][i]);
-    }
+  if constexpr (!kDown) {
+    for (int64_t k = whole * kOperands; k < depth; ++k) one(k);
   }
   for (int j = 0; j < G; ++j, n += kLanes) {
     for (int i = 0; i < R; ++i) {
@@ -340,33 +404,35 @@ void few_rows_panel(const Gemm<float, SB, SC>& g, int64_t m, int64_t n) {
 }
 
 // Blocks of R rows; the last one starts early enough to be whole, and does some rows again.
-template <int R, int G, typename SB, typename SC>
-GE_INLINE int64_t few_rows_panels(const Gemm<float, SB, SC>& g, int64_t n) {
+template <int R, int G, bool kDown, typename O, typename SB, typename SC>
+GE_INLINE int64_t few_rows_panels(const FewRows<O, SB, SC>& g, int64_t n) {
   for (; n + G * kLanes <= g.N; n += G * kLanes) {
-    for (int64_t m = 0; m < g.M; m += R) few_rows_panel<R, G>(g, m + R <= g.M ? m : g.M - R, n);
+    for (int64_t m = 0; m < g.M; m += R) few_rows_panel<R, G, kDown>(g, m + R <= g.M ? m : g.M - R, n);
   }
   return n;
 }
 
-template <int R, typename SB, typename SC>
-void few_rows(const Gemm<float, SB, SC>& g) {
+template <int R, bool kDown, typename O, typename SB, typename SC>
+void few_rows(const FewRows<O, SB, SC>& g) {
   int64_t n = 0;
-  if constexpr (R <= 4) n = few_rows_panels<R, 2>(g, n);
-  few_rows_panels<R, 1>(g, n);
+  if constexpr (R <= 4) n = few_rows_panels<R, 2, kDown>(g, n);
+  few_rows_panels<R, 1, kDown>(g, n);
 }
 
 // All whole vectors of columns.
 template <typename SA, typename SB, typename SC>
 void run_few_rows(const Gemm<SA, SB, SC>& g) {
-  Gemm<float, SB, SC> f{g.M, g.N, g.K, nullptr, 0, 1, g.b, g.b_row, g.b_col, g.bias, g.c, g.c_row, false};
-  if constexpr (Same<SA, float>::value) {
-    f.a = g.a;
-    f.a_row = g.a_row;
+  using O = typename OperandOf<SA, SB, float>::type;
+  constexpr bool kDown = kDescends<SA, SB>;
+  FewRows<O, SB, SC> f{g.M, g.N, g.K, nullptr, 0, g.b, g.b_col, g.bias, g.c, g.c_row};
+  if constexpr (Same<SA, O>::value) {
+    f.x = g.a;
+    f.x_row = g.a_row;
   } else {
-    f.a_row = g.K + kLanes;  // rows a power of two apart would share their place in the cache
-    float* x = scratch<float>(kScratchA, g.M * f.a_row);
-    copy_rows(g.a, g.a_row, g.M, g.K, x, f.a_row);
-    f.a = x;
+    f.x_row = g.K + kLanes;  // rows a power of two apart would share their place in the cache
+    O* x = scratch<O>(kScratchA, g.M * f.x_row);
+    copy_rows(g.a, g.a_row, g.M, g.K, x, f.x_row);
+    f.x = x;
   }
   // the smallest block that needs the fewest passes over B and is no taller than A
   constexpr int kSizes[] = {1, 2, 3, 4, 6, 8, 12, 16};
@@ -380,14 +446,14 @@ void run_few_rows(const Gemm<SA, SB, SC>& g) {
     }
   }
   switch (rows) {
-    case 1: return few_rows<1>(f);
-    case 2: return few_rows<2>(f);
-    case 3: return few_rows<kChainRows < 3 ? 1 : 3>(f);
-    case 4: return few_rows<kChainRows < 4 ? 1 : 4>(f);
-    case 6: return few_rows<kChainRows < 6 ? 1 : 6>(f);
-    case 8: return few_rows<kChainRows < 8 ? 1 : 8>(f);
-    case 12: return few_rows<kChainRows < 12 ? 1 : 12>(f);
-    default: return few_rows<kChainRows < 16 ? 1 : 16>(f);
+    case 1: return few_rows<1, kDown>(f);
+    case 2: return few_rows<2, kDown>(f);
+    case 3: return few_rows<kChainRows < 3 ? 1 : 3, kDown>(f);
+    case 4: return few_rows<kChainRows < 4 ? 1 : 4, kDown>(f);
+    case 6: return few_rows<kChainRows < 6 ? 1 : 6, kDown>(f);
+    case 8: return few_rows<kChainRows < 8 ? 1 : 8, kDown>(f);
+    case 12: return few_rows<kChainRows < 12 ? 1 : 12, kDown>(f);
+    default: return few_rows<kChainRows < 16 ? 1 : 16, kDown>(f);
   }
 }
 #endif
@@ -395,11 +461,12 @@ void run_few_rows(const Gemm<SA, SB, SC>& g) {
 // ---------------------------------------------------------------- the product
 
 template <typename SA, typename SB, typename SC>
-void run_gemm(Gemm<SA, SB, SC> g) {
+__attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
   using A = Arith<SC>;
+  using O = typename OperandOf<SA, SB, A>::type;
+  constexpr bool kDown = kDescends<SA, SB>;
   constexpr int kRows = TileShape<A>::rows;
   constexpr int64_t kColumns = TileShape<A>::vectors * kLanes;
-  if (g.M <= 0 || g.N <= 0) return;
 
 #if defined(__AVX2__)
   if constexpr (Same<A, float>::value) {
@@ -416,12 +483,13 @@ void run_gemm(Gemm<SA, SB, SC> g) {
 #endif
 
   const int64_t slice = g.M <= kFewRows ? kShortSlice : kSlice;
+  const int64_t operands = (g.K + kValues<O> - 1) / kValues<O>;
   const bool a_by_rows = g.a_col == 1;
-  const bool copy_a = !Same<SA, A>::value || (!a_by_rows && g.N > kCopyColumns);
-  A* a_copy = copy_a ? scratch<A>(kScratchA, (g.M + kRows) * kSlice) : nullptr;
+  const bool copy_a = !Same<SA, O>::value || (!a_by_rows && g.N > kCopyColumns);
+  O* a_copy = copy_a ? scratch<O>(kScratchA, (g.M + kRows) * kSlice) : nullptr;
   const bool b_by_rows = g.b_col == 1;
-  const bool copy_b = !Same<SB, A>::value || !b_by_rows || g.N % kLanes != 0 || g.M > kCopyRows;
-  A* b_copy = copy_b ? scratch<A>(kScratchB, kColumns * kSlice) : nullptr;
+  const bool copy_b = !Same<SB, O>::value || !b_by_rows || g.N % kLanes != 0 || g.M > kCopyRows;
+  O* b_copy = copy_b ? scratch<O>(kScratchB, kColumns * kSlice) : nullptr;
   A bias[kColumns];
 
   // where the sums rest between slices
@@ -429,33 +497,35 @@ void run_gemm(Gemm<SA, SB, SC> g) {
   int64_t carry_row = g.c_row;
   if constexpr (Same<SC, A>::value) {
     carry = g.c;
-  } else if (g.K > slice) {
+  } else if (operands > slice) {
     carry = scratch<A>(kScratchC, g.M * g.N);
     carry_row = g.N;
   }
 
-  int64_t k = 0;
-  do {  // once for K = 0: the result is then the bias
-    const int64_t depth = g.K - k < slice ? g.K - k : slice;
-    const bool first = k == 0 && !g.accumulate, last = k + depth == g.K;
-    if (copy_a && a_by_rows) copy_rows(g.a + k, g.a_row, g.M, depth, a_copy, kSlice);
-    if (copy_a && !a_by_rows) copy_tiles<kRows>(g.a + k * g.a_col, g.a_col, depth, g.M, a_copy);
+  const int64_t slices = operands > slice ? (operands + slice - 1) / slice : 1;  // one for K = 0: the result is the bias
+  for (int64_t s = 0; s < slices; ++s) {
+    const int64_t start = (kDown ? slices - 1 - s : s) * slice, k = start * kValues<O>;
+    const int64_t depth = operands - start < slice ? operands - start : slice;
+    const int64_t values = g.K - k < depth * kValues<O> ? g.K - k : depth * kValues<O>;
+    const bool first = s == 0 && !g.accumulate, last = s == slices - 1;
+    if (copy_a && a_by_rows) copy_rows(g.a + k, g.a_row, g.M, values, a_copy, kSlice);
+    if (copy_a && !a_by_rows) copy_tiles<kRows>(g.a + k * g.a_col, g.a_col, depth, values, g.M, a_copy);
     int vectors = 0;
     for (int64_t n = 0; n < g.N; n += vectors * kLanes) {
       vectors = panel_vectors<A>(g.N - n);
       const int64_t width = vectors * kLanes;
       const int64_t columns = g.N - n < width ? g.N - n : width;
-      Tile<A> tile{};
+      Tile<O, A> tile{};
       const SB* b = g.b + k * g.b_row + n * g.b_col;
       if (copy_b) {
         if (b_by_rows) {
-          copy_across(b, g.b_row, depth, columns, b_copy, width);
+          copy_across(b, g.b_row, values, columns, b_copy, width);
         } else {
-          copy_transposed(b, g.b_col, depth, columns, b_copy, width);
+          copy_transposed(b, g.b_col, depth, values, columns, b_copy, width);
         }
         tile.b = b_copy;
         tile.b_row = width;
-      } else if constexpr (Same<SB, A>::value) {
+      } else if constexpr (Same<SB, O>::value) {
         tile.b = b;
         tile.b_row = g.b_row;
       }
@@ -466,27 +536,46 @@ void run_gemm(Gemm<SA, SB, SC> g) {
         for (int64_t i = 0; i < width; ++i) bias[i] = i < columns ? to_arith(g.bias[n + i]) : A(0);
         tile.bias = bias;
       }
+      if (copy_a) {
+        tile.a_row = a_by_rows ? kSlice : 1;
+        tile.a_col = a_by_rows ? 1 : kRows;
+      } else {
+        tile.a_row = g.a_row;
+        tile.a_col = g.a_col;
+      }
+      if constexpr (kDown) {  // from the last operand to the first
+        tile.b += (depth - 1) * tile.b_row;
+        tile.b_row = -tile.b_row;
+        tile.a_col = -tile.a_col;
+      }
       for (int64_t m = 0; m < g.M; m += kRows) {
         const int rows = static_cast<int>(g.M - m < kRows ? g.M - m : kRows);
         if (copy_a) {
           tile.a = a_copy + m * kSlice;
-          tile.a_row = a_by_rows ? kSlice : 1;
-          tile.a_col = a_by_rows ? 1 : kRows;
-        } else if constexpr (Same<SA, A>::value) {
+        } else if constexpr (Same<SA, O>::value) {
           tile.a = g.a + m * g.a_row + k * g.a_col;
-          tile.a_row = g.a_row;
-          tile.a_col = g.a_col;
         }
+        if constexpr (kDown) tile.a -= (depth - 1) * tile.a_col;
         tile.init = first ? nullptr : carry + m * carry_row + n;
         if (last) {
-          run_tile_of<A, SC>(vectors, rows, tile, g.c + m * g.c_row + n, g.c_row);
+          run_tile_of<O, A, SC>(vectors, rows, tile, g.c + m * g.c_row + n, g.c_row);
         } else {
-          run_tile_of<A, A>(vectors, rows, tile, carry + m * carry_row + n, carry_row);
+          run_tile_of<O, A, A>(vectors, rows, tile, carry + m * carry_row + n, carry_row);
         }
       }
     }
-    k += depth;
-  } while (k < g.K);
+  }
+}
+
+template <typename SA, typename SB, typename SC>
+void run_gemm(const Gemm<SA, SB, SC>& g) {
+  if (g.M <= 0 || g.N <= 0) return;
+  if constexpr (kDescends<SA, SB>) {
+    const FlushSubnormals flush;
+    run_chains(g);
+  } else {
+    run_chains(g);
+  }
 }
 
 }  // namespace

@@ -298,6 +298,56 @@ using VecF = Vec16<float>;
 #endif
 using VecD = Vec16<double>;
 
+// ---------------------------------------------------------------- pairs of bfloat16
+
+// Two neighbours along the inner dimension of a product: the operand of AVX512_BF16's dot product.
+struct Bf16Pair {
+  bfloat16 first, second;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Vec16<Bf16Pair> {
+  __m512i v;
+
+  static GE_MEMBER Vec16 set1(Bf16Pair x) {
+    int bits;
+    memcpy(&bits, &x, 4);
+    return {_mm512_set1_epi32(bits)};
+  }
+  static GE_MEMBER Vec16 load(const Bf16Pair* p) { return {_mm512_loadu_si512(p)}; }
+  // (first[i], second[i]) for i < n <= 16, lanes past n are 0; second null: all 0.
+  static GE_MEMBER Vec16 join(const bfloat16* first, const bfloat16* second, int n) {
+    const __mmask16 some = static_cast<__mmask16>((1u << n) - 1u);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, first));
+    if (!second) return {low};
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, second));
+    return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+  }
+  GE_MEMBER void store(Bf16Pair* p) const { _mm512_storeu_si512(p, v); }
+};
+// c + a.second b.second, rounded, then + a.first b.first, rounded; subnormals count as 0.
+GE_INLINE VecF fma(Vec16<Bf16Pair> a, Vec16<Bf16Pair> b, VecF c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#endif
+
+// While one lives, subnormal operands and results of this thread count as 0, as they do for dot products of bfloat16.
+class FlushSubnormals {
+#if defined(__SSE2__)
+ public:
+  FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#else
+ public:
+  FlushSubnormals() {}
+#endif
+};
+
 // ---------------------------------------------------------------- exp
 
 // exp(x) within 1 ulp (Cody and Waite reduction, degree-6 polynomial of Cephes expf).

@@ -62,28 +62,51 @@ GE_INLINE VecF second_bf16(VecF a) {
 }
 #endif
 
-// use(i, lanes) for each value in a vector of 32-bit words: one float, or two bfloat16 in order.
-template <typename Use>
-GE_INLINE void each_value(VecF v, int64_t word, const float*, Use use) {
+// What a vector of 32-bit words holds, and use(i, lanes) for each part: one float, or two bfloat16, in order or
+// (kDown) the other way round; or a pair of bfloat16 as it is.
+template <bool kDown, typename Use>
+GE_INLINE void each_operand(VecF v, int64_t word, const float*, Use use) {
   use(word, v);
 }
-template <typename Use>
-GE_INLINE void each_value(VecF v, int64_t word, const bfloat16*, Use use) {
+template <bool kDown, typename Use>
+GE_INLINE void each_operand(VecF v, int64_t word, const bfloat16*, Use use) {
+  if (kDown) use(2 * word + 1, second_bf16(v));
   use(2 * word, first_bf16(v));
-  use(2 * word + 1, second_bf16(v));
+  if (!kDown) use(2 * word + 1, second_bf16(v));
 }
+#if defined(__AVX512BF16__)
+template <bool kDown, typename Use>
+GE_INLINE void each_operand(VecF v, int64_t word, const Bf16Pair*, Use use) {
+  use(word, Vec16<Bf16Pair>{_mm512_castps_si512(v.v)});
+}
+#endif
 
-// use(k, values k of the 16 rows) in ascending k, for the 16 bytes at each row(i).
-template <typename S, typename Row, typename Use>
+// How the 16 bytes are read: as values of storage type, or as pairs where those are the operands.
+template <typename S, typename O>
+struct StoredAs { using type = S; };
+template <>
+struct StoredAs<bfloat16, Bf16Pair> { using type = Bf16Pair; };
+template <typename S, typename O>
+using Stored = typename StoredAs<S, O>::type;
+
+// use(k, operands k of the 16 rows) in ascending k, or (kDown) descending, for the 16 bytes at each row(i).
+template <typename T, bool kDown = false, typename Row, typename Use>
 GE_INLINE void transpose16(Row row, Use use) {
-  const S* type = nullptr;
+  const T* type = nullptr;
   const VecF r0 = quarters(row, 0), r1 = quarters(row, 1), r2 = quarters(row, 2), r3 = quarters(row, 3);
   const VecF a = low_words(r0, r1), b = low_words(r2, r3);
   const VecF c = high_words(r0, r1), d = high_words(r2, r3);
-  each_value(low_pairs(a, b), 0, type, use);
-  each_value(high_pairs(a, b), 1, type, use);
-  each_value(low_pairs(c, d), 2, type, use);
-  each_value(high_pairs(c, d), 3, type, use);
+  if constexpr (kDown) {
+    each_operand<kDown>(high_pairs(c, d), 3, type, use);
+    each_operand<kDown>(low_pairs(c, d), 2, type, use);
+    each_operand<kDown>(high_pairs(a, b), 1, type, use);
+    each_operand<kDown>(low_pairs(a, b), 0, type, use);
+  } else {
+    each_operand<kDown>(low_pairs(a, b), 0, type, use);
+    each_operand<kDown>(high_pairs(a, b), 1, type, use);
+    each_operand<kDown>(low_pairs(c, d), 2, type, use);
+    each_operand<kDown>(high_pairs(c, d), 3, type, use);
+  }
 }
 
 }  // namespace

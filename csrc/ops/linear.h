@@ -3,10 +3,10 @@
 //   y[t,o] = sum_i x[t,i] weight[o,i] + bias[o]
 //   dx[t,i] = sum_o dy[t,o] weight[o,i]    dweight[o,i] = sum_t dy[t,o] x[t,i]    dbias[o] = sum_t dy[t,o]
 //
-// All three products are core/gemm.h: each output element is one chain of fused multiply-adds in
-// ascending index, in float32 for float32 and bfloat16, so that a row of y has the same bits in a batch
-// of any size, on any number of threads. bfloat16 is widened as it is read and results are rounded once,
-// to nearest even; subnormals are kept. NaN and inf travel as IEEE arithmetic has it.
+// All three products are core/gemm.h: each output element is one chain of fused multiply-adds in float32 for
+// float32 and bfloat16, so that a row of y has the same bits in a batch of any size, on any number of threads.
+// The index of the sum ascends for float32, where subnormals are kept, and descends for bfloat16, where they
+// count as 0. Results are rounded once, to nearest even. NaN and inf travel as IEEE arithmetic has it.
 //
 //   x, dx [T, I]   weight, dweight [O, I]   bias, dbias [O]   y, dy [T, O]      T, I = 0 are allowed
 #pragma once
@@ -30,7 +30,7 @@ struct GemmArgs {
   int64_t block_m, block_n;  // size of a work item; gemm() chooses it
 };
 
-GE_CPU_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
+GE_CPU_PRODUCT_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
 
 // Runs the whole product over the thread pool.
 void gemm(GemmArgs args);

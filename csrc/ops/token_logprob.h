@@ -49,8 +49,8 @@ struct TokenLogprobArgs {
   void* dlogits;             // [num_rows, num_ids] A
 };
 
-GE_CPU_KERNEL(token_logprob_blocks, TokenLogprobArgs)   // items: tiles, down the rows first
+GE_CPU_PRODUCT_KERNEL(token_logprob_blocks, TokenLogprobArgs)   // items: tiles, down the rows first
 GE_CPU_KERNEL(token_logprob_join, TokenLogprobArgs)     // items: rows
-GE_CPU_KERNEL(token_logprob_dlogits, TokenLogprobArgs)  // items: tiles of the window, down the rows first
+GE_CPU_PRODUCT_KERNEL(token_logprob_dlogits, TokenLogprobArgs)  // items: tiles of the window, down the rows first
 
 }  // namespace grpo_engine

@@ -11,6 +11,7 @@ import torch
 from bars import assert_as_good_as_torch
 from conftest import ROOT
 
+from grpo_engine import _C
 from grpo_engine.ops import linear
 
 # T, I, O: one element; one row of many; one over a tile in every direction; ragged tails of a
@@ -64,7 +65,8 @@ def test_float32_output_of_bfloat16_is_not_rounded():
     x.requires_grad_(), weight.requires_grad_()
     y = linear(x, weight, bias, out_dtype=torch.float32)
     assert y.dtype == torch.float32
-    assert torch.equal(y, linear(x.float(), weight.float(), bias.float()))
+    # the chain of bfloat16 is that of float32 from the other end
+    assert torch.equal(y, linear(x.float().flip(1), weight.float().flip(1), bias.float()))
     assert torch.equal(y.bfloat16(), linear(x, weight, bias))
     grads = torch.autograd.grad(y, (x, weight), dy.float())
     assert [g.dtype for g in grads] == [torch.bfloat16] * 2
@@ -86,6 +88,10 @@ def chain(x, weight, bias):
     return (acc.float() + bias.float()).float()
 
 
+def descending_chain(x, weight, bias):
+    return chain(x.float().flip(1), weight.float().flip(1), bias)
+
+
 def fused():
     return os.environ.get("GRPO_ENGINE_ISA") != "generic"
 
@@ -95,6 +101,8 @@ def fused():
 def test_each_element_is_one_chain_of_fused_multiply_adds(T, I, O):
     x, weight, bias, _ = make(T, I, O, torch.float32)
     assert torch.equal(linear(x, weight, bias), chain(x, weight, bias))
+    x, weight, bias, _ = make(T, I, O, torch.bfloat16)
+    assert torch.equal(linear(x, weight, bias, out_dtype=torch.float32), descending_chain(x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,8 +137,9 @@ def test_threads_change_no_bit(T, I, O, dtype, one_and_two_threads):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_avx2_and_avx512_give_the_same_bits():
-    if "avx512f" not in open("/proc/cpuinfo").read():
+def test_every_instruction_set_with_fused_multiply_adds_gives_the_same_bits():
+    isas = [isa for isa in _C.cpu_isas() if isa != "generic"]
+    if len(isas) < 2:
         pytest.skip("this CPU has no AVX-512")
     code = (
         "import torch, hashlib\n"
@@ -140,6 +149,8 @@ def test_avx2_and_avx512_give_the_same_bits():
         "for T, I, O in [(1, 500, 300), (7, 301, 97), (21, 100, 64), (45, 301, 97), (33, 64, 47)]:\n"
         "    x, w, b = (torch.randn(*s, generator=g) for s in ((T, I), (O, I), (O,)))\n"
         "    dy = torch.randn(T, O, generator=g)\n"
+        "    x[:, ::3] *= 2.0**-66\n"  # products with w[::2] are subnormal
+        "    w[::2] *= 2.0**-64\n"
         "    for d in (torch.float32, torch.bfloat16):\n"
         "        x, w, b, dy = (t.to(d) for t in (x, w, b, dy))\n"
         "        back = torch.ops.grpo_engine.linear_backward(dy, x, w, True, True, True)\n"
@@ -156,7 +167,7 @@ def test_avx2_and_avx512_give_the_same_bits():
             capture_output=True,
             text=True,
         ).stdout
-        for isa in ("avx2", "avx512")
+        for isa in isas
     }
     assert len(digests) == 1
 
@@ -215,6 +226,20 @@ def test_zeros_signs_subnormals_infinities_and_nan():
     assert y[2:4].isnan().all() and torch.equal(y[4], torch.zeros(3))
     tiny = linear(torch.full((1, 1), 2.0**-75), torch.full((1, 1), 2.0**-70))
     assert tiny.item() == 2.0**-145
+
+
+@pytest.mark.parametrize("T", [3, 40])
+def test_subnormals_of_bfloat16_count_as_zero_and_those_of_float32_still_do_not(T):
+    x, weight = torch.zeros(T, 20, dtype=torch.bfloat16), torch.ones(17, 20, dtype=torch.bfloat16)
+    x[0, 4] = 1e-40  # a subnormal
+    x[1, 0], x[2, 1] = float("inf"), float("nan")
+    y = linear(x, weight, out_dtype=torch.float32)
+    assert torch.equal(y[0], torch.zeros(17))
+    assert y[1].isposinf().all() and y[2].isnan().all()
+    x[0, 4] = 2.0**-75
+    assert linear(x, weight * 2.0**-70, out_dtype=torch.float32)[0].count_nonzero() == 0  # 2^-145
+    wide = torch.full((T, 20), 2.0**-75)
+    assert linear(wide, torch.full((17, 20), 2.0**-70)).count_nonzero() == T * 17
 
 
 def test_bfloat16_rounds_once_to_nearest_even():
