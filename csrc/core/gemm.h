@@ -56,9 +56,8 @@ template <typename A>
 struct TileShape { static constexpr int rows = 2, vectors = 1; };
 #endif
 
-// Operands along k in a slice: many, so that sums rarely travel; few when few rows use a panel, so that
-// copying the next panel overlaps the sums of this one.
-constexpr int64_t kSlice = 256, kShortSlice = 64, kFewRows = 32;
+// Operands along k in a slice: many, so that sums rarely travel.
+constexpr int64_t kSlice = 256;
 // Copying pays when a value is used this often: B by so many rows, A (rows adjacent) by so many columns.
 constexpr int64_t kCopyRows = 200, kCopyColumns = 400;
 
@@ -482,7 +481,6 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
   }
 #endif
 
-  const int64_t slice = g.M <= kFewRows ? kShortSlice : kSlice;
   const int64_t operands = (g.K + kValues<O> - 1) / kValues<O>;
   const bool a_by_rows = g.a_col == 1;
   const bool copy_a = !Same<SA, O>::value || (!a_by_rows && g.N > kCopyColumns);
@@ -497,15 +495,15 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
   int64_t carry_row = g.c_row;
   if constexpr (Same<SC, A>::value) {
     carry = g.c;
-  } else if (operands > slice) {
+  } else if (operands > kSlice) {
     carry = scratch<A>(kScratchC, g.M * g.N);
     carry_row = g.N;
   }
 
-  const int64_t slices = operands > slice ? (operands + slice - 1) / slice : 1;  // one for K = 0: the result is the bias
+  const int64_t slices = operands > kSlice ? (operands + kSlice - 1) / kSlice : 1;  // one for K = 0: the result is the bias
   for (int64_t s = 0; s < slices; ++s) {
-    const int64_t start = (kDown ? slices - 1 - s : s) * slice, k = start * kValues<O>;
-    const int64_t depth = operands - start < slice ? operands - start : slice;
+    const int64_t start = (kDown ? slices - 1 - s : s) * kSlice, k = start * kValues<O>;
+    const int64_t depth = operands - start < kSlice ? operands - start : kSlice;
     const int64_t values = g.K - k < depth * kValues<O> ? g.K - k : depth * kValues<O>;
     const bool first = s == 0 && !g.accumulate, last = s == slices - 1;
     if (copy_a && a_by_rows) copy_rows(g.a + k, g.a_row, g.M, values, a_copy, kSlice);
