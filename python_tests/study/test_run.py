@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import signal
@@ -6,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -249,9 +251,34 @@ def test_a_terminal_gets_a_live_table(tmp_path):
 # ------------------------------------------------------------------------------- real processes
 
 
-def job(tmp_path, code):
-    return Job(name="job", command=(sys.executable, "-c", textwrap.dedent(code)), log=tmp_path / "log.txt", after=(),
-               seconds=1.0)  # fmt: skip
+@pytest.fixture
+def executor(monkeypatch):
+    """Makes executors whose jobs are code; see jobs.py. All are closed at the end."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    with contextlib.ExitStack() as stack:
+
+        def make(preload="", **more):
+            monkeypatch.setenv("JOBS_PRELOAD", textwrap.dedent(preload))
+            return stack.enter_context(LocalExecutor(module="jobs", **more))
+
+        yield make
+
+
+def job(tmp_path, code, name="log"):
+    return Job(name="job", arguments=(textwrap.dedent(code),), log=tmp_path / f"{name}.txt", after=(), seconds=1.0)
+
+
+def printed(path):
+    """The lines that a job has written below the line that says what it is."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    starts = [i for i, line in enumerate(lines) if line.startswith("--- ")]
+    below = [line for line in lines[starts[-1] + 1 :]] if starts else []
+    return [line.rstrip("\n") for line in below if line.endswith("\n")]
+
+
+def exit_code(executor, handle, seconds=30.0):
+    wait_for(lambda: executor.poll(handle) is not None, seconds)
+    return executor.poll(handle)
 
 
 def wait_for(condition, seconds=10.0):
@@ -279,49 +306,133 @@ GRANDCHILD = """
 
 
 @pytest.mark.parametrize("handler", ["signal.SIG_DFL", "signal.SIG_IGN"])
-def test_stopping_ends_the_whole_group_even_when_it_will_not(tmp_path, handler):
-    executor = LocalExecutor(grace_s=0.3)
-    handle = executor.start(job(tmp_path, GRANDCHILD.format(handler=handler)))
+def test_stopping_ends_the_whole_group_even_when_it_will_not(tmp_path, executor, handler):
+    local = executor(grace_s=0.3)
+    handle = local.start(job(tmp_path, GRANDCHILD.format(handler=handler)))
     log = tmp_path / "log.txt"
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 7)
-    child = int(log.read_text().split()[-1])
-    assert executor.poll(handle) is None and alive(child)
-    executor.stop([handle])
-    assert executor.poll(handle) < 0
+    wait_for(lambda: printed(log) and printed(log)[-1].isdigit())
+    child = int(printed(log)[-1])
+    assert local.poll(handle) is None and alive(child)
+    local.stop([handle])
+    assert local.poll(handle) < 0
     wait_for(lambda: not alive(child))
 
 
-def test_the_log_and_the_threads_of_a_process(tmp_path):
-    executor = LocalExecutor(threads=3)
-    handle = executor.start(
-        job(tmp_path, "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('to stderr')")
-    )
-    wait_for(lambda: executor.poll(handle) is not None)
-    assert executor.poll(handle) == 1
-    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["3", "to stderr"]
+def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
+    (tmp_path / "log.txt").write_text("an earlier line\n")
+    local = executor(threads=3)
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.getpid() == os.getpgid(0)); sys.exit('to stderr')"
+    assert exit_code(local, local.start(job(tmp_path, code))) == 1
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0] == "an earlier line" and "-m grpo_engine.study.run import os" in lines[1]
+    assert lines[-2:] == ["3 True", "to stderr"]
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         LocalExecutor(threads=0)
 
 
+def test_one_job_that_raises_and_one_that_is_killed_leave_the_others_alone(tmp_path, executor):
+    local = executor()
+    raising = local.start(job(tmp_path, "raise KeyError('lost')", "raising"))
+    killed = local.start(job(tmp_path, "import os; os.kill(os.getpid(), 9)", "killed"))
+    staying = local.start(job(tmp_path, "input_ = __import__('sys').stdin.read(); __import__('time').sleep(1)", "staying"))
+    assert exit_code(local, raising) == 1 and printed(tmp_path / "raising.txt")[-1] == "KeyError: 'lost'"
+    assert exit_code(local, killed) == -signal.SIGKILL
+    assert local.poll(staying) is None
+    assert exit_code(local, staying) == 0
+
+
+def test_jobs_that_end_run_what_was_registered_for_their_end(tmp_path, executor):
+    local = executor()
+    code = "import atexit, threading, time; atexit.register(print, 'the end'); " \
+           "threading.Thread(target=lambda: (time.sleep(0.2), print('a thread'))).start()"  # fmt: skip
+    assert exit_code(local, local.start(job(tmp_path, code))) == 0
+    assert printed(tmp_path / "log.txt") == ["a thread", "the end"]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
+@pytest.mark.usefixtures("executor")  # for the environment
 def test_processes_end_with_a_study_that_is_killed(tmp_path):
     code = f"""
-        import sys, time
+        import time
         from pathlib import Path
         from grpo_engine.study.run import Job, LocalExecutor
-        child = "from grpo_engine.study.run import _end_with_parent as e; import os, time; e(); print(os.getpid(), flush=True); time.sleep(60)"
-        LocalExecutor().start(Job(name="x", command=(sys.executable, "-c", child), log=Path({str(tmp_path / "c.txt")!r}),
-                                  after=(), seconds=1.0))
+        child = "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(60)"
+        local = LocalExecutor(module="jobs")
+        local.start(
+            Job(name="x", arguments=(child,), log=Path({str(tmp_path / "c.txt")!r}), after=(), seconds=1.0))
         time.sleep(60)
-    """  # noqa: E501
+    """
     log = tmp_path / "c.txt"
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    wait_for(lambda: log.exists() and log.read_text().strip().split("\n")[-1].isdigit(), 30)
-    child = int(log.read_text().split("\n")[-2])
-    assert alive(child)
+    wait_for(lambda: printed(log), 30)
+    pids = [int(pid) for pid in printed(log)[-1].split()]
+    assert len(pids) == 2 and all(map(alive, pids))
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    wait_for(lambda: not alive(child))
+    wait_for(lambda: not any(map(alive, pids)))
+
+
+def test_a_server_that_is_killed_costs_its_jobs_and_is_replaced(tmp_path, executor):
+    local = executor()
+    code = "import os, time; print(os.getppid(), flush=True); time.sleep(60)"
+    lost = local.start(job(tmp_path, code, "lost"))
+    wait_for(lambda: printed(tmp_path / "lost.txt"))
+    os.kill(int(printed(tmp_path / "lost.txt")[0]), signal.SIGKILL)
+    assert exit_code(local, lost) == -signal.SIGKILL
+    wait_for(lambda: not alive(lost))
+    assert exit_code(local, local.start(job(tmp_path, "pass", "next"))) == 0
+    second = local.start(job(tmp_path, code, "second"))
+    wait_for(lambda: printed(tmp_path / "second.txt"))
+    os.kill(int(printed(tmp_path / "second.txt")[0]), signal.SIGKILL)
+    wait_for(lambda: not alive(second))
+    assert exit_code(local, local.start(job(tmp_path, "pass", "third"))) == 0  # nobody had looked
+    assert local.poll(second) == -signal.SIGKILL
+
+
+def test_closing_ends_every_job(tmp_path, executor):
+    local = executor()
+    handle = local.start(job(tmp_path, "import time; time.sleep(60)"))
+    local.close()
+    assert local.poll(handle) == -signal.SIGKILL
+    wait_for(lambda: not alive(handle))
+
+
+def test_imports_start_no_thread_before_processes_are_forked(tmp_path):
+    """A fork copies one thread: a lock that another one holds would stay locked in the job for ever."""
+    code = "from grpo_engine.study import forkserver, run; run.preload(); print(forkserver.num_threads())"
+    environment = os.environ | {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert out.stdout.strip() in ("1", "None")
+    with LocalExecutor(threads=3) as local:  # and the server agrees: main is reached
+        assert exit_code(local, local.start(Job(name="x", arguments=("dance",), log=tmp_path / "log.txt", after=(),
+                                                seconds=1.0))) == 1  # fmt: skip
+    assert "got 'dance'" in printed(tmp_path / "log.txt")[-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_a_server_with_threads_refuses_to_fork(tmp_path, executor, capfd):
+    local = executor(preload="""
+        import threading, time
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    """)  # fmt: skip
+    with pytest.raises(RuntimeError, match="ended before it started one"):
+        local.start(job(tmp_path, "pass"))
+    assert "2 threads run where jobs are forked" in capfd.readouterr().err
+
+
+def test_a_forked_process_computes_on_the_threads_it_was_given(tmp_path, executor):
+    local = executor(threads=2, preload="from grpo_engine.study import run; run.preload()")
+    code = """
+        import os, sys, torch
+        assert "grpo_engine.train" in sys.modules  # imported before the fork
+        before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 1
+        x = torch.randn(400, 400, requires_grad=True)
+        (x @ x).relu().sum().backward()
+        after = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 2
+        print(torch.get_num_threads(), before, after > 1)
+    """
+    assert exit_code(local, local.start(job(tmp_path, code))) == 0
+    assert printed(tmp_path / "log.txt")[-1] == "2 1 True"
 
 
 def test_main_refuses_other_words():
