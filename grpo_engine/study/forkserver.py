@@ -33,6 +33,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+START_S = 300.0  # for a server to import all and start its first job
+END_S = 5.0  # for a server that has failed to say why
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
@@ -73,28 +75,27 @@ class ForkServer:
                 self._launch()
             with contextlib.suppress(ConnectionError):
                 self._socket.sendall(request)
-                while "code" in (reply := self._reply(None)):
+                while "code" in (reply := self._reply(START_S)):
                     pass
-                pid = reply["pid"]
-                self._running.add(pid)
-                self._codes.pop(pid, None)  # of an earlier job with this number
-                return pid
+                if reply:
+                    self._running.add(reply["pid"])
+                    self._codes.pop(reply["pid"], None)  # of an earlier job with this number
+                    return reply["pid"]
             self._give_up()
         raise RuntimeError(f"the process that starts jobs ({self._module}) ended before it started one")
 
-    def poll(self, pid: int, timeout_s: float = 0.0) -> int | None:
+    def poll(self, pid: int) -> int | None:
         """How a job ended.
 
         Args:
             pid: that `start` returned.
-            timeout_s: how long to wait for anything to end.
 
         Returns:
             The exit code, negative for a signal; None while it runs.
         """
         try:
-            while pid in self._running and self._reply(timeout_s):
-                timeout_s = 0.0
+            while pid in self._running and self._reply(0.0):
+                pass
         except ConnectionError:
             self._give_up()
         return self._codes.get(pid)
@@ -116,7 +117,7 @@ class ForkServer:
                 start_new_session=True,  # Ctrl-C is for the study, which then ends its jobs
             )
 
-    def _reply(self, timeout_s: float | None) -> dict[str, int]:
+    def _reply(self, timeout_s: float) -> dict[str, int]:
         """The next reply, or {} when there is none in time; ends of jobs are noted."""
         while b"\n" not in self._buffer:
             if not select.select([self._socket], [], [], timeout_s)[0]:
@@ -133,9 +134,12 @@ class ForkServer:
         return reply
 
     def _give_up(self) -> None:
-        """The server is gone, and Linux has killed its jobs; elsewhere they are killed here."""
-        self._process.kill()
-        self._process.wait()
+        """The server ends, and Linux kills its jobs then; elsewhere they are killed here."""
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._socket.close()
         for pid in self._running:
             kill_group(pid, signal.SIGKILL)

@@ -94,7 +94,7 @@ class Executor(Protocol):
         """Starts a job and returns at once."""
 
     def poll(self, handle: Any) -> int | None:
-        """The exit code, negative for a signal, or None while it runs."""
+        """The exit code, negative for a signal, or None while it runs; asked many times a second."""
 
     def stop(self, handles: Sequence[Any]) -> None:
         """Ends jobs and everything that they started; returns when they are gone."""

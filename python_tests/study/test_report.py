@@ -303,5 +303,5 @@ def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path
     bars = BarPanel(title="", x_label="x", rows=("a",), parts=(("one", "no colour", (1.0,)),))
     section = report._Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
     monkeypatch.setattr(report, "_sections", lambda *_: [section])
-    with pytest.raises(ValueError, match="no colour"):
-        write_report(tmp_path / "s", n_boot=5)
+    with pytest.raises(ValueError, match="valid color"):
+        write_report(tmp_path / "s", n_boot=20)

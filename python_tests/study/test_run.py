@@ -1,6 +1,7 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import threading
 import time
 from pathlib import Path
 
+import models
 import pytest
 from rich.console import Console
 
-from grpo_engine import records
+from grpo_engine import records, weights
 from grpo_engine.study import run
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan
 from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
+from grpo_engine.tasks.micro import MicroTokenizer
 
 STUDY = StudyConfig(
     name="demo",
@@ -433,6 +436,29 @@ def test_a_forked_process_computes_on_the_threads_it_was_given(tmp_path, executo
     """
     assert exit_code(local, local.start(job(tmp_path, code))) == 0
     assert printed(tmp_path / "log.txt")[-1] == "2 1 True"
+
+
+def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_path):
+    config = models.small_config(vocab=MicroTokenizer().vocab_size)
+    weights.save_checkpoint(models.random_model(config, scale=3.0), tmp_path / "tiny")
+    small = {
+        "steps": 3, "task": {"eval_problems": 10}, "rollout": {"max_new_tokens": 4},
+        "batch": {"prompts": 4, "group_size": 2, "minibatches": 2}, "evaluation": {"count": 2, "samples": 1},
+    }  # fmt: skip
+    study = StudyConfig(name="real", run=small, sizes={"tiny": SizeConfig(base=str(tmp_path / "tiny"))},
+                        axes=(AxesConfig(seeds=(0, 1, 2)),))  # fmt: skip
+    folder = tmp_path / "study"
+    result = run_study(folder, study=study, jobs=2, console=Console(file=io.StringIO()))
+    assert result.exit_code == 0 and len(result.done) == 3, result.failures
+    cell = folder / plan(study).cells[1].folder
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(cell / run.CONFIG_FILE, alone)
+    subprocess.run([sys.executable, "-m", "grpo_engine.study.run", "cell", str(alone)], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    for name in (records.STEPS_FILE, records.EVALS_FILE, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
+        assert (cell / name).read_bytes() == (alone / name).read_bytes(), name
+    assert records.read_json(cell / records.RUN_FILE) == records.read_json(alone / records.RUN_FILE)
 
 
 def test_main_refuses_other_words():
