@@ -135,7 +135,7 @@ class LocalExecutor:
 
     def start(self, job: Job) -> int:
         """Starts a job with its log appended to; see `Executor`."""
-        with open(job.log, "a") as log:
+        with open(job.log, "a", encoding="utf-8") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(job.command)}\n")
         return self._server.start(job.arguments, job.log)
 
