@@ -32,8 +32,8 @@ import numpy as np
 
 from .. import records
 from ..cost import COST_HEAD, OTHER, cost_rows, mean_cost, total_cost
+from ..processes import SpawnContext
 from ..records import PHASES, EvalRecord, PhaseCost, Run
-from ..rewards.spawn import WorkerContext
 from .design import STUDY_FILE, Cell, Plan, duration, human, load_study, num_cores, plan
 from .figures import (
     GREY,
@@ -1092,7 +1092,7 @@ def _page(data: StudyData, sections: Sequence[_Section], findings: Sequence[str]
 @contextlib.contextmanager
 def _drawers(processes: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for drawing, which import matplotlib while this one makes fits."""
-    with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
+    with ProcessPoolExecutor(processes, mp_context=SpawnContext()) as pool:
         for _ in range(processes):
             pool.submit(import_matplotlib)
         yield pool

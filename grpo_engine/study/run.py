@@ -9,7 +9,7 @@ A cell with a summary is done and is never run again; any other is started, and 
 checkpoint. So the same command, given again after a failure, a Ctrl-C or a power cut, does what is missing.
 
 `run_study` decides what runs when; an `Executor` says where. `LocalExecutor` starts processes on this machine, which
-are forks of one that has imported everything (`grpo_engine.study.forkserver`).
+are forks of one that has imported everything.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import yaml
 
 from .. import records
 from ..cost import total_cost
+from ..processes import ForkedProcess, become_job, kill_group, start_fork_server
 from .design import (
     CELLS,
     PLAN_FILE,
@@ -48,7 +49,6 @@ from .design import (
     plan_json,
     save_study,
 )
-from .forkserver import ForkServer, kill_group
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -59,6 +59,7 @@ CONFIG_FILE = "config.yaml"
 MODELS = "models"
 LOG_TAIL = 15  # lines of a failed cell's log that are shown
 _LOOK_S = 0.02  # between looks at whether a job has ended
+_IMPORTED = ("grpo_engine.train", "grpo_engine.tasks.micro")  # with them all that a job needs
 
 State = Literal["waiting", "running", "done", "failed", "blocked"]
 
@@ -101,59 +102,57 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Processes on this machine, each the leader of its own process group.
+    """Processes on this machine, each the leader of its own process group, and killed with this one.
 
-    Making one starts to import what jobs need, in a process beside this one; leaving it, as a context manager, or
-    `close` ends that process and every job.
+    Making one starts to import what jobs need, in a process beside this one.
 
     Args:
-        threads: OMP_NUM_THREADS and MKL_NUM_THREADS of each process.
+        threads: that each process computes on.
         grace_s: seconds between SIGTERM and SIGKILL when stopping.
-        module: whose `main` jobs are; see `ForkServer`.
+        run: what a job does: a function of a module, given the job's arguments, that returns the exit code.
+            None: `main`.
     """
 
-    def __init__(self, *, threads: int = 1, grace_s: float = 3.0, module: str = __name__) -> None:
+    def __init__(
+        self, *, threads: int = 1, grace_s: float = 3.0, run: Callable[[Sequence[str]], int] | None = None
+    ) -> None:
         if threads < 1:
             raise ValueError(f"LocalExecutor: threads must be at least 1, got {threads}")
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "PYTHONUNBUFFERED": "1",
-        }
-        self._server = ForkServer(module, environment)
+        start_fork_server(_IMPORTED)
+        self._threads = threads
         self._grace_s = grace_s
+        self._run = run or main
 
-    def __enter__(self) -> LocalExecutor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends every job that is left, at once."""
-        self._server.close()
-
-    def start(self, job: Job) -> int:
+    def start(self, job: Job) -> ForkedProcess:
         """Starts a job with its log appended to; see `Executor`."""
         with open(job.log, "a", encoding="utf-8") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(job.command)}\n")
-        return self._server.start(job.arguments, job.log)
+        process = ForkedProcess(target=_run_job, args=(self._run, job.arguments, os.fspath(job.log), self._threads))
+        process.start()
+        return process
 
-    def poll(self, handle: int) -> int | None:
+    def poll(self, handle: ForkedProcess) -> int | None:
         """The exit code or None; see `Executor`."""
-        return self._server.poll(handle)
+        return handle.exitcode
 
-    def stop(self, handles: Sequence[int]) -> None:
+    def stop(self, handles: Sequence[ForkedProcess]) -> None:
         """SIGTERM to every process group, SIGKILL to what is left after the grace; see `Executor`."""
         for handle in handles:
             kill_group(handle, signal.SIGTERM)
         deadline = time.monotonic() + self._grace_s
-        while any([self.poll(h) is None for h in handles]) and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+        for handle in handles:
+            handle.join(max(0.0, deadline - time.monotonic()))
         for handle in handles:
             kill_group(handle, signal.SIGKILL)  # also what the leader left behind in its group
-        while any([self.poll(h) is None for h in handles]):
-            time.sleep(_LOOK_S)
+            handle.join()
+
+
+def _run_job(run: Callable[[Sequence[str]], int], arguments: Sequence[str], log: str, threads: int) -> None:
+    become_job(log)
+    import torch
+
+    torch.set_num_threads(threads)
+    sys.exit(run(arguments))
 
 
 # ------------------------------------------------------------------------------------- the scheduler
@@ -244,9 +243,8 @@ def run_study(
     if study is None:
         study = load_study(folder / STUDY_FILE)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCK_FILE, f"{folder}: another process runs this study"), contextlib.ExitStack() as stack:
-        # made before the plan, so that it imports while this process does
-        executor = executor or stack.enter_context(LocalExecutor(threads=threads))
+    with _locked(folder / LOCK_FILE, f"{folder}: another process runs this study"):
+        executor = executor or LocalExecutor(threads=threads)  # before the plan: it imports while this process does
         the_plan = measured_plan(folder, plan(study))
         _check_folders(the_plan)
         _write_plan(folder, the_plan)
@@ -765,15 +763,6 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
 # ------------------------------------------------------------------------- what a started process does
 
 
-def preload() -> None:
-    """Imports what `main` needs, so that processes which are forked afterwards have it."""
-    from .. import train  # noqa: F401  and with it all that a model needs
-    from ..startup import skip_compiler
-    from ..tasks import micro  # noqa: F401
-
-    skip_compiler()
-
-
 def main(arguments: Sequence[str]) -> int:
     """What the processes do that `run_study` starts: `model SIZE KIND` or `cell FOLDER`.
 
@@ -786,7 +775,9 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: other words than these.
     """
-    preload()
+    from ..startup import skip_compiler
+
+    skip_compiler()
     match list(arguments):
         case ["model", size, kind]:
             from ..pretrain import ensure_model

@@ -1,12 +1,6 @@
-"""What the forked processes of test_run.py do: code that comes as text. Another preload too, by JOBS_PRELOAD."""
-
-import os
+"""What the processes of test_run.py do: code that comes as text."""
 
 
-def preload():
-    exec(os.environ.get("JOBS_PRELOAD", ""))
-
-
-def main(arguments):
+def run(arguments):
     exec(arguments[0], {"__name__": "job"})
     return 0
