@@ -20,8 +20,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pebble
 
+from grpo_engine.processes import SpawnContext
 from grpo_engine.rewards import HARMLESS, import_scorer, scorer_target
-from grpo_engine.rewards.spawn import WorkerContext
 from grpo_engine.rewards.worker import Outcome, checked, prepare, run
 from grpo_engine.types import Problem, Reward
 
@@ -325,7 +325,7 @@ class _Lane:
             max_workers=1,
             initializer=prepare,
             initargs=(self._targets, MEMORY_BYTES, self._scratch),
-            context=WorkerContext(),
+            context=SpawnContext(),
         )
 
     def _restart(self) -> None:

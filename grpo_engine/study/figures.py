@@ -396,6 +396,12 @@ def _rgba(color: str, alpha: float) -> str:
 # --------------------------------------------------------------------------------------- matplotlib
 
 
+def import_matplotlib() -> None:
+    """Imports all that `draw` needs, so that a process can do it before there is anything to draw."""
+    from matplotlib import figure, lines, patches, ticker  # noqa: F401
+    from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401
+
+
 def draw(figure: Figure, folder: Path) -> list[Path]:
     """Writes a figure as PNG (200 dots an inch) and PDF (text stays text).
 

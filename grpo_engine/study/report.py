@@ -16,11 +16,14 @@ they were independent, which is cautious, as both answered the same problems.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +32,9 @@ import numpy as np
 
 from .. import records
 from ..cost import COST_HEAD, OTHER, cost_rows, mean_cost, total_cost
+from ..processes import SpawnContext
 from ..records import PHASES, EvalRecord, PhaseCost, Run
-from .design import STUDY_FILE, Cell, Plan, duration, human, load_study, plan
+from .design import STUDY_FILE, Cell, Plan, duration, human, load_study, num_cores, plan
 from .figures import (
     GREY,
     KIND_COLOR,
@@ -40,6 +44,7 @@ from .figures import (
     Panel,
     Series,
     draw,
+    import_matplotlib,
     plotly_spec,
     size_colors,
     tick_text,
@@ -55,6 +60,7 @@ FITS_FILE = "fits.json"
 REPORT = "report"
 AXIS_NAMES = {"compute": "6NT", "ledger": "ledger", "data": "prompts"}
 NOISE = 2.0  # standard errors; a smaller difference is called no difference
+MOST_DRAWERS = 4  # processes; a report has about eight figures
 
 
 # ----------------------------------------------------------------------------------------- the data
@@ -1083,6 +1089,15 @@ def _page(data: StudyData, sections: Sequence[_Section], findings: Sequence[str]
     )
 
 
+@contextlib.contextmanager
+def _drawers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for drawing, which import matplotlib while this one makes fits."""
+    with ProcessPoolExecutor(processes, mp_context=SpawnContext()) as pool:
+        for _ in range(processes):
+            pool.submit(import_matplotlib)
+        yield pool
+
+
 def write_report(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Path:
     """Fits the laws of a study and writes its report; see the top of this file for what is written where.
 
@@ -1098,13 +1113,12 @@ def write_report(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Pat
     """
     folder = Path(study_dir)
     data = load_data(folder)
-    fits = _fit(data, folder, n_boot)
-    sections = _sections(data, fits)
-    figures = folder / REPORT / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for section in sections:
-        for figure in section.figures:
-            draw(figure, figures)
+    with _drawers(min(num_cores(), MOST_DRAWERS)) as drawers:
+        fits = _fit(data, folder, n_boot)
+        sections = _sections(data, fits)
+        figures = folder / REPORT / "figures"
+        figures.mkdir(parents=True, exist_ok=True)
+        list(drawers.map(draw, (f for s in sections for f in s.figures), itertools.repeat(figures)))
     page = folder / REPORT / "index.html"
     records.write_bytes_atomic(page, _page(data, sections, _findings(data, fits)).encode())
     return page

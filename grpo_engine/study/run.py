@@ -8,18 +8,17 @@
 A cell with a summary is done and is never run again; any other is started, and the trainer resumes from its last
 checkpoint. So the same command, given again after a failure, a Ctrl-C or a power cut, does what is missing.
 
-`run_study` decides what runs when; an `Executor` says where. `LocalExecutor` starts processes on this machine.
+`run_study` decides what runs when; an `Executor` says where. `LocalExecutor` starts processes on this machine, which
+are forks of one that has imported everything.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ import yaml
 
 from .. import records
 from ..cost import total_cost
+from ..processes import ForkedProcess, become_job, kill_group, start_fork_server
 from .design import (
     CELLS,
     PLAN_FILE,
@@ -58,7 +58,8 @@ LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
 MODELS = "models"
 LOG_TAIL = 15  # lines of a failed cell's log that are shown
-_PARENT = "GRPO_ENGINE_STUDY_PID"
+_LOOK_S = 0.02  # between looks at whether a job has ended
+_IMPORTED = ("grpo_engine.train", "grpo_engine.tasks.micro")  # with them all that a job needs
 
 State = Literal["waiting", "running", "done", "failed", "blocked"]
 
@@ -75,11 +76,16 @@ class Job:
     """One process to run. It succeeds when it exits with 0."""
 
     name: str
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]  # what `main` of this module is given
     log: Path  # standard output and error are appended to it
     after: tuple[str, ...]  # names of jobs that must be done first
     seconds: float  # estimate, for the order and the time left
     cell: Cell | None = None  # None for a model
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line that does the same."""
+        return (sys.executable, "-m", __name__, *self.arguments)
 
 
 class Executor(Protocol):
@@ -89,65 +95,64 @@ class Executor(Protocol):
         """Starts a job and returns at once."""
 
     def poll(self, handle: Any) -> int | None:
-        """The exit code, negative for a signal, or None while it runs."""
+        """The exit code, negative for a signal, or None while it runs; asked many times a second."""
 
     def stop(self, handles: Sequence[Any]) -> None:
         """Ends jobs and everything that they started; returns when they are gone."""
 
 
 class LocalExecutor:
-    """Processes on this machine, each the leader of its own process group.
+    """Processes on this machine, each the leader of its own process group, and killed with this one.
+
+    Making one starts to import what jobs need, in a process beside this one.
 
     Args:
-        threads: OMP_NUM_THREADS and MKL_NUM_THREADS of each process.
+        threads: that each process computes on.
         grace_s: seconds between SIGTERM and SIGKILL when stopping.
+        run: what a job does: a function of a module, given the job's arguments, that returns the exit code.
+            None: `main`.
     """
 
-    def __init__(self, *, threads: int = 1, grace_s: float = 3.0) -> None:
+    def __init__(
+        self, *, threads: int = 1, grace_s: float = 3.0, run: Callable[[Sequence[str]], int] | None = None
+    ) -> None:
         if threads < 1:
             raise ValueError(f"LocalExecutor: threads must be at least 1, got {threads}")
-        self._environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "PYTHONUNBUFFERED": "1",
-            _PARENT: str(os.getpid()),
-        }
+        start_fork_server(_IMPORTED)
+        self._threads = threads
         self._grace_s = grace_s
+        self._run = run or main
 
-    def start(self, job: Job) -> subprocess.Popen[bytes]:
+    def start(self, job: Job) -> ForkedProcess:
         """Starts a job with its log appended to; see `Executor`."""
-        with open(job.log, "ab") as log:
-            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(job.command)}\n".encode())
-            log.flush()
-            return subprocess.Popen(
-                job.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
-            )
+        with open(job.log, "a", encoding="utf-8") as log:
+            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(job.command)}\n")
+        process = ForkedProcess(target=_run_job, args=(self._run, job.arguments, os.fspath(job.log), self._threads))
+        process.start()
+        return process
 
-    def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
+    def poll(self, handle: ForkedProcess) -> int | None:
         """The exit code or None; see `Executor`."""
-        return handle.poll()
+        return handle.exitcode
 
-    def stop(self, handles: Sequence[subprocess.Popen[bytes]]) -> None:
+    def stop(self, handles: Sequence[ForkedProcess]) -> None:
         """SIGTERM to every process group, SIGKILL to what is left after the grace; see `Executor`."""
         for handle in handles:
-            _signal_group(handle.pid, signal.SIGTERM)
+            kill_group(handle, signal.SIGTERM)
         deadline = time.monotonic() + self._grace_s
         for handle in handles:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                handle.wait(max(0.0, deadline - time.monotonic()))
+            handle.join(max(0.0, deadline - time.monotonic()))
         for handle in handles:
-            _signal_group(handle.pid, signal.SIGKILL)  # also what the leader left behind in its group
-            handle.wait()
+            kill_group(handle, signal.SIGKILL)  # also what the leader left behind in its group
+            handle.join()
 
 
-def _signal_group(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
+def _run_job(run: Callable[[Sequence[str]], int], arguments: Sequence[str], log: str, threads: int) -> None:
+    become_job(log)
+    import torch
+
+    torch.set_num_threads(threads)
+    sys.exit(run(arguments))
 
 
 # ------------------------------------------------------------------------------------- the scheduler
@@ -221,7 +226,7 @@ def run_study(
         threads: threads of each process.
         console: where progress goes (rich); None: standard error. On a terminal a live table, else plain lines.
         executor: where jobs run; None: `LocalExecutor(threads=threads)`.
-        poll_s: seconds between looks at the running jobs.
+        poll_s: seconds between looks at how far the running jobs are.
 
     Returns:
         What was done, skipped, failed and left.
@@ -239,6 +244,7 @@ def run_study(
         study = load_study(folder / STUDY_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / LOCK_FILE, f"{folder}: another process runs this study"):
+        executor = executor or LocalExecutor(threads=threads)  # before the plan: it imports while this process does
         the_plan = measured_plan(folder, plan(study))
         _check_folders(the_plan)
         _write_plan(folder, the_plan)
@@ -247,7 +253,6 @@ def run_study(
         display = _Display(folder, the_plan, tracked, len(skipped), jobs, console)
         started = time.monotonic()
         with _Interrupt() as interrupt, display:
-            executor = executor or LocalExecutor(threads=threads)
             try:
                 _loop(folder, tracked, jobs, executor, display, interrupt, poll_s)
             finally:
@@ -335,13 +340,12 @@ def _jobs(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, _Tracked
     needed |= {ModelNeed(size=n.size, kind="base") for n in needed}
     costs = dict(the_plan.models)
     missing = {n for n in needed if not model_ready(n)}
-    python = (sys.executable, "-m", "grpo_engine.study.run")
     found: dict[str, Job] = {}
     for need in missing:
         base = ModelNeed(size=need.size, kind="base")
         found[f"model {need.name}"] = Job(
             name=f"model {need.name}",
-            command=(*python, "model", need.size, need.kind),
+            arguments=("model", need.size, need.kind),
             log=folder / MODELS / f"{need.name}.log",
             after=(f"model {base.name}",) if need.kind == "instruct" and base in missing else (),
             seconds=costs[need].seconds,
@@ -350,7 +354,7 @@ def _jobs(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, _Tracked
         path = folder / cell.folder
         found[cell.name] = Job(
             name=cell.name,
-            command=(*python, "cell", os.fspath(path)),
+            arguments=("cell", os.fspath(path)),
             log=path / LOG_FILE,
             after=(f"model {cell.needs.name}",) if cell.needs in missing else (),
             seconds=cell.cost.seconds,
@@ -422,7 +426,10 @@ def _loop(
         display.update()
         if running == 0 and not any(t.state == "waiting" for t in tracked.values()):
             return
-        interrupt.wait(poll_s)
+        busy = [t.handle for t in tracked.values() if t.state == "running"]
+        until = time.monotonic() + poll_s
+        while interrupt.signal is None and time.monotonic() < until and all(executor.poll(h) is None for h in busy):
+            interrupt.wait(_LOOK_S)  # a place that falls free is taken at once
 
 
 def _failure(t: _Tracked) -> Failure:
@@ -757,10 +764,10 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of the processes that `run_study` starts: `model SIZE KIND` or `cell FOLDER`.
+    """What the processes do that `run_study` starts: `model SIZE KIND` or `cell FOLDER`.
 
     Args:
-        arguments: the words after the module's name.
+        arguments: these words.
 
     Returns:
         The exit code.
@@ -768,7 +775,6 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: other words than these.
     """
-    _end_with_parent()
     from ..startup import skip_compiler
 
     skip_compiler()
@@ -800,17 +806,6 @@ def _print_progress() -> Callable[[int, int, float], None]:
             print(f"{read / total:.0%} of {human(total)} tokens, loss {loss:.3f}", flush=True)
 
     return progress
-
-
-def _end_with_parent() -> None:
-    """Asks Linux to kill this process when the study that started it is gone, even by SIGKILL."""
-    parent = os.environ.pop(_PARENT, None)
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(parent):
-        sys.exit(f"the study (process {parent}) ended before this cell began")
 
 
 if __name__ == "__main__":

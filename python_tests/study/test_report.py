@@ -296,3 +296,12 @@ def test_a_figure_of_one_point_and_of_bars_can_be_drawn(tmp_path):
         assert path.stat().st_size > 1000
     for panel in (point, bars):
         json.dumps(plotly_spec(panel, height=200), allow_nan=False)
+
+
+def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path, monkeypatch):
+    shutil.copytree(study, tmp_path / "s")
+    bars = BarPanel(title="", x_label="x", rows=("a",), parts=(("one", "no colour", (1.0,)),))
+    section = report._Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
+    monkeypatch.setattr(report, "_sections", lambda *_: [section])
+    with pytest.raises(ValueError, match="valid color"):
+        write_report(tmp_path / "s", n_boot=20)

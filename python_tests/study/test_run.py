@@ -1,19 +1,25 @@
+import functools
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
+import jobs
+import models
 import pytest
 from rich.console import Console
 
-from grpo_engine import records
+from grpo_engine import records, weights
 from grpo_engine.study import run
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan
 from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
+from grpo_engine.tasks.micro import MicroTokenizer
 
 STUDY = StudyConfig(
     name="demo",
@@ -249,9 +255,27 @@ def test_a_terminal_gets_a_live_table(tmp_path):
 # ------------------------------------------------------------------------------- real processes
 
 
-def job(tmp_path, code):
-    return Job(name="job", command=(sys.executable, "-c", textwrap.dedent(code)), log=tmp_path / "log.txt", after=(),
-               seconds=1.0)  # fmt: skip
+@pytest.fixture
+def executor():
+    """Makes executors whose jobs are code."""
+    return functools.partial(LocalExecutor, run=jobs.run)
+
+
+def job(tmp_path, code, name="log"):
+    return Job(name="job", arguments=(textwrap.dedent(code),), log=tmp_path / f"{name}.txt", after=(), seconds=1.0)
+
+
+def printed(path):
+    """The lines that a job has written below the line that says what it is."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    starts = [i for i, line in enumerate(lines) if line.startswith("--- ")]
+    below = [line for line in lines[starts[-1] + 1 :]] if starts else []
+    return [line.rstrip("\n") for line in below if line.endswith("\n")]
+
+
+def exit_code(executor, handle, seconds=30.0):
+    wait_for(lambda: executor.poll(handle) is not None, seconds)
+    return executor.poll(handle)
 
 
 def wait_for(condition, seconds=10.0):
@@ -279,49 +303,129 @@ GRANDCHILD = """
 
 
 @pytest.mark.parametrize("handler", ["signal.SIG_DFL", "signal.SIG_IGN"])
-def test_stopping_ends_the_whole_group_even_when_it_will_not(tmp_path, handler):
-    executor = LocalExecutor(grace_s=0.3)
-    handle = executor.start(job(tmp_path, GRANDCHILD.format(handler=handler)))
+def test_stopping_ends_the_whole_group_even_when_it_will_not(tmp_path, executor, handler):
+    local = executor(grace_s=0.3)
+    handle = local.start(job(tmp_path, GRANDCHILD.format(handler=handler)))
     log = tmp_path / "log.txt"
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 7)
-    child = int(log.read_text().split()[-1])
-    assert executor.poll(handle) is None and alive(child)
-    executor.stop([handle])
-    assert executor.poll(handle) < 0
+    wait_for(lambda: printed(log) and printed(log)[-1].isdigit())
+    child = int(printed(log)[-1])
+    assert local.poll(handle) is None and alive(child)
+    local.stop([handle])
+    assert local.poll(handle) < 0
     wait_for(lambda: not alive(child))
 
 
-def test_the_log_and_the_threads_of_a_process(tmp_path):
-    executor = LocalExecutor(threads=3)
-    handle = executor.start(
-        job(tmp_path, "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('to stderr')")
-    )
-    wait_for(lambda: executor.poll(handle) is not None)
-    assert executor.poll(handle) == 1
-    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["3", "to stderr"]
+def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
+    (tmp_path / "log.txt").write_text("an earlier line\n")
+    local = executor(threads=3)
+    code = "import os, sys, torch; print(torch.get_num_threads(), os.getpid() == os.getsid(0)); sys.exit('to stderr')"
+    assert exit_code(local, local.start(job(tmp_path, code))) == 1
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0] == "an earlier line" and "-m grpo_engine.study.run import os" in lines[1]
+    assert lines[-2:] == ["3 True", "to stderr"]
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         LocalExecutor(threads=0)
 
 
+def test_one_job_that_raises_and_one_that_is_killed_leave_the_others_alone(tmp_path, executor):
+    local = executor()
+    raising = local.start(job(tmp_path, "raise KeyError('lost')", "raising"))
+    killed = local.start(job(tmp_path, "import os; os.kill(os.getpid(), 9)", "killed"))
+    staying = local.start(job(tmp_path, "input_ = __import__('sys').stdin.read(); __import__('time').sleep(1)", "staying"))
+    assert exit_code(local, raising) == 1 and printed(tmp_path / "raising.txt")[-1] == "KeyError: 'lost'"
+    assert exit_code(local, killed) == -signal.SIGKILL
+    assert local.poll(staying) is None
+    assert exit_code(local, staying) == 0
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
 def test_processes_end_with_a_study_that_is_killed(tmp_path):
+    log = tmp_path / "c.txt"
     code = f"""
         import sys, time
         from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import jobs
         from grpo_engine.study.run import Job, LocalExecutor
-        child = "from grpo_engine.study.run import _end_with_parent as e; import os, time; e(); print(os.getpid(), flush=True); time.sleep(60)"
-        LocalExecutor().start(Job(name="x", command=(sys.executable, "-c", child), log=Path({str(tmp_path / "c.txt")!r}),
-                                  after=(), seconds=1.0))
+        child = "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(60)"
+        LocalExecutor(run=jobs.run).start(Job(name="x", arguments=(child,), log=Path({str(log)!r}), after=(), seconds=1.0))
         time.sleep(60)
-    """  # noqa: E501
-    log = tmp_path / "c.txt"
+    """  # without a main guard: what it starts must not run it again
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    wait_for(lambda: log.exists() and log.read_text().strip().split("\n")[-1].isdigit(), 30)
-    child = int(log.read_text().split("\n")[-2])
-    assert alive(child)
+    wait_for(lambda: printed(log), 30)
+    pids = [int(pid) for pid in printed(log)[-1].split()]
+    assert len(pids) == 2 and all(map(alive, pids))
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    wait_for(lambda: not alive(child))
+    wait_for(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
+def test_a_server_that_is_killed_costs_its_jobs_and_is_replaced(tmp_path, executor):
+    local = executor()
+    lost = local.start(job(tmp_path, "import os, time; print(os.getppid(), flush=True); time.sleep(60)", "lost"))
+    wait_for(lambda: printed(tmp_path / "lost.txt"), 30)
+    os.kill(int(printed(tmp_path / "lost.txt")[0]), signal.SIGKILL)
+    assert exit_code(local, lost) != 0
+    wait_for(lambda: not alive(lost.pid))
+    assert exit_code(local, local.start(job(tmp_path, "pass", "next"))) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_a_server_with_threads_is_refused(tmp_path):
+    module = "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    (tmp_path / "threaded.py").write_text(module)
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from grpo_engine.processes import ForkedProcess, become_job, start_fork_server
+        start_fork_server(["threaded"])
+        process = ForkedProcess(target=become_job, args=({str(tmp_path / "log.txt")!r},))
+        process.start()
+        process.join(30)
+        print(process.exitcode)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert out.stdout.strip() == "1" and "has 2 threads, not 1" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_forked_process_has_the_imports_and_computes_on_the_threads_it_was_given(tmp_path, executor):
+    local = executor(threads=2)
+    code = """
+        import os, sys
+        assert "grpo_engine.train" in sys.modules  # imported before the fork
+        import torch
+        x = torch.randn(400, 400, requires_grad=True)
+        (x @ x).relu().sum().backward()
+        print(torch.get_num_threads())
+    """
+    assert exit_code(local, local.start(job(tmp_path, code))) == 0, (tmp_path / "log.txt").read_text()
+    assert printed(tmp_path / "log.txt")[-1] == "2"
+
+
+def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_path):
+    config = models.small_config(vocab=MicroTokenizer().vocab_size)
+    weights.save_checkpoint(models.random_model(config, scale=3.0), tmp_path / "tiny")
+    small = {
+        "steps": 3, "task": {"eval_problems": 10}, "rollout": {"max_new_tokens": 4},
+        "batch": {"prompts": 4, "group_size": 2, "minibatches": 2}, "evaluation": {"count": 2, "samples": 1},
+    }  # fmt: skip
+    study = StudyConfig(name="real", run=small, sizes={"tiny": SizeConfig(base=str(tmp_path / "tiny"))},
+                        axes=(AxesConfig(seeds=(0, 1, 2)),))  # fmt: skip
+    folder = tmp_path / "study"
+    result = run_study(folder, study=study, jobs=2, console=Console(file=io.StringIO()))
+    assert result.exit_code == 0 and len(result.done) == 3, result.failures
+    cell = folder / plan(study).cells[1].folder
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(cell / run.CONFIG_FILE, alone)
+    subprocess.run([sys.executable, "-m", "grpo_engine.study.run", "cell", str(alone)], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    for name in (records.STEPS_FILE, records.EVALS_FILE, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
+        assert (cell / name).read_bytes() == (alone / name).read_bytes(), name
+    assert records.read_json(cell / records.RUN_FILE) == records.read_json(alone / records.RUN_FILE)
 
 
 def test_main_refuses_other_words():
