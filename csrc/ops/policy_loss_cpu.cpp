@@ -17,6 +17,12 @@ class Sum {
     low_ += __builtin_convertvector(lanes[0], Eight<double>);
     high_ += __builtin_convertvector(lanes[1], Eight<double>);
   }
+#if defined(__AVX512F__)
+  GE_MEMBER void add(VecF x) {  // GCC 12 would convert four lanes at a time
+    low_ += _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
+    high_ += _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
+  }
+#endif
   GE_MEMBER double total() const {  // the tree of sum()
     const Eight<double> s = low_ + high_;
     const double a = s[0] + s[4], b = s[1] + s[5], c = s[2] + s[6], d = s[3] + s[7];
