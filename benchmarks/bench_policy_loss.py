@@ -16,7 +16,7 @@ from grpo_engine import ops  # noqa: E402
 TOLERANCE = 1e-5  # of the loss, and of the largest gradient
 
 
-def case(N, R, kind, *, compiled):
+def case(N, R, kind, *, compiled, metrics=False):
     lengths = (equal_lengths if kind == "equal" else log_normal_lengths)(N, R)
     total, cu = sum(lengths), cumulative(lengths)
     logprob = (-torch.rand(total) * 3).requires_grad_()
@@ -33,14 +33,20 @@ def case(N, R, kind, *, compiled):
     kept = mask.bool()
 
     def ours(logprob):
-        return ops.policy_loss(logprob, advantage=each, cu_seqlens=cu, old_logprob=old, ref_logprob=ref, kl_coef=0.001).loss
+        loss, stats = ops.policy_loss(
+            logprob, advantage=each, cu_seqlens=cu, old_logprob=old, ref_logprob=ref, kl_coef=0.001
+        )  # fmt: skip
+        if metrics:
+            stats.tolist()
+        return loss
 
     def theirs(function, leaf, *others):
         return peers.with_gradients(lambda x: function(x, *others), [leaf], [torch.ones(())])
 
     others = [old_NR, ref_NR, advantage, mask]
-    fast = torch.compile(peers.trl_loss, dynamic=False)
-    rivals = {"TRL's formula, eager": lambda: theirs(peers.trl_loss, wide, *others)}
+    formula = peers.trl_loss_and_metrics if metrics else peers.trl_loss
+    fast = torch.compile(formula, dynamic=False)
+    rivals = {"TRL's formula, eager": lambda: theirs(formula, wide, *others)}
     if compiled:
         rivals["the same, torch.compile"] = lambda: theirs(fast, wide, *others)
 
@@ -70,7 +76,7 @@ def case(N, R, kind, *, compiled):
         return same_bits(torch.autograd.grad(loss, [leaf]), [whole[1][:n]])
 
     return Case(
-        name=f"{N} sequences of {R}, {kind} lengths (longest {max(lengths)})",
+        name=f"{N} sequences of {R}, {kind} lengths (longest {max(lengths)})" + (", with metrics" if metrics else ""),
         ours=lambda: peers.with_gradients(ours, [logprob], [torch.ones(())]),
         peers=rivals,
         tolerance=TOLERANCE,
@@ -85,7 +91,9 @@ def cases(quick):
     yield case(64, 512, "equal", compiled=True)
     if not quick:
         yield case(64, 512, "log-normal", compiled=True)
+    yield case(256, 16, "equal", compiled=False, metrics=True)
+    yield case(64, 512, "equal", compiled=False, metrics=True)
 
 
 if __name__ == "__main__":
-    main("policy_loss", cases, note="Ours returns ten statistics besides; TRL's formula here leaves its metrics out.")
+    main("policy_loss", cases, note="With metrics: those that TRL logs beside the loss; ours has its ten at all times.")

@@ -141,14 +141,42 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return (rewards - mean) / (rewards.std(dim=1, keepdim=True) + 1e-6)
 
 
-def trl_loss(logprob: Tensor, old: Tensor, ref: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-    """The loss of TRL's GRPOTrainer (loss_type "dapo", delta 3, beta 0.001) on padded [N, R], without its metrics."""
+def trl_terms(logprob: Tensor, old: Tensor, ref: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ratio, KL and loss of each token in TRL's GRPOTrainer (loss_type "dapo", delta 3, beta 0.001) on padded [N, R]."""
     coef_1 = torch.exp(logprob - old)
+    kl = torch.exp(ref - logprob) - (ref - logprob) - 1
     coef_2 = torch.clamp(coef_1, 1 - 0.2, 1 + 0.2)
     coef_1 = torch.clamp(coef_1, max=3.0)
     per_token = -torch.min(coef_1 * advantage[:, None], coef_2 * advantage[:, None])
-    per_token = per_token + 0.001 * (torch.exp(ref - logprob) - (ref - logprob) - 1)
+    return coef_1, kl, per_token + 0.001 * kl
+
+
+def trl_loss(logprob: Tensor, old: Tensor, ref: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """TRL's loss without its metrics."""
+    per_token = trl_terms(logprob, old, ref, advantage)[2]
     return (per_token * mask).sum() / mask.sum()
+
+
+def trl_loss_and_metrics(logprob: Tensor, old: Tensor, ref: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """TRL's loss as its trainer evaluates it: with the numbers that it logs, but for the entropy. No distribution."""
+    coef_1, kl, per_token = trl_terms(logprob, old, ref, advantage)
+    loss = (per_token * mask).sum() / mask.sum()
+    low = (coef_1 < 1 - 0.2) & (advantage[:, None] < 0)
+    high = (coef_1 > 1 + 0.2) & (advantage[:, None] > 0)
+
+    def mean(x: Tensor) -> float:
+        total = torch.stack([(x * mask).sum(), mask.sum().float()])
+        return (total[0] / total[1].clamp(min=1.0)).item()
+
+    def extreme(of: Callable[[Tensor], Tensor], x: Tensor) -> float:
+        rows = (x * mask).sum(-1) / mask.sum(-1)
+        return math.nan if torch.isnan(rows).all() else of(rows[~torch.isnan(rows)]).item()
+
+    for x in (kl, low.float(), high.float(), (low | high).float()):
+        mean(x)
+    extreme(torch.min, low.float())
+    extreme(torch.max, high.float())
+    return loss
 
 
 # ---------------------------------------------------------------- the decoder's parts

@@ -176,13 +176,18 @@ struct Vec16<float> {
   GE_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
   GE_MEMBER void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   GE_MEMBER __m512i bf16_bits() const {  // in the upper half of each 32-bit lane
-    const __m512i u = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+    const __m512i u = _mm512_castps_si512(v), half = _mm512_set1_epi32(0x7FFF), one = _mm512_set1_epi32(1);
+    const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+    __m512i r = _mm512_add_epi32(u, half);
+    r = _mm512_mask_add_epi32(r, odd, r, one);
+    // a NaN, quiet or not (classes 0 and 1), becomes the quiet NaN of v (response 2); the rest stays (0)
+    return _mm512_castps_si512(_mm512_fixupimm_ps(_mm512_castsi512_ps(r), v, _mm512_set1_epi32(0x22), 0));
   }
-  GE_MEMBER __m256i to_bf16() const { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(), 16)); }
+  GE_MEMBER __m256i to_bf16() const {
+    const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                           31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, bf16_bits()));
+  }
   GE_MEMBER Vec16 rounded_to_bf16() const {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
     return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(), upper))};

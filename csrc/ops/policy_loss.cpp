@@ -1,8 +1,10 @@
 #include "ops/policy_loss.h"
 
 #include <ATen/Functions.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -132,18 +134,57 @@ Three cpu(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tens
   const double mean_length = static_cast<double>(logprob.numel()) / (args.N > 0 ? args.N : 1);
   parallel_items(policy_loss_cpu, args, args.N, 10.0 * mean_length);
 
-  double* total = stats.mutable_data_ptr<double>();
-  for (int k = 0; k < kNumPolicyStats; ++k) {
-    const bool is_max = k == kStatRatioMax || k == kStatMismatch;
-    total[k] = 0.0;
-    for (int64_t n = 0; n < args.N; ++n) {
+  double total[kNumPolicyStats] = {};
+  for (int64_t n = 0; n < args.N; ++n) {
+    for (int k = 0; k < kNumPolicyStats; ++k) {
       const double x = args.stats[n * kNumPolicyStats + k];
-      if (!is_max) total[k] += x;
+      if (k != kStatRatioMax && k != kStatMismatch) total[k] += x;
       else if (total[k] == total[k] && !(x <= total[k])) total[k] = x;  // NaN wins and stays
     }
   }
-  loss.fill_(total[kStatPolicyLoss] + total[kStatKlLoss]);
+  std::copy_n(total, kNumPolicyStats, stats.mutable_data_ptr<double>());
+  const double sum = total[kStatPolicyLoss] + total[kStatKlLoss];
+  if (args.dtype == DType::f64) *loss.mutable_data_ptr<double>() = sum;
+  else *loss.mutable_data_ptr<float>() = static_cast<float>(sum);
   return c.out;
+}
+
+// The gradient is there already; it waits for that of the loss. In C++, because through Python's autograd the call
+// costs more than the arithmetic of a few thousand tokens.
+class Differentiable : public torch::autograd::Function<Differentiable> {
+ public:
+  template <typename... Others>
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& logprob,
+                                                const Others&... others) {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("grpo_engine::policy_loss", "").typed<
+        decltype(meta)>();
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, dlogprob, stats] = op.call(logprob, others...);
+    ctx->save_for_backward({dlogprob});
+    ctx->mark_non_differentiable({dlogprob, stats});
+    ctx->set_materialize_grads(false);
+    return {loss, dlogprob, stats};
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    torch::autograd::variable_list out(kNumInputs);
+    if (grads[0].defined()) out[0] = at::mul(grads[0], ctx->get_saved_variables()[0]);
+    return out;
+  }
+
+ private:
+  static constexpr size_t kNumInputs = 15;
+};
+
+Three autograd(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tensor& cu_seqlens,
+               const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob, const OptionalTensor& mask,
+               std::string_view ratio, std::string_view objective, double clip_low, double clip_high,
+               std::optional<double> dual_clip, std::string_view kl, double kl_coef, std::string_view aggregation,
+               double denominator) {
+  const auto out = Differentiable::apply(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio,
+                                         objective, clip_low, clip_high, dual_clip, kl, kl_coef, aggregation,
+                                         denominator);
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace
@@ -157,5 +198,6 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
 }
 TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl(kOp, &cpu); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl(kOp, &meta); }
+TORCH_LIBRARY_IMPL(grpo_engine, Autograd, m) { m.impl(kOp, &autograd); }
 
 }  // namespace grpo_engine

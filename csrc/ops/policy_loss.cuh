@@ -7,9 +7,14 @@ namespace grpo_engine {
 
 inline constexpr double kLogRatioLimit = 20.0;
 
-// x where a < b, else y: y also where either is NaN.
+// What core/simd.h has for a Vec16. x where a < b, else y: y also where either is NaN.
 template <typename A>
 GE_HOST_DEVICE inline A where_less(A a, A b, A x, A y) { return a < b ? x : y; }
+// The second argument when either is NaN.
+template <typename A>
+GE_HOST_DEVICE inline A vmax(A a, A b) { return a > b ? a : b; }
+template <typename A>
+GE_HOST_DEVICE inline A vmin(A a, A b) { return a < b ? a : b; }
 
 template <typename T>
 struct PolicyConstants {
@@ -20,13 +25,12 @@ struct PolicyConstants {
 // as inside, so that it reaches the gradient.
 template <typename T>
 struct LogRatio {
-  T value, inside;
+  T value, inside, size;  // |difference|
 };
 template <typename T>
 GE_HOST_DEVICE inline LogRatio<T> log_ratio(const PolicyConstants<T>& c, T difference) {
-  const T low = c.zero - c.limit, one = c.one, zero = c.zero;
-  return {where_less(difference, low, low, where_less(c.limit, difference, c.limit, difference)),
-          where_less(difference, low, zero, where_less(c.limit, difference, zero, one))};
+  const T size = vmax(c.zero - difference, difference);
+  return {vmin(c.limit, vmax(c.zero - c.limit, difference)), where_less(c.limit, size, c.zero, c.one), size};
 }
 
 template <typename T>
@@ -41,13 +45,13 @@ template <typename T>
 GE_HOST_DEVICE inline PolicyTerm<T> policy_term(PolicyObjective objective, const PolicyConstants<T>& c, T advantage,
                                                 T ratio, T logprob, T inside) {
   const T zero = c.zero, one = c.one;
-  const T clamped = where_less(ratio, c.floor, c.floor, where_less(c.ceiling, ratio, c.ceiling, ratio));
+  const T clamped = vmin(c.ceiling, vmax(c.floor, ratio));
   const T is_low = where_less(advantage, zero, where_less(ratio, c.floor, one, zero), zero);
   const T is_high = where_less(zero, advantage, where_less(c.ceiling, ratio, one, zero), zero);
   const T loss = zero - advantage, held = loss * clamped;
   if (objective == PolicyObjective::cispo) return {held * logprob, held, is_low, is_high, zero};
   const T free = loss * ratio;
-  const T value = where_less(free, held, held, free);  // equal branches: the gradient flows; NaN goes through
+  const T value = vmax(held, free);  // equal branches: the gradient flows; NaN goes through
   const T slope = where_less(free, held, zero, free * inside);
   const T most = loss * c.dual_clip;
   const T is_dual = where_less(advantage, zero, where_less(most, value, one, zero), zero);

@@ -15,7 +15,8 @@
 // The denominators are those of the whole optimizer step and are given, so a step cut into
 // micro-batches has the same loss and gradient. Where a clamp of a log-ratio binds, its gradient is 0.
 // A masked token is skipped, whatever its numbers; a sequence without kept tokens adds 0; NaN in a
-// kept token reaches loss and gradient (through ref only if kl_coef > 0). Arithmetic is that of logprob's dtype, sums are float64, in order.
+// kept token reaches loss and gradient (through ref only if kl_coef > 0). Arithmetic is that of logprob's
+// dtype. Sums are float64: sixteen running ones in a sequence, joined by a fixed tree, then the sequences in order.
 //
 // GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4 (k3); dual clip: Ye et al. 2020,
 // arXiv:1912.09729; DAPO: Yu et al. 2025, arXiv:2503.14476; Dr. GRPO: Liu et al. 2025,

@@ -6,31 +6,33 @@
 namespace grpo_engine::GE_ISA {
 namespace {
 
-// Sixteen running sums in float64, one a lane, joined at the end of a sequence.
-struct Sum {
-  VecD lanes = VecD::zero();
-
+// Sixteen running sums in float64, one a lane, joined at the end of a sequence. GCC's vectors rather than a
+// VecD: with its plain loops the sums would live in memory.
+class Sum {
+ public:
   template <typename A>
   GE_MEMBER void add(Vec16<A> x) {
-    A v[kLanes];
-    x.store(v);
-    for (int i = 0; i < kLanes; ++i) lanes.v[i] += static_cast<double>(v[i]);
+    Eight<A> lanes[2];
+    x.store(reinterpret_cast<A*>(lanes));
+    low_ += __builtin_convertvector(lanes[0], Eight<double>);
+    high_ += __builtin_convertvector(lanes[1], Eight<double>);
   }
-  GE_MEMBER double total() const { return sum(lanes); }
-};
-
-// The largest of values >= 0; NaN if one is.
-template <typename A>
-struct Largest {
-  using V = Vec16<A>;
-  V most = V::zero(), nans = V::zero();
-
-  GE_MEMBER void add(V x) {
-    most = where_less(most, x, x, most);
-    const V infinity = V::set1(static_cast<A>(__builtin_inf())), zero = V::zero();
-    nans = nans + where_less(x, infinity, zero, where_less(zero, x, zero, V::set1(1)));
+#if defined(__AVX512F__)
+  GE_MEMBER void add(VecF x) {  // GCC 12 would convert four lanes at a time
+    low_ += _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
+    high_ += _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
   }
-  GE_MEMBER double value() const { return sum(nans) > A(0) ? __builtin_nan("") : static_cast<double>(max_lane(most)); }
+#endif
+  GE_MEMBER double total() const {  // the tree of sum()
+    const Eight<double> s = low_ + high_;
+    const double a = s[0] + s[4], b = s[1] + s[5], c = s[2] + s[6], d = s[3] + s[7];
+    return (a + c) + (b + d);
+  }
+
+ private:
+  template <typename A>
+  using Eight __attribute__((vector_size(8 * sizeof(A)))) = A;
+  Eight<double> low_ = {}, high_ = {};
 };
 
 template <typename A>
@@ -97,22 +99,22 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
 
   Sum value, kl, ratios, slopes;
   V low = V::zero(), high = V::zero(), dual = V::zero();  // counts: exact
-  Largest<A> ratio_max, mismatch;
+  V ratio_max = V::zero(), mismatch = V::zero();          // of values >= 0, NaN left out
   const V each = V::set1(static_cast<A>(weight)), kl_each = V::set1(static_cast<A>(weight * a.kl_coef));
   each_vector(s.length, [&](int64_t i, int count) {
     const V keep = s.keep(i, count), logprob = s.read(s.logprob, i, count, keep);
-    const V difference = s.difference(i, count, keep, logprob);
-    const LogRatio<V> d = log_ratio(c, difference);
-    const V every = by_sequence ? sequence_ratio : s.old_logprob ? vexp(d.value) : c.one;
-    const V ratio = where_less(c.zero, keep, every, c.zero);
+    const LogRatio<V> d = log_ratio(c, s.difference(i, count, keep, logprob));
+    const LogRatio<V> e = log_ratio(c, s.ref_logprob ? s.read(s.ref_logprob, i, count, keep) - logprob : c.zero);
+    V exps[2] = {d.value, e.value};
+    exp_in_range(exps);  // of 0 it is 1
+    const V ratio = where_less(c.zero, keep, by_sequence ? sequence_ratio : exps[0], c.zero);
     const PolicyTerm<V> term = policy_term(kObjective, c, s.read(s.advantage, i, count, keep), ratio, logprob,
                                            by_sequence ? c.one : d.inside);
     V gradient = V::zero();
     if (shared) slopes.add(term.slope);
     else gradient = each * term.slope;
     if (s.ref_logprob) {
-      const LogRatio<V> e = log_ratio(c, s.read(s.ref_logprob, i, count, keep) - logprob);
-      const KlTerm<V> t = kl_term(kKl, c, e, kKl == PolicyKl::k3 ? vexp(e.value) : c.one);
+      const KlTerm<V> t = kl_term(kKl, c, e, exps[1]);
       kl.add(t.value);
       // with coefficient 0 it is only measured: a NaN must not reach the loss
       if (a.kl_coef > 0.0) gradient = fma(kl_each, t.slope * keep, gradient);
@@ -120,8 +122,8 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
     store(gradient, s.dlogprob + i, count);
     value.add(term.value);
     ratios.add(ratio);
-    ratio_max.add(ratio);
-    mismatch.add(vmax(difference, c.zero - difference));
+    ratio_max = vmax(ratio, ratio_max);
+    mismatch = vmax(d.size, mismatch);
     low = low + term.low;
     high = high + term.high;
     dual = dual + term.dual;
@@ -141,11 +143,13 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
   stats[kStatKl] = kl.total();
   stats[kStatKlLoss] = a.kl_coef > 0.0 ? weight * a.kl_coef * stats[kStatKl] : 0.0;
   stats[kStatRatio] = ratios.total();
-  stats[kStatRatioMax] = ratio_max.value();
+  // a difference that is NaN makes its ratio NaN, and nothing else does: a ratio is at most exp(20)
+  const bool nan = stats[kStatRatio] != stats[kStatRatio];
+  stats[kStatRatioMax] = nan ? __builtin_nan("") : static_cast<double>(max_lane(ratio_max));
   stats[kStatClipLow] = static_cast<double>(sum(low));
   stats[kStatClipHigh] = static_cast<double>(sum(high));
   stats[kStatDualClip] = static_cast<double>(sum(dual));
-  stats[kStatMismatch] = mismatch.value();
+  stats[kStatMismatch] = nan ? __builtin_nan("") : static_cast<double>(max_lane(mismatch));
 }
 
 template <typename A, PolicyObjective kObjective, PolicyKl kKl>

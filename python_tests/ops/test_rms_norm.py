@@ -41,6 +41,17 @@ def test_forward_and_backward_are_as_good_as_torch(T, D, dtype):
         assert_as_good_as_torch(ours, theirs, truth, floor=2.0**-22)
 
 
+@pytest.mark.parametrize("share", [None, 2.0**-8, 2.0**-9, 2.0**-10])
+def test_sums_of_all_bfloat16_numbers_are_rounded_as_torch_rounds_them(share):
+    # with a share of itself added, many a number lies half-way between two
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(64, 1024)
+    other = x.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view_as(x)
+    residual = other if share is None else (x.float() * share).bfloat16()
+    _, total = rms_norm(x, torch.ones(1024).bfloat16(), eps=1e-6, residual=residual)
+    want = x + residual
+    assert torch.equal(total.isnan(), want.isnan())
+    assert torch.equal(total.view(torch.int16)[~want.isnan()], want.view(torch.int16)[~want.isnan()])
+
 
 def test_gradcheck():
     x, weight = make(3, 19, torch.float64)
