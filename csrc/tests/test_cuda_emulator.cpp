@@ -6,6 +6,7 @@
 #include <vector>
 
 #define GE_CUDA_EMULATED
+#include "core/mma.cuh"
 #include "core/reduce.cuh"
 
 namespace grpo_engine {
@@ -68,6 +69,33 @@ TEST(CudaEmulator, reductions_give_every_thread_the_same) {
       EXPECT_EQ(block_reduce(mine, Add{}, 0), threads * (threads - 1) / 2);
       EXPECT_EQ(block_reduce(static_cast<float>(mine), Max{}, 0.f), static_cast<float>(threads - 1));
     });
+  }
+}
+
+TEST(CudaEmulator, a_product_of_the_tensor_cores_is_the_product_of_the_matrices) {
+  // small integers: exact in bfloat16 and float32
+  const auto A = [](int row, int k) { return static_cast<float>((row * 7 + k * 3) % 11 - 5); };
+  const auto B = [](int k, int column) { return static_cast<float>((k * 5 + column) % 13 - 6); };
+  const auto two = [](float low, float high) { return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xFFFF0000u); };
+  float product[16][8];
+  run(1, 32, [&] {
+    const int g = threadIdx.x / 4, q = threadIdx.x % 4 * 2;
+    uint32_t a[4], b[2];
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i % 2 * 8, k = q + i / 2 * 8;
+      a[i] = two(A(row, k), A(row, k + 1));
+    }
+    for (int i = 0; i < 2; ++i) b[i] = two(B(q + i * 8, g), B(q + i * 8 + 1, g));
+    float d[4] = {1.f, 1.f, 1.f, 1.f};
+    mma_bf16_16x8x16(d, a, b);
+    for (int i = 0; i < 4; ++i) product[g + i / 2 * 8][q + i % 2] = d[i];
+  });
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      float want = 1.f;
+      for (int k = 0; k < 16; ++k) want += A(row, k) * B(k, column);
+      EXPECT_EQ(product[row][column], want) << row << ", " << column;
+    }
   }
 }
 
