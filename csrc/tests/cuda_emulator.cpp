@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -66,6 +67,7 @@ void* body_context;
 std::vector<Thread> threads;
 unsigned current;
 unsigned at_barrier;  // threads
+unsigned launches;    // so far
 void* scheduler_top;
 std::vector<char*> free_stacks;
 std::vector<char> shared;
@@ -146,23 +148,36 @@ std::string deadlock() {
          " threads of block " + std::to_string(blockIdx.x);
 }
 
+// Runs the threads of a warp until each is done or at a barrier; false where none could go on.
+bool run_warp(unsigned first, bool backwards) {
+  bool moved = false;
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (unsigned k = 0; k < kWarp; ++k) {
+      const unsigned i = first + (backwards ? kWarp - 1 - k : k);
+      if (threads[i].state != State::fresh && threads[i].state != State::ready) continue;
+      resume(i);
+      progress = moved = true;
+      if (!failure.empty()) return true;
+    }
+  }
+  return moved;
+}
+
 void run_block() {
+  const auto size = static_cast<unsigned>(threads.size());
+  const bool backwards = (launches + blockIdx.x) % 2 == 1;
   memset(shared.data(), 0xFF, shared.size());
   for (Thread& t : threads) t = Thread{};
   at_barrier = 0;
   for (;;) {
-    bool progress = false, all_done = true;
-    for (unsigned i = 0; i < threads.size(); ++i) {
-      const State state = threads[i].state;
-      if (state == State::fresh || state == State::ready) {
-        resume(i);
-        progress = true;
-        if (!failure.empty()) return;
-      }
-      all_done = all_done && threads[i].state == State::done;
+    bool progress = false;
+    for (unsigned first = 0; first < size; first += kWarp) {
+      progress |= run_warp(backwards ? size - kWarp - first : first, backwards);
+      if (!failure.empty()) return;
     }
-    if (all_done) return;
-    if (at_barrier == threads.size()) {
+    if (std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.state == State::done; })) return;
+    if (at_barrier == size) {
       for (Thread& t : threads) t.state = State::ready;
       at_barrier = 0;
     } else if (!progress) {
@@ -193,17 +208,17 @@ void launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, v
   threads.assign(block.x, {});
   shared.assign(shared_bytes + 128, 0);
   failure.clear();
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        run_block();
-        if (failure.empty()) continue;
-        for (Thread& t : threads) {
-          if (t.stack) munmap(t.stack, kStack);  // not to be used again: its frames were never left
-        }
-        throw std::runtime_error(failure);
-      }
+  ++launches;
+  for (uint64_t left = uint64_t{1} * grid.x * grid.y * grid.z; left > 0; --left) {
+    const uint64_t index = left - 1;
+    blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
+                static_cast<unsigned>(index / grid.x / grid.y)};
+    run_block();
+    if (failure.empty()) continue;
+    for (Thread& t : threads) {
+      if (t.stack) munmap(t.stack, kStack);  // not to be used again: its frames were never left
     }
+    throw std::runtime_error(failure);
   }
 }
 
@@ -236,14 +251,12 @@ void warp_collective(const char* name, unsigned mask, void* payload, Finish fini
   for (unsigned other = 0; other < kWarp; ++other) {
     if (!(mask >> other & 1)) continue;
     const Thread& t = warp[other];
-    if (t.state != State::in_collective) {
-      complete = false;
-      continue;
-    }
-    if (t.finish != finish || t.mask != mask) {
+    const bool waits = t.state == State::in_collective, same = waits && t.finish == finish && t.mask == mask;
+    if (waits && !same && (t.mask >> lane & 1)) {  // it waits for this lane, which is elsewhere
       fail(std::string(name) + " meets lane " + std::to_string(other) + " in " + t.collective +
            (t.mask != mask ? " with another mask" : ""));
     }
+    complete = complete && same;
     payloads[other] = t.payload;
   }
   if (!complete) return leave();
