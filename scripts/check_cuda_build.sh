@@ -18,18 +18,21 @@ if ! "$VENV/bin/python" -c 'import torch; assert torch.version.cuda' 2>/dev/null
 fi
 "$VENV/bin/pip" install --quiet --disable-pip-version-check "setuptools>=77" wheel cmake ninja numpy pytest pytest-timeout
 
-# torch's headers want those of the CUDA libraries that came with it
-CPATH=$(echo "$VENV"/lib/python3*/site-packages/nvidia/cu*/include)
-export CPATH
 PATH=$VENV/bin:$PATH GRPO_ENGINE_CUDA=1 GRPO_ENGINE_BUILD_DIR=build/cuda "$VENV/bin/python" setup.py -q build_ext \
   --build-lib build/cuda_lib
-GRPO_ENGINE_EXTENSION=$PWD/build/cuda_lib/grpo_engine "$VENV/bin/python" - <<'END'
-import os, torch, grpo_engine
+export GRPO_ENGINE_EXTENSION=$PWD/build/cuda_lib/grpo_engine
+"$VENV/bin/python" - <<'END'
+import os
+
+import torch
+
+import grpo_engine
+
 grpo_engine.__path__.insert(0, os.environ["GRPO_ENGINE_EXTENSION"])
 import grpo_engine.ops
-registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-names = sorted(name for name in registered if name.startswith("grpo_engine::"))
-assert names, "no op is registered for CUDA"
-print("registered for CUDA:", *names)
+
+ops = [n for n in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA") if n.startswith("grpo_engine::")]
+assert ops, "no op is registered for CUDA"
+print("registered for CUDA:", *sorted(ops))
 END
-GRPO_ENGINE_EXTENSION=$PWD/build/cuda_lib/grpo_engine "$VENV/bin/python" -m pytest python_tests/ops
+"$VENV/bin/python" -m pytest python_tests/ops
