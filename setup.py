@@ -16,13 +16,13 @@ class CMakeBuild(build_ext):
     """Configures and builds the one native target, ``grpo_engine._C``."""
 
     def build_extension(self, ext: Extension) -> None:
-        self._say_which_halves()
+        cuda = self._cuda_wanted()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         build = Path(os.environ.get("GRPO_ENGINE_BUILD_DIR", ROOT / "build" / "native"))
         configure = [
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DGRPO_ENGINE_CUDA={'ON' if cuda else 'OFF'}",
         ]
         # beside the interpreter first: cmake and ninja come from PyPI, and venv/bin need not be on PATH
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -35,13 +35,25 @@ class CMakeBuild(build_ext):
         os.replace(new, output)
 
     @staticmethod
-    def _say_which_halves() -> None:
+    def _cuda_wanted() -> bool:
+        """Whether the CUDA kernels are built; says so."""
         wanted = os.environ.get("GRPO_ENGINE_CUDA", "auto")
         if wanted not in ("auto", "0", "1"):
             raise SystemExit(f"GRPO_ENGINE_CUDA must be auto, 0 or 1, got {wanted!r}")
-        if wanted == "1":
-            raise SystemExit("GRPO_ENGINE_CUDA=1: this version has no CUDA kernels yet; use auto or 0")
-        print("grpo_engine: building the CPU kernels (this version has no CUDA kernels)", flush=True)
+        import torch
+
+        cuda_home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+        missing = []
+        if not (shutil.which("nvcc") or (cuda_home / "bin" / "nvcc").exists()):
+            missing.append("nvcc (on PATH, or in CUDA_HOME)")
+        if torch.version.cuda is None:
+            missing.append(f"a torch with CUDA (found {torch.__version__})")
+        if wanted == "1" and missing:
+            raise SystemExit(f"GRPO_ENGINE_CUDA=1 needs {' and '.join(missing)}")
+        cuda = wanted != "0" and not missing
+        why = "GRPO_ENGINE_CUDA=0" if wanted == "0" else f"without {' and '.join(missing)}"
+        print(f"grpo_engine: building the CPU {'and CUDA kernels' if cuda else f'kernels only ({why})'}", flush=True)
+        return cuda
 
 
 setup(ext_modules=[Extension("grpo_engine._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

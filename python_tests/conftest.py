@@ -1,12 +1,50 @@
-"""What the tests share: the folder of real problems, and bars that need no magic number."""
+"""What the tests share: devices, the folder of real problems, one and two threads.
 
+GRPO_ENGINE_EXTENSION names a folder with another build of the extension. With build/native/emulated, ops that have
+a CUDA kernel run it on CPU tensors, on a machine without a GPU (csrc/tests/cuda_emulator.h).
+"""
+
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import grpo_engine
+
 ROOT = Path(__file__).resolve().parents[1]
+EXTENSION = os.environ.get("GRPO_ENGINE_EXTENSION")
+if EXTENSION:
+    if not list(Path(EXTENSION).glob("_C.*")):
+        raise FileNotFoundError(f"GRPO_ENGINE_EXTENSION={EXTENSION} has no extension")
+    grpo_engine.__path__.insert(0, EXTENSION)
+EMULATED = Path(EXTENSION or "").name == "emulated"
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
+def device(request, monkeypatch):
+    """Each device in turn; tensors and generators that the test makes without naming a device are on it."""
+    if request.param != "cpu":  # the context reaches every factory, but not this
+        monkeypatch.setattr(torch, "Generator", functools.partial(torch.Generator, device=request.param))
+    with torch.device(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu_kernels(device):
+    """For tests of what only the CPU kernels do: they read the values of their inputs to check them."""
+    if EMULATED or device == "cuda":
+        pytest.skip("CUDA kernels do not check values")
+
+
+@pytest.fixture
+def cuda_kernels(device):
+    """For tests of what CUDA kernels do in their place."""
+    if not EMULATED and device != "cuda":
+        pytest.skip("CPU kernels check values")
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,16 @@ def test_every_op_has_a_contract_a_test_and_a_public_function():
         assert (ROOT / "python_tests" / "ops" / f"test_{op}.py").exists(), op
 
 
+def test_every_cuda_kernel_is_built():
+    listed = re.search(r"set\(CUDA_OPS\s+([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())[1].split()
+    assert sorted(listed) == sorted(names("*_cuda.cu", "_cuda.cu"))
+
+
 def test_kernels_and_contracts_include_no_torch_header():
     # they are compiled by nvcc and by the C++ tests, and once per instruction set
     bad = []
-    for path in [*OPS.glob("*.h"), *OPS.glob("*.cuh"), *OPS.glob("*_cpu.cpp"), *(ROOT / "csrc/rollout").glob("*")]:
+    kernels = [p for pattern in ("*.h", "*.cuh", "*_cpu.cpp", "*.cu") for p in OPS.glob(pattern)]
+    for path in [*kernels, *(ROOT / "csrc/rollout").glob("*")]:
         bad += [path.name for line in path.read_text().splitlines() if re.match(r"#include <(torch|ATen|c10)/", line)]
     assert bad == []
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up, then runs the C++ tests and the Python tests; the op tests once more for each instruction set of this CPU.
+# Sets up, then runs the C++ tests and the Python tests; the op tests once more for each instruction set of this CPU,
+# and those of CUDA kernels on the emulator. Compiles the CUDA kernels where nvcc is.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
@@ -18,6 +19,11 @@ cmake -S . -B build/tests -G Ninja -DPython_EXECUTABLE="$PYTHON" -DGRPO_ENGINE_T
   -DCMAKE_PREFIX_PATH="$GTEST/usr" >build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 cmake --build build/tests --target grpo_engine_tests >build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 build/tests/grpo_engine_tests --gtest_brief=1
+if command -v nvcc >/dev/null; then
+  cmake --build build/tests --target cuda_kernels_check
+else
+  echo "nvcc is missing: the CUDA kernels are not compiled"
+fi
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest
@@ -27,3 +33,10 @@ for isa in $("$PYTHON" -c 'from grpo_engine import ops, _C; print(*_C.cpu_isas()
   echo "op tests on $isa"
   GRPO_ENGINE_ISA=$isa "$PYTHON" -m pytest python_tests/ops
 done
+
+echo "op tests on the CUDA emulator"
+cmake --build build/native --target emulated >build/emulated.log 2>&1 || { cat build/emulated.log; exit 1; }
+for kernel in csrc/ops/*_cuda.cu; do
+  tests+=("python_tests/ops/test_$(basename "$kernel" _cuda.cu).py")
+done
+GRPO_ENGINE_EXTENSION=build/native/emulated "$PYTHON" -m pytest "${tests[@]}"

@@ -1,11 +1,11 @@
 #include "ops/gather_logprob.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -49,10 +49,10 @@ Three forward_meta(const at::Tensor& logits, const at::Tensor& target, double te
   return {at::empty({T}, out), at::empty({T}, out), at::empty({T, 3}, out.dtype(at::kDouble))};
 }
 
-Three forward_cpu(const at::Tensor& logits, const at::Tensor& target, double temperature) {
+Three forward(const at::Tensor& logits, const at::Tensor& target, double temperature) {
   auto [logprob, entropy, saved] = forward_meta(logits, target, temperature);
   GatherLogprobArgs args = arguments(logits, target, temperature);
-  for (int64_t t = 0; t < args.T; ++t) {
+  for (int64_t t = 0; t < args.T && !on_cuda(target); ++t) {
     TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp,
                       ": target must be in [0, V) = [0, ", args.V, "), got ", args.target[t],
                       " at row ", t);
@@ -60,6 +60,9 @@ Three forward_cpu(const at::Tensor& logits, const at::Tensor& target, double tem
   args.logprob = logprob.mutable_data_ptr();
   args.entropy = entropy.mutable_data_ptr();
   args.saved = saved.mutable_data_ptr<double>();
+  if (cuda_call(logits, [&](auto stream) { gather_logprob_forward_cuda(args, stream); })) {
+    return {logprob, entropy, saved};
+  }
   parallel_items(gather_logprob_forward_cpu, args, args.T, kCost * args.V);
   return {logprob, entropy, saved};
 }
@@ -75,15 +78,16 @@ at::Tensor backward_meta(const at::Tensor& g_logprob, const at::Tensor& g_entrop
   return at::empty_like(logits);
 }
 
-at::Tensor backward_cpu(const at::Tensor& g_logprob, const at::Tensor& g_entropy,
-                        const at::Tensor& logits, const at::Tensor& target,
-                        const at::Tensor& saved, double temperature) {
+at::Tensor backward(const at::Tensor& g_logprob, const at::Tensor& g_entropy,
+                    const at::Tensor& logits, const at::Tensor& target,
+                    const at::Tensor& saved, double temperature) {
   at::Tensor dlogits = backward_meta(g_logprob, g_entropy, logits, target, saved, temperature);
   GatherLogprobArgs args = arguments(logits, target, temperature);
   args.g_logprob = g_logprob.const_data_ptr();
   args.g_entropy = g_entropy.const_data_ptr();
   args.saved = const_cast<double*>(saved.const_data_ptr<double>());
   args.dlogits = dlogits.mutable_data_ptr();
+  if (cuda_call(logits, [&](auto stream) { gather_logprob_backward_cuda(args, stream); })) return dlogits;
   parallel_items(gather_logprob_backward_cpu, args, args.T, kCost * args.V);
   return dlogits;
 }
@@ -98,9 +102,9 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       "gather_logprob_backward(Tensor g_logprob, Tensor g_entropy, Tensor logits, Tensor target,"
       " Tensor saved, float temperature) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
-  m.impl("gather_logprob", &forward_cpu);
-  m.impl("gather_logprob_backward", &backward_cpu);
+GE_DEVICE_IMPL(m) {
+  m.impl("gather_logprob", &forward);
+  m.impl("gather_logprob_backward", &backward);
 }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
   m.impl("gather_logprob", &forward_meta);

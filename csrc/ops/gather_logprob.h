@@ -4,7 +4,8 @@
 //   entropy[t] = -sum_v p log p,  p = softmax(z[t])                      nats
 //   dlogits[t,v] = (g_logprob (1[v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
 //
-// The row is reduced by core/row_stats.h, so the log-prob equals that of sample_token bit for bit.
+// The row is reduced by core/row_stats.h (CUDA: row_stats.cuh), so the log-prob equals that of sample_token on
+// the same device bit for bit. On CUDA a target outside [0, V) makes its row NaN.
 // -inf logits are tokens of probability 0; a NaN or +inf logit makes its row NaN and no other.
 //
 //   logits, dlogits [T, V] float32, bfloat16 or float64     target [T] int64 in [0, V)
@@ -12,6 +13,7 @@
 //   saved [T, 3] float64: max of z, log of the centred sum, entropy
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -32,5 +34,8 @@ struct GatherLogprobArgs {
 
 GE_CPU_KERNEL(gather_logprob_forward, GatherLogprobArgs)   // items: rows
 GE_CPU_KERNEL(gather_logprob_backward, GatherLogprobArgs)  // items: rows
+
+void gather_logprob_forward_cuda(const GatherLogprobArgs&, CudaStream);
+void gather_logprob_backward_cuda(const GatherLogprobArgs&, CudaStream);
 
 }  // namespace grpo_engine

@@ -13,8 +13,22 @@
 #pragma once
 #include <cstdint>
 
+#include "core/cuda_stream.h"
+#include "core/dtype.h"
+
 namespace grpo_engine {
 
 enum class AdvantageStd : int32_t { unbiased, population, none };
+
+struct GroupAdvantagesArgs {
+  DType dtype;  // f32 or f64
+  int64_t P, G;
+  AdvantageStd std;
+  double eps;
+  const void* rewards;  // [P, G]
+  void* advantages;     // [P, G]
+};
+
+void group_advantages_cuda(const GroupAdvantagesArgs&, CudaStream);
 
 }  // namespace grpo_engine

@@ -1,8 +1,7 @@
 #include "ops/kv_write.h"
 
-#include <torch/library.h>
-
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -31,16 +30,17 @@ void meta(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages,
   require_tensor(kOp, "slot", slot, {T}, "[T]", at::kLong, key);
 }
 
-void cpu(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages,
-         at::Tensor& value_pages, const at::Tensor& slot) {
+void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages,
+           at::Tensor& value_pages, const at::Tensor& slot) {
   meta(key, value, key_pages, value_pages, slot);
   KvWriteArgs args{};
   args.dtype = dtype_of(key);
   args.T = key.size(0);
+  args.num_pages = key_pages.size(0);
   args.shape = {key.size(1), key.size(2), key_pages.size(3)};
   args.slot = slot.const_data_ptr<int64_t>();
-  const int64_t num_slots = key_pages.size(0) * args.shape.page;
-  for (int64_t t = 0; t < args.T; ++t) {
+  const int64_t num_slots = args.num_pages * args.shape.page;
+  for (int64_t t = 0; t < args.T && !on_cuda(slot); ++t) {
     TORCH_CHECK_VALUE(args.slot[t] >= -1 && args.slot[t] < num_slots, kOp,
                       ": slot must be -1 or in [0, ", num_slots, "), got ", args.slot[t],
                       " at row ", t);
@@ -52,6 +52,7 @@ void cpu(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages,
   args.value = value.const_data_ptr();
   args.key_pages = key_pages.mutable_data_ptr();
   args.value_pages = value_pages.mutable_data_ptr();
+  if (cuda_call(key, [&](auto stream) { kv_write_cuda(args, stream); })) return;
   parallel_items(kv_write_cpu, args, args.shape.K, 2.0 * args.T * args.shape.E);
 }
 
@@ -62,7 +63,7 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       "kv_write(Tensor key, Tensor value, Tensor(a!) key_pages, Tensor(b!) value_pages,"
       " Tensor slot) -> ()");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl("kv_write", &cpu); }
+GE_DEVICE_IMPL(m) { m.impl("kv_write", &write); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl("kv_write", &meta); }
 
 }  // namespace grpo_engine

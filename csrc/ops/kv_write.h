@@ -5,12 +5,13 @@
 //
 // slot[t] = page index * page size + offset; -1 skips the token (padding, or a shared prompt that is
 // there already). Of two tokens with one slot the later wins. All slots are checked before the first
-// write. Bits are copied as they are, NaN included.
+// write; on CUDA a slot outside the cache is skipped. Bits are copied as they are, NaN included.
 //
 //   key, value [T, K, E]  rows contiguous, any stride over T         slot [T] int64
 //   key_pages [num_pages, K, E, page]   value_pages [num_pages, K, page, E]   dtype of key
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 #include "ops/kv_pages.cuh"
 
@@ -18,7 +19,7 @@ namespace grpo_engine {
 
 struct KvWriteArgs {
   DType dtype;
-  int64_t T;
+  int64_t T, num_pages;
   KvPageShape shape;
   int64_t key_stride, value_stride;  // elements from token to token
   const void* key;                   // [T, K, E]
@@ -29,5 +30,7 @@ struct KvWriteArgs {
 };
 
 GE_CPU_KERNEL(kv_write, KvWriteArgs)  // items: kv heads, so that a slot has one writer
+
+void kv_write_cuda(const KvWriteArgs&, CudaStream);
 
 }  // namespace grpo_engine

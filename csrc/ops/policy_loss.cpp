@@ -2,7 +2,6 @@
 
 #include <ATen/Functions.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -12,6 +11,7 @@
 #include <tuple>
 
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -77,6 +77,7 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
   Contract c{};
   c.args.dtype = dtype_of(logprob);
   c.args.N = cu_seqlens.size(0) - 1;
+  c.args.R = logprob.size(0);
   c.args.ratio = static_cast<PolicyRatio>(parse("ratio", ratio, {"token", "sequence"}));
   c.args.objective = static_cast<PolicyObjective>(parse("objective", objective, {"clip", "cispo"}));
   c.args.kl = static_cast<PolicyKl>(parse("kl", kl, {"k1", "k2", "k3"}));
@@ -111,18 +112,18 @@ void check_cu_seqlens(const int32_t* cu, int64_t N, int64_t R) {
   }
 }
 
-Three cpu(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tensor& cu_seqlens,
-          const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
-          const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
-          double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view kl,
-          double kl_coef, std::string_view aggregation, double denominator) {
+Three forward(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tensor& cu_seqlens,
+              const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
+              const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
+              double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view kl,
+              double kl_coef, std::string_view aggregation, double denominator) {
   Contract c = check(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio,
                      objective, clip_low, clip_high, dual_clip, kl, kl_coef, aggregation,
                      denominator);
   auto& [loss, dlogprob, stats] = c.out;
   PolicyLossArgs& args = c.args;
   args.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
-  check_cu_seqlens(args.cu_seqlens, args.N, logprob.numel());
+  if (!on_cuda(cu_seqlens)) check_cu_seqlens(args.cu_seqlens, args.N, args.R);
   args.logprob = logprob.const_data_ptr();
   args.old_logprob = old_logprob ? old_logprob->const_data_ptr() : nullptr;
   args.ref_logprob = ref_logprob ? ref_logprob->const_data_ptr() : nullptr;
@@ -131,9 +132,12 @@ Three cpu(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tens
   args.dlogprob = dlogprob.mutable_data_ptr();
   const at::Tensor rows = at::empty({args.N, kNumPolicyStats}, stats.options());
   args.stats = rows.mutable_data_ptr<double>();
-  const double mean_length = static_cast<double>(logprob.numel()) / (args.N > 0 ? args.N : 1);
-  parallel_items(policy_loss_cpu, args, args.N, 10.0 * mean_length);
+  args.total = stats.mutable_data_ptr<double>();
+  args.loss = loss.mutable_data_ptr();
+  if (cuda_call(logprob, [&](auto stream) { policy_loss_cuda(args, stream); })) return c.out;
 
+  const double mean_length = static_cast<double>(args.R) / (args.N > 0 ? args.N : 1);
+  parallel_items(policy_loss_cpu, args, args.N, 10.0 * mean_length);
   double total[kNumPolicyStats] = {};
   for (int64_t n = 0; n < args.N; ++n) {
     for (int k = 0; k < kNumPolicyStats; ++k) {
@@ -196,7 +200,7 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       " float clip_high, float? dual_clip, str kl, float kl_coef, str aggregation,"
       " float denominator) -> (Tensor loss, Tensor dlogprob, Tensor stats)");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl(kOp, &cpu); }
+GE_DEVICE_IMPL(m) { m.impl(kOp, &forward); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl(kOp, &meta); }
 TORCH_LIBRARY_IMPL(grpo_engine, Autograd, m) { m.impl(kOp, &autograd); }
 

@@ -15,8 +15,9 @@
 // The denominators are those of the whole optimizer step and are given, so a step cut into
 // micro-batches has the same loss and gradient. Where a clamp of a log-ratio binds, its gradient is 0.
 // A masked token is skipped, whatever its numbers; a sequence without kept tokens adds 0; NaN in a
-// kept token reaches loss and gradient (through ref only if kl_coef > 0). Arithmetic is that of logprob's
-// dtype. Sums are float64: sixteen running ones in a sequence, joined by a fixed tree, then the sequences in order.
+// kept token reaches loss and gradient (through ref only if kl_coef > 0). On CUDA, cu_seqlens that cannot be
+// make loss, gradient and statistics NaN. Arithmetic is that of logprob's dtype. Sums are float64: sixteen running
+// ones in a sequence (on CUDA one a thread), joined by a fixed tree, then the sequences in order.
 //
 // GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4 (k3); dual clip: Ye et al. 2020,
 // arXiv:1912.09729; DAPO: Yu et al. 2025, arXiv:2503.14476; Dr. GRPO: Liu et al. 2025,
@@ -26,6 +27,7 @@
 //   logprob, old, ref, advantage, dlogprob [R] float32 or float64   mask [R] bool   cu_seqlens [N+1] int32
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -51,7 +53,7 @@ enum PolicyStat : int32_t {
 
 struct PolicyLossArgs {
   DType dtype;  // f32 or f64
-  int64_t N;
+  int64_t N, R;
   PolicyRatio ratio;
   PolicyObjective objective;
   PolicyKl kl;
@@ -67,8 +69,12 @@ struct PolicyLossArgs {
   const bool* mask;            // [R] or nullptr: keep all
   void* dlogprob;              // [R]
   double* stats;               // [N, kNumPolicyStats], one row a sequence
+  double* total;               // [kNumPolicyStats]; CUDA only, as loss
+  void* loss;                  // one number
 };
 
 GE_CPU_KERNEL(policy_loss, PolicyLossArgs)  // items: sequences
+
+void policy_loss_cuda(const PolicyLossArgs&, CudaStream);
 
 }  // namespace grpo_engine

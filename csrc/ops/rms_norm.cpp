@@ -1,12 +1,12 @@
 #include "ops/rms_norm.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include <optional>
 #include <tuple>
 
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -54,17 +54,18 @@ RmsNormArgs common_args(const at::Tensor& x, const at::Tensor& weight) {
   return args;
 }
 
-Two cpu(const at::Tensor& x, const at::Tensor& weight, double eps) {
+Two forward(const at::Tensor& x, const at::Tensor& weight, double eps) {
   auto [y, rstd] = meta(x, weight, eps);
   RmsNormArgs args = common_args(x, weight);
   args.eps = eps;
   args.y = y.mutable_data_ptr();
   args.rstd = rstd.mutable_data_ptr();
+  if (cuda_call(x, [&](auto stream) { rms_norm_forward_cuda(args, stream); })) return {y, rstd};
   parallel_items(rms_norm_forward_cpu, args, args.T, 4.0 * args.D);
   return {y, rstd};
 }
 
-Three residual_cpu(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
+Three residual_forward(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
                    double eps) {
   auto [y, sum, rstd] = residual_meta(x, residual, weight, eps);
   RmsNormArgs args = common_args(x, weight);
@@ -73,6 +74,7 @@ Three residual_cpu(const at::Tensor& x, const at::Tensor& residual, const at::Te
   args.sum = sum.mutable_data_ptr();
   args.y = y.mutable_data_ptr();
   args.rstd = rstd.mutable_data_ptr();
+  if (cuda_call(x, [&](auto stream) { rms_norm_forward_cuda(args, stream); })) return {y, sum, rstd};
   parallel_items(rms_norm_forward_cpu, args, args.T, 5.0 * args.D);
   return {y, sum, rstd};
 }
@@ -91,7 +93,7 @@ Two backward_meta(const at::Tensor& dy, const OptionalTensor& dsum, const at::Te
   return {at::empty_like(x), at::empty_like(weight)};
 }
 
-Two backward_cpu(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x,
+Two backward(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x,
                  const at::Tensor& weight, const at::Tensor& rstd) {
   check_backward(dy, dsum, x, weight, rstd);
   RmsNormArgs args = common_args(x, weight);
@@ -104,9 +106,11 @@ Two backward_cpu(const at::Tensor& dy, const OptionalTensor& dsum, const at::Ten
   args.rstd = const_cast<void*>(rstd.const_data_ptr());
   args.dx = dx.mutable_data_ptr();
   args.dweight = dweight.mutable_data_ptr();
-  parallel_items(rms_norm_backward_cpu, args, chunks, 12.0 * args.D * kRmsNormRows);
-  const int64_t blocks = (args.D + kRmsNormColumns - 1) / kRmsNormColumns;
-  parallel_items(rms_norm_join_cpu, args, blocks, 1.0 * chunks * kRmsNormColumns);
+  if (!cuda_call(x, [&](auto stream) { rms_norm_backward_cuda(args, stream); })) {
+    parallel_items(rms_norm_backward_cpu, args, chunks, 12.0 * args.D * kRmsNormRows);
+    const int64_t blocks = (args.D + kRmsNormColumns - 1) / kRmsNormColumns;
+    parallel_items(rms_norm_join_cpu, args, blocks, 1.0 * chunks * kRmsNormColumns);
+  }
   // a copy, so that the other chunks' memory is not kept by the gradient
   return {dx, dweight[0].to(weight.scalar_type(), /*non_blocking=*/false, /*copy=*/true)};
 }
@@ -122,10 +126,10 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd)"
       " -> (Tensor dx, Tensor dweight)");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
-  m.impl("rms_norm", &cpu);
-  m.impl("rms_norm_residual", &residual_cpu);
-  m.impl("rms_norm_backward", &backward_cpu);
+GE_DEVICE_IMPL(m) {
+  m.impl("rms_norm", &forward);
+  m.impl("rms_norm_residual", &residual_forward);
+  m.impl("rms_norm_backward", &backward);
 }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
   m.impl("rms_norm", &meta);

@@ -17,6 +17,7 @@
 //   rstd [T] float32 (float64 for float64 x)
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -45,5 +46,8 @@ static inline int64_t rms_norm_chunks(int64_t rows) { return (rows + kRmsNormRow
 GE_CPU_KERNEL(rms_norm_forward, RmsNormArgs)   // items: rows
 GE_CPU_KERNEL(rms_norm_backward, RmsNormArgs)  // items: chunks of kRmsNormRows rows; dx, rows of dweight
 GE_CPU_KERNEL(rms_norm_join, RmsNormArgs)      // items: blocks of kRmsNormColumns columns of dweight
+
+void rms_norm_forward_cuda(const RmsNormArgs&, CudaStream);
+void rms_norm_backward_cuda(const RmsNormArgs&, CudaStream);  // joins dweight too
 
 }  // namespace grpo_engine

@@ -1,7 +1,6 @@
 #include "ops/rope.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,7 +9,9 @@
 #include <utility>
 
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
+#include "ops/rope.cuh"
 #include "ops/rope_table.h"
 
 namespace grpo_engine {
@@ -35,17 +36,14 @@ std::shared_ptr<const std::vector<float>> make_table(int64_t rows, int64_t E, do
   const int64_t half = E / 2;
   std::vector<float> frequency(half);
   auto table = std::make_shared<std::vector<float>>(rows * E);
-  for (int64_t i = 0; i < half; ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(E);
-    frequency[i] = 1.f / static_cast<float>(std::pow(theta, static_cast<double>(exponent)));
-  }
+  for (int64_t i = 0; i < half; ++i) frequency[i] = rope_frequency(theta, i, E);
   constexpr int64_t kAnglesPerTask = 1024;  // about 40 us of cos and sin
   at::parallel_for(0, rows, kAnglesPerTask / half + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const float position = static_cast<float>(position_of(r));
+      const int64_t position = position_of(r);
       float* row = table->data() + r * E;
       for (int64_t i = 0; i < half; ++i) {
-        const double angle = position * frequency[i];  // the product is rounded to float32
+        const double angle = rope_angle(position, frequency[i]);
         row[i] = static_cast<float>(std::cos(angle));
         row[half + i] = static_cast<float>(std::sin(angle));
       }
@@ -68,7 +66,7 @@ std::shared_ptr<const std::vector<float>> kept_table(int64_t positions, int64_t 
   return table;
 }
 
-at::Tensor cpu(const at::Tensor& x, const at::Tensor& position, double theta, bool inverse) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& position, double theta, bool inverse) {
   at::Tensor y = meta(x, position, theta, inverse);
   if (y.numel() == 0) return y;
   RopeArgs args{};
@@ -82,6 +80,8 @@ at::Tensor cpu(const at::Tensor& x, const at::Tensor& position, double theta, bo
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
   args.position = position.const_data_ptr<int64_t>();
+  args.theta = theta;
+  if (cuda_call(x, [&](auto stream) { rope_cuda(args, stream); })) return y;
   const RopeTable table = rope_table(kOp, args.position, args.T, args.E, theta);
   args.first_position = table.first_position;
   args.table = table.rows->data();
@@ -107,7 +107,7 @@ RopeTable rope_table(const char* op, const int64_t* position, int64_t T, int64_t
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def("rope(Tensor x, Tensor position, float theta, bool inverse) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl("rope", &cpu); }
+GE_DEVICE_IMPL(m) { m.impl("rope", &forward); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl("rope", &meta); }
 
 }  // namespace grpo_engine

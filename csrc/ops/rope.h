@@ -8,12 +8,13 @@
 // trained with; cos and sin of that angle are taken in float64 and rounded once, so they hold at any
 // position (positions above 2^24 are themselves rounded to float32). The products are float32 for
 // bfloat16. The gradient is the rotation by -a. A row depends on its own x and position alone.
-// Su et al. 2021, arXiv:2104.09864.
+// On CUDA a position below 0 makes its row NaN. Su et al. 2021, arXiv:2104.09864.
 //
 //   x [T, H, E]  rows contiguous, any stride over T; E even     y [T, H, E]  contiguous
 //   position [T] int64, >= 0
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -26,11 +27,14 @@ struct RopeArgs {
   bool inverse;             // rotate by -a
   const void* x;            // [T, H, E]
   void* y;                  // [T, H, E]
-  const float* table;       // [rows, E]: cos of E/2 angles, then sin
+  double theta;             // CUDA only, which has no table
+  const float* table;       // [rows, E]: cos of E/2 angles, then sin; CPU only, as first_position
   const int64_t* position;  // [T]; token t uses row position[t] - first_position
   int64_t first_position;   // position of row 0; -1: token t uses row t
 };
 
 GE_CPU_KERNEL(rope, RopeArgs)  // items: tokens
+
+void rope_cuda(const RopeArgs&, CudaStream);
 
 }  // namespace grpo_engine

@@ -1,9 +1,9 @@
 #include "ops/swiglu.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -21,7 +21,7 @@ at::Tensor forward_meta(const at::Tensor& gate_up) {
   return at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
 }
 
-at::Tensor forward_cpu(const at::Tensor& gate_up) {
+at::Tensor forward(const at::Tensor& gate_up) {
   at::Tensor y = forward_meta(gate_up);
   SwigluArgs args{};
   args.dtype = dtype_of(gate_up);
@@ -29,6 +29,7 @@ at::Tensor forward_cpu(const at::Tensor& gate_up) {
   args.F = y.size(1);
   args.gate_up = gate_up.const_data_ptr();
   args.y = y.mutable_data_ptr();
+  if (cuda_call(gate_up, [&](auto stream) { swiglu_forward_cuda(args, stream); })) return y;
   parallel_items(swiglu_forward_cpu, args, args.T, kCost * args.F);
   return y;
 }
@@ -39,7 +40,7 @@ at::Tensor backward_meta(const at::Tensor& dy, const at::Tensor& gate_up) {
   return at::empty_like(gate_up);
 }
 
-at::Tensor backward_cpu(const at::Tensor& dy, const at::Tensor& gate_up) {
+at::Tensor backward(const at::Tensor& dy, const at::Tensor& gate_up) {
   at::Tensor dgate_up = backward_meta(dy, gate_up);
   SwigluArgs args{};
   args.dtype = dtype_of(gate_up);
@@ -48,6 +49,7 @@ at::Tensor backward_cpu(const at::Tensor& dy, const at::Tensor& gate_up) {
   args.gate_up = gate_up.const_data_ptr();
   args.dy = dy.const_data_ptr();
   args.dgate_up = dgate_up.mutable_data_ptr();
+  if (cuda_call(gate_up, [&](auto stream) { swiglu_backward_cuda(args, stream); })) return dgate_up;
   parallel_items(swiglu_backward_cpu, args, args.T, kCost * args.F);
   return dgate_up;
 }
@@ -58,9 +60,9 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
-  m.impl("swiglu", &forward_cpu);
-  m.impl("swiglu_backward", &backward_cpu);
+GE_DEVICE_IMPL(m) {
+  m.impl("swiglu", &forward);
+  m.impl("swiglu_backward", &backward);
 }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
   m.impl("swiglu", &forward_meta);

@@ -9,6 +9,7 @@
 //   gate_up, dgate_up [T, 2F]   y, dy [T, F]
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -24,5 +25,8 @@ struct SwigluArgs {
 
 GE_CPU_KERNEL(swiglu_forward, SwigluArgs)   // items: rows
 GE_CPU_KERNEL(swiglu_backward, SwigluArgs)  // items: rows
+
+void swiglu_forward_cuda(const SwigluArgs&, CudaStream);
+void swiglu_backward_cuda(const SwigluArgs&, CudaStream);
 
 }  // namespace grpo_engine

@@ -7,6 +7,8 @@ from bars import assert_as_good_as_torch
 
 from grpo_engine.ops import gather_logprob
 
+pytestmark = pytest.mark.usefixtures("device")
+
 INF, NAN = float("inf"), float("nan")
 # one column, less than a vector, a vector, a ragged tail, one block of 512, one more, several
 # blocks with a tail, Qwen2.5's vocabulary, no rows
@@ -246,12 +248,24 @@ def test_a_bad_input_is_told_what_was_wanted_and_what_came(
         gather_logprob(*make_inputs(device), temperature=temperature)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("bad", [-1, -100, 5, 2**40])
 def test_a_target_outside_the_vocabulary_is_named(bad):
     target = torch.tensor([0, 4, bad])
     says = rf"gather_logprob: target must be in \[0, V\) = \[0, 5\), got {bad} at row 2"
     with pytest.raises(ValueError, match=says):
         gather_logprob(torch.zeros(3, 5), target)
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("bad", [-1, -100, 5, 2**40])
+def test_a_target_outside_the_vocabulary_makes_its_row_nan_on_cuda(bad):
+    logits, target = make(3, 5, torch.float32)
+    good = values_and_gradient(ours, logits, target, 1.0, torch.ones(2, 1))
+    target[2] = bad
+    logprob, _, dlogits = values_and_gradient(ours, logits, target, 1.0, torch.ones(2, 1))
+    assert logprob[2].isnan() and dlogits[2].isnan().all()
+    assert torch.equal(logprob[:2], good[0][:2]) and torch.equal(dlogits[:2], good[2][:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -6,6 +6,8 @@ import torch
 
 from grpo_engine.ops import group_advantages
 
+pytestmark = pytest.mark.usefixtures("device")
+
 MODES = ["unbiased", "population", "none"]
 
 

@@ -6,6 +6,8 @@ import torch
 
 from grpo_engine.ops import kv_write
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
@@ -67,6 +69,7 @@ def test_of_two_tokens_with_one_slot_the_later_wins(one_and_two_threads):
         assert torch.equal(values.permute(0, 2, 1, 3).reshape(128, 4, 8), value[last])
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("bad", [-2, 80, 2**40])
 def test_a_slot_out_of_range_is_refused_before_anything_is_written(bad):
     key, value, key_pages, value_pages, slot = make()
@@ -74,6 +77,17 @@ def test_a_slot_out_of_range_is_refused_before_anything_is_written(bad):
     with pytest.raises(ValueError, match=rf"kv_write: slot must be -1 or in \[0, 80\), got {bad} at row 5"):
         kv_write(key, value, key_pages, value_pages, slot)
     assert key_pages.isnan().all() and value_pages.isnan().all()
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("bad", [-2, 80, 2**40])
+def test_a_slot_out_of_range_is_skipped_on_cuda(bad):
+    key, value, key_pages, value_pages, slot = make()
+    slot[5] = -1
+    want = reference.kv_write(key, value, key_pages, value_pages, slot)
+    slot[5] = bad
+    kv_write(key, value, key_pages, value_pages, slot)
+    assert same_bits(key_pages, want[0]) and same_bits(value_pages, want[1])
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -8,6 +8,8 @@ import torch
 
 from grpo_engine.ops import PolicyStats, policy_loss
 
+pytestmark = pytest.mark.usefixtures("device")
+
 INF, NAN = float("inf"), float("nan")
 # one token, less than a vector, an empty sequence, a vector, a ragged tail, several vectors
 LENGTHS = [1, 5, 0, 16, 33, 70]
@@ -516,6 +518,7 @@ def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, change, error
         call(device, **change)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(
     "cu,says",
     [
@@ -529,6 +532,14 @@ def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, change, error
 def test_sequence_starts_that_cannot_be_are_told(cu, says):
     with pytest.raises(ValueError, match="policy_loss: cu_seqlens " + says):
         call("cpu", cu_seqlens=torch.tensor(cu, dtype=torch.int32))
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("cu", [[1, 6], [0, 5], [0, 7], [0, 4, 2, 6], [0, 9, 6], [0, -1, 6]])
+def test_sequence_starts_that_cannot_be_make_everything_nan_on_cuda(cu):
+    data = make([6], masked=0.0)
+    loss, grad, stats = run(policy_loss, data | {"cu_seqlens": torch.tensor(cu, dtype=torch.int32)}, num_tokens=6)
+    assert loss.isnan() and grad.isnan().all() and stats.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,6 +7,8 @@ from bars import assert_as_good_as_torch
 
 from grpo_engine.ops import rms_norm
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # one vector, a ragged tail, one column, Qwen2.5-0.5B's width, no rows
 SHAPES = [(1, 16), (5, 33), (3, 1), (7, 896), (0, 8)]
 

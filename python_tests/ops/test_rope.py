@@ -7,6 +7,8 @@ from bars import assert_as_good_as_torch
 
 from grpo_engine.ops import rope
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # one pair, half a vector, a ragged half, one vector a half, Qwen2.5 heads, no rows, no heads
 SHAPES = [(3, 2, 2), (5, 1, 16), (4, 3, 20), (7, 2, 32), (9, 14, 64), (2, 12, 128), (0, 2, 8), (3, 0, 8)]
 
@@ -142,9 +144,16 @@ def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, change, error
         rope(x, position, theta=given["theta"])
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_a_negative_position_is_refused():
     with pytest.raises(ValueError, match="rope: position must be >= 0, got -2 at row 1"):
         rope(torch.zeros(2, 1, 4), torch.tensor([5, -2]), theta=1e4)
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+def test_a_negative_position_makes_its_row_nan_on_cuda():
+    y = rope(torch.ones(3, 1, 4), torch.tensor([5, -2, 0]), theta=1e4)
+    assert y.isnan().all(-1).flatten().tolist() == [False, True, False]
 
 
 def test_registration():

@@ -7,6 +7,8 @@ from bars import assert_as_good_as_torch
 
 from grpo_engine.ops import swiglu
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # one column, less than a vector, a vector, a ragged tail, Qwen2.5-0.5B's width, no rows, no columns
 SHAPES = [(3, 1), (2, 7), (1, 16), (5, 33), (2, 4864), (0, 8), (3, 0)]
 

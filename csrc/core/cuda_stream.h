@@ -1,0 +1,11 @@
+// cuda_stream.h -- the type of a CUDA stream, without the CUDA headers: an op's contract declares its
+// launchers also where there is no CUDA.
+#pragma once
+
+struct CUstream_st;
+
+namespace grpo_engine {
+
+using CudaStream = CUstream_st*;  // cudaStream_t
+
+}  // namespace grpo_engine

@@ -1,0 +1,116 @@
+// row_stats.cuh -- max, sum of exp and centred weighted sum of a row of logits; core/row_stats.h for a GPU.
+//
+//   z_i = x_i / temperature
+//   M = max z,  S = sum exp(z_i - M),  W = sum (z_i - M) exp(z_i - M)
+//   log-prob of i = (z_i - M) - log S,      entropy = log S - W / S
+//
+// A row is cut into blocks of kRowBlock logits. A warp reduces one block in the arithmetic type of the logits;
+// the blocks of a row join in float64 by one tree. The log-prob ops all reduce a row by the functions of this
+// header, so the log-prob of a sampled token has the same bits in all of them. The bits differ from the CPU's
+// in the last place. A NaN or +inf anywhere in the row makes S NaN; -inf entries count as probability 0.
+#pragma once
+#include "core/cuda_values.cuh"
+#include "core/reduce.cuh"
+
+namespace grpo_engine {
+
+inline constexpr int64_t kRowBlock = 512;
+inline constexpr int kRowThreads = 512;  // of the block that joins a row
+
+template <typename A>
+struct BlockStats {
+  A max = -infinity<A>(), sum = 0, weighted = 0;  // relative to the block's own max
+};
+
+// exp is 0 from here on; it keeps (-inf) * 0 out of the weighted sum.
+template <typename A>
+inline constexpr A kExpFloor = sizeof(A) == sizeof(double) ? A(-746) : A(-104);
+
+// One warp: n logits from x on (1 <= n), of which it takes kRowBlock at most. Every lane gets the result.
+template <typename S>
+__device__ inline BlockStats<Arith<S>> block_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned) {
+  using A = Arith<S>;
+  constexpr int kPacks = kRowBlock / (kWarpSize * kPack<S>);  // of a lane
+  const int lane = threadIdx.x % kWarpSize;
+  Pack<S> z[kPacks];
+  A max = -infinity<A>();
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    const int64_t i = (k * kWarpSize + lane) * kPack<S>;
+    z[k] = load_pack(x + i, n - i, aligned, -infinity<A>());
+  }
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+#pragma unroll
+    for (int i = 0; i < kPack<S>; ++i) {
+      z[k].v[i] = z[k].v[i] * inv_temperature;
+      max = z[k].v[i] > max ? z[k].v[i] : max;
+    }
+  }
+  BlockStats<A> b;
+  b.max = warp_reduce(max, Max{});
+  const A shift = b.max == -infinity<A>() ? A(0) : b.max;  // a block of nothing must add 0, not NaN
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+#pragma unroll
+    for (int i = 0; i < kPack<S>; ++i) {
+      const A away = z[k].v[i] - shift, d = away < kExpFloor<A> ? kExpFloor<A> : away;  // NaN stays
+      const A e = exp(d);
+      b.sum = b.sum + e;
+      b.weighted = fma(d, e, b.weighted);
+    }
+  }
+  b.sum = warp_reduce(b.sum, Add{});
+  b.weighted = warp_reduce(b.weighted, Add{});
+  return b;
+}
+
+struct RowStats {
+  double max, sum, weighted;
+
+  // z = logit * inv_temperature, rounded to the arithmetic type of the logit as block_stats does.
+  __device__ double logprob(double z) const { return (z - max) - log(sum); }
+  __device__ double entropy() const {
+    const double h = log(sum) - weighted / sum;
+    return h < 0.0 ? 0.0 : h;  // a one-hot row rounds to -1e-17 otherwise; NaN stays NaN
+  }
+};
+
+// The stats of a row from those of its blocks, one a thread of a block of kRowThreads; threads beyond the
+// row's blocks bring BlockStats{}. `before` is what comes before these blocks.
+template <typename A>
+__device__ inline RowStats join_blocks(const BlockStats<A>& mine, const RowStats& before) {
+  RowStats r;
+  const double block_max = block_reduce(static_cast<double>(mine.max), Max{}, -infinity<double>());
+  r.max = block_max > before.max ? block_max : before.max;
+  // (x - y) where both may be -inf
+  const double shift = mine.max == r.max ? 0.0 : mine.max - r.max, scale = exp(shift);
+  const double moved = before.max == r.max ? 0.0 : before.max - r.max, keep = exp(moved);
+  const double sum = scale == 0.0 ? 0.0 * mine.sum : scale * mine.sum;  // NaN goes through
+  const double weighted = scale == 0.0 ? 0.0 : scale * (mine.weighted + shift * mine.sum);
+  r.sum = keep * before.sum + block_reduce(sum, Add{}, 0.0);
+  r.weighted = (keep == 0.0 ? 0.0 : keep * (before.weighted + moved * before.sum)) + block_reduce(weighted, Add{}, 0.0);
+  return r;
+}
+
+// The stats of a row of n logits, by a block of kRowThreads threads; every thread gets them. In a round warp w
+// reduces blocks w, w + warps, ... and its lane k keeps the k-th of them: kRowThreads blocks a round.
+template <typename S>
+__device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned) {
+  constexpr int kWarps = kRowThreads / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  RowStats r{-infinity<double>(), 0.0, 0.0};
+  for (int64_t first = 0; first < n; first += kRowThreads * kRowBlock) {
+    BlockStats<Arith<S>> mine;
+    for (int k = 0; k < kWarpSize; ++k) {
+      const int64_t i = first + (k * kWarps + warp) * kRowBlock;
+      if (i >= n) break;  // the same for the whole warp
+      const BlockStats<Arith<S>> b = block_stats(x + i, n - i, inv_temperature, aligned);
+      if (lane == k) mine = b;
+    }
+    r = join_blocks(mine, r);
+  }
+  return r;
+}
+
+}  // namespace grpo_engine

@@ -1,0 +1,87 @@
+#include "ops/gather_logprob.h"
+
+#include "core/row_stats.cuh"
+
+namespace grpo_engine {
+namespace {
+
+// One block, one row. A target outside [0, V) gives NaN.
+template <typename S>
+__global__ void __launch_bounds__(kRowThreads) gather_logprob_forward_kernel(GatherLogprobArgs a, bool aligned) {
+  using A = Arith<S>;
+  const int64_t t = blockIdx.x, target = a.target[t];
+  const S* x = static_cast<const S*>(a.logits) + t * a.V;
+  const A scale = static_cast<A>(a.inv_temperature);
+  const RowStats r = row_stats(x, a.V, scale, aligned);
+  if (threadIdx.x != 0) return;
+  const bool known = target >= 0 && target < a.V;
+  const double entropy = r.entropy();
+  static_cast<A*>(a.logprob)[t] = known ? static_cast<A>(r.logprob(to_arith(x[target]) * scale)) : not_a_number<A>();
+  static_cast<A*>(a.entropy)[t] = static_cast<A>(entropy);
+  double* saved = a.saved + t * 3;
+  saved[0] = r.max;
+  saved[1] = log(r.sum);
+  saved[2] = entropy;
+}
+
+constexpr int kBackwardThreads = 256;
+constexpr int kBackwardPacks = 4;  // of a thread
+
+// A stretch of one row's columns a block: nothing is reduced, so a row may have many blocks.
+template <typename S>
+__global__ void __launch_bounds__(kBackwardThreads)
+    gather_logprob_backward_kernel(GatherLogprobArgs a, unsigned blocks_of_row, bool aligned) {
+  using A = Arith<S>;
+  const int64_t t = blockIdx.x / blocks_of_row, target = a.target[t];
+  const S* x = static_cast<const S*>(a.logits) + t * a.V;
+  S* dx = static_cast<S*>(a.dlogits) + t * a.V;
+  const double max = a.saved[t * 3], log_sum = a.saved[t * 3 + 1], entropy = a.saved[t * 3 + 2];
+  const bool known = target >= 0 && target < a.V;
+  const A g_logprob = known ? static_cast<const A*>(a.g_logprob)[t] : not_a_number<A>();
+  const A g_entropy = static_cast<const A*>(a.g_entropy)[t];
+  const A scale = static_cast<A>(a.inv_temperature), shift = static_cast<A>(max), log_total = static_cast<A>(log_sum);
+  const A gl = -g_logprob * scale, ge = -g_entropy * scale, h = static_cast<A>(entropy);
+  const A low = A(-1000);  // p = 0 there; keeps 0 * -inf out
+  const int64_t first = static_cast<int64_t>(blockIdx.x % blocks_of_row) * kBackwardThreads * kBackwardPacks;
+#pragma unroll
+  for (int k = 0; k < kBackwardPacks; ++k) {
+    const int64_t v = (first + k * kBackwardThreads + threadIdx.x) * kPack<S>, n = a.V - v;
+    if (n <= 0) continue;
+    Pack<S> z = load_pack(x + v, n, aligned);
+#pragma unroll
+    for (int i = 0; i < kPack<S>; ++i) {
+      z.v[i] = z.v[i] * scale;
+      const A all = z.v[i] - shift - log_total, log_p = all < low ? low : all;  // NaN stays
+      A g = exp(log_p) * fma(ge, log_p + h, gl);
+      if (v + i == target) {
+        // in full precision before the one rounding of the store; z is rounded as in the forward pass, or p could exceed 1
+        const double exact = static_cast<double>(z.v[i]) - max - log_sum, p = exp(exact);
+        g = static_cast<A>((static_cast<double>(g_logprob) * (1.0 - p) -
+                            (p > 0.0 ? static_cast<double>(g_entropy) * p * (exact + entropy) : 0.0)) *
+                           a.inv_temperature);
+      }
+      z.v[i] = g;
+    }
+    store_pack(z, dx + v, n, aligned);
+  }
+}
+
+}  // namespace
+
+void gather_logprob_forward_cuda(const GatherLogprobArgs& args, CudaStream stream) {
+  for_dtype(args.dtype, [&]<typename S>() {
+    launch({"gather_logprob_forward", args.T, kRowThreads, stream}, gather_logprob_forward_kernel<S>, args,
+           rows_aligned<S>(args.logits, args.V));
+  });
+}
+
+void gather_logprob_backward_cuda(const GatherLogprobArgs& args, CudaStream stream) {
+  for_dtype(args.dtype, [&]<typename S>() {
+    const int64_t blocks_of_row = ceil_div(args.V, kBackwardThreads * kBackwardPacks * kPack<S>);
+    launch({"gather_logprob_backward", args.T * blocks_of_row, kBackwardThreads, stream}, gather_logprob_backward_kernel<S>,
+           args, static_cast<unsigned>(blocks_of_row),
+           rows_aligned<S>(args.logits, args.V) && rows_aligned<S>(args.dlogits, args.V));
+  });
+}
+
+}  // namespace grpo_engine
