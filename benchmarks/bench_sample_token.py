@@ -21,10 +21,11 @@ def judge(logits, top_k, top_p):
     """Draws must be tokens that the filters keep; a log-prob or entropy that comes with them must be right."""
     log_p = torch.log_softmax(logits.double(), dim=-1)
     kept = torch.isfinite(log_p)
-    if top_k is not None:
+    filtered = top_k is not None or top_p is not None
+    if filtered:
         order = log_p.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
         share = log_p.gather(1, order).softmax(dim=-1).cumsum(dim=-1)
-        last = (share < top_p + 1e-6).sum(dim=-1).clamp(max=top_k - 1)  # one more than the filter, for rounding
+        last = (share < top_p + 1e-6).sum(dim=-1).clamp(max=order.shape[1] - 1)  # one more than the filter, for rounding
         kept = log_p >= log_p.gather(1, order.gather(1, last[:, None]))
 
     def check(who, result):
@@ -33,7 +34,7 @@ def judge(logits, top_k, top_p):
             raise WrongAnswer("a token outside the vocabulary")
         if not bool(kept.gather(1, token[:, None]).all()):
             raise WrongAnswer("a token that the filters exclude")
-        if others and top_k is None:
+        if others and not filtered:
             truth = [log_p.gather(1, token[:, None])[:, 0], -(log_p.exp() * log_p).sum(dim=-1)]
             error = relative_error([others[0], others[-1]], truth)
             if not error <= TOLERANCE:
@@ -66,7 +67,7 @@ def case(name, logits, *, top_k=None, top_p=None, check=None, compiled=True):
         part = ops.sample_token(logits[1:2], seed=seed[1:2], position=position[1:2], top_k=top_k, top_p=top_p)
         return same_bits(part, [x[1:2] for x in whole])
 
-    if top_k is not None:
+    if top_k is not None or top_p is not None:
         others = {
             "transformers warpers": peers.optional("transformers", lambda: chain(logits, top_k, top_p)),
         }
@@ -98,6 +99,8 @@ def cases(quick):
         logits = torch.randn(B, QWEN_VOCABULARY) * 2
         yield case(f"V={QWEN_VOCABULARY} B={B}", logits, compiled=not quick)
         yield case(f"V={QWEN_VOCABULARY} B={B} top-k 50, top-p 0.9", logits, top_k=50, top_p=0.9)
+        yield case(f"V={QWEN_VOCABULARY} B={B} top-p 0.9", logits, top_p=0.9)
+    yield case(f"V={QWEN_VOCABULARY} B=8, flat, top-p 0.9", torch.randn(8, QWEN_VOCABULARY) * 0.1, top_p=0.9)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,11 @@ def multinomial_with_logprob(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return token[:, 0], log_p.gather(1, token)[:, 0], -(p * log_p).sum(dim=-1)
 
 
-def warper_chain(top_k: int, top_p: float) -> Callable[[Tensor], Tensor]:
-    """transformers' filters and its draw."""
+def warper_chain(top_k: int | None, top_p: float | None) -> Callable[[Tensor], Tensor]:
+    """transformers' filters, those that are given, and its draw."""
     from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-    warpers = (TopKLogitsWarper(top_k), TopPLogitsWarper(top_p))
+    warpers = [make(value) for make, value in ((TopKLogitsWarper, top_k), (TopPLogitsWarper, top_p)) if value is not None]
 
     def draw(logits: Tensor) -> Tensor:
         scores = logits

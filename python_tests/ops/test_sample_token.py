@@ -332,6 +332,31 @@ def test_random_filter_mixes_against_the_brute_force_kept_set():
     assert checked > rows * 0.95
 
 
+@pytest.mark.parametrize("kind", ["fair", "sampled blocks hold all", "hold nothing", "hold the smallest", "ties", "steep"])
+@pytest.mark.parametrize("top_p", [1e-4, 0.2, 0.9, 0.999])
+def test_top_p_of_a_long_row_whatever_its_sample_makes_believe(kind, top_p):
+    # a long row is first searched in every sixteenth block of 512
+    V = 40_000
+    logits = make(3, V)
+    sampled = torch.arange(V) // 512 % 16 == 0
+    if kind == "sampled blocks hold all":
+        logits[:, ~sampled] -= 60.0
+    elif kind == "hold nothing":
+        logits[:, sampled] = -INF
+    elif kind == "hold the smallest":
+        logits[:, sampled] -= 8.0
+    elif kind == "ties":
+        logits = logits.round()
+    elif kind == "steep":
+        logits *= 1e30
+    out = draw(logits, top_p=top_p)
+    for b in range(3):
+        keep, _ = reference.kept_tokens(logits[b], top_p=top_p)
+        assert keep[out.token[b]]
+        mass = torch.softmax(logits[b].double(), 0)[keep].sum()
+        torch.testing.assert_close((out.full_logprob[b].double() - out.logprob[b].double()).exp(), mass, rtol=4e-6, atol=0)
+
+
 # ---------------------------------------------------------------- bad rows and extreme numbers
 
 
