@@ -128,7 +128,8 @@ def sample_token(
         rows keep their bits.
 
     Raises:
-        ValueError: wrong shape, or a temperature, top_p or min_p outside its range (the row is named).
+        ValueError: wrong shape, or a temperature, top_p or min_p outside its range (the row is named;
+            on CUDA, which does not read them back, that row gives token -1 and NaN).
         TypeError: wrong dtype.
 
     Source:
