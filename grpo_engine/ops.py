@@ -576,8 +576,9 @@ def linear(
     """Matrix product of each row with the rows of ``weight``: ``y = x @ weight.T + bias``.
 
     Each output element is one chain of float32 fused multiply-adds in ascending i (float64 for
-    float64), so a row has the same bits in a batch of any size.  The bias is added once at the end
-    and the result is rounded once, to nearest even.
+    float64; on CUDA bfloat16 goes through the tensor cores, 16 terms at a time in the same order), so a
+    row has the same bits in a batch of any size.  The bias is added once at the end and the result is
+    rounded once, to nearest even.
 
     Args:
         x: [T, I] float32, bfloat16 or float64; columns adjacent, rows may be strided.  T = 0 and
