@@ -213,8 +213,8 @@ def token_logprob(
     Returns:
         (logprob [T], entropy [T]), float32 (float64 for float64), natural log and nats; both
         differentiable in ``hidden`` and ``weight``.  Gradients are summed in float32 over ascending
-        v and t and rounded once; that of a frozen ``weight`` is not computed.  A NaN or +inf logit
-        makes its row NaN.
+        v and t (on CUDA with bfloat16, over windows of them) and rounded once; that of a frozen
+        ``weight`` is not computed.  A NaN or +inf logit makes its row NaN.
 
     Raises:
         ValueError: wrong shape, not contiguous, a target outside [0, V) (the row is named), or a bad
