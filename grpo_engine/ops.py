@@ -912,7 +912,7 @@ def adamw(
 
     Returns:
         The global norm before clipping, added in float64 and the same for any number of threads.  Where it
-        is not finite nothing is written.
+        is not finite nothing is written.  On CUDA reading it waits for the step, once.
 
     Raises:
         ValueError: lists of different lengths, wrong shape, not contiguous, or a bad number.
