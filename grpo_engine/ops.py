@@ -133,7 +133,8 @@ def sample_token(
         rows keep their bits.
 
     Raises:
-        ValueError: wrong shape, or a temperature, top_p or min_p outside its range (the row is named).
+        ValueError: wrong shape, or a temperature, top_p or min_p outside its range (the row is named;
+            on CUDA, which does not read them back, that row gives token -1 and NaN).
         TypeError: wrong dtype.
 
     Source:
@@ -217,8 +218,8 @@ def token_logprob(
     Returns:
         (logprob [T], entropy [T]), float32 (float64 for float64), natural log and nats; both
         differentiable in ``hidden`` and ``weight``.  Gradients are summed in float32 over ascending
-        v and t and rounded once; that of a frozen ``weight`` is not computed.  A NaN or +inf logit
-        makes its row NaN.
+        v and t (on CUDA with bfloat16, over windows of them) and rounded once; that of a frozen
+        ``weight`` is not computed.  A NaN or +inf logit makes its row NaN.
 
     Raises:
         ValueError: wrong shape, not contiguous, a target outside [0, V) (the row is named), or a bad
@@ -567,8 +568,9 @@ def linear(
     """Matrix product of each row with the rows of ``weight``: ``y = x @ weight.T + bias``.
 
     Each output element is one chain of float32 fused multiply-adds in ascending i (float64 for
-    float64), so a row has the same bits in a batch of any size.  The bias is added once at the end
-    and the result is rounded once, to nearest even.
+    float64; on CUDA bfloat16 goes through the tensor cores, 16 terms at a time in the same order), so a
+    row has the same bits in a batch of any size.  The bias is added once at the end and the result is
+    rounded once, to nearest even.
 
     Args:
         x: [T, I] float32, bfloat16 or float64; columns adjacent, rows may be strided.  T = 0 and
@@ -902,7 +904,7 @@ def adamw(
 
     Returns:
         The global norm before clipping, added in float64 and the same for any number of threads.  Where it
-        is not finite nothing is written.
+        is not finite nothing is written.  On CUDA reading it waits for the step, once.
 
     Raises:
         ValueError: lists of different lengths, wrong shape, not contiguous, or a bad number.

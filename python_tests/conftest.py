@@ -35,16 +35,16 @@ def device(request, monkeypatch):
 
 @pytest.fixture
 def cpu_kernels(device):
-    """For tests of what only the CPU kernels do: they read the values of their inputs to check them."""
+    """For tests of what only the CPU kernels do, as reading the values of their inputs to check them."""
     if EMULATED or device == "cuda":
-        pytest.skip("CUDA kernels do not check values")
+        pytest.skip("of the CPU kernels")
 
 
 @pytest.fixture
 def cuda_kernels(device):
     """For tests of what CUDA kernels do in their place."""
     if not EMULATED and device != "cuda":
-        pytest.skip("CPU kernels check values")
+        pytest.skip("of the CUDA kernels")
 
 
 @pytest.fixture(scope="session")

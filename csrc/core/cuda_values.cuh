@@ -39,6 +39,13 @@ __device__ inline void from_arith(float x, bfloat16* p) {
 #endif
 }
 
+// x = high + low but for one part in 2^16: a float32 factor for the tensor cores. high is cut off, not rounded, so that
+// it does not overflow; an infinity has low = 0.
+__device__ inline void split_in_two(float x, bfloat16* high, bfloat16* low) {
+  high->bits = static_cast<uint16_t>(__float_as_uint(x) >> 16);
+  from_arith(fabsf(x) == INFINITY ? 0.f : x - to_arith(*high), low);
+}
+
 // x as it is after a store and a load.
 template <typename S>
 __device__ inline Arith<S> round_to(Arith<S> x) {

@@ -93,10 +93,15 @@ __device__ inline RowStats join_blocks(const BlockStats<A>& mine, const RowStats
   return r;
 }
 
-// The stats of a row of n logits, by a block of kRowThreads threads; every thread gets them. In a round warp w
-// reduces blocks w, w + warps, ... and its lane k keeps the k-th of them: kRowThreads blocks a round.
-template <typename S>
-__device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned) {
+// Which block of a round this thread of kRowThreads joins: warp w has w, w + warps, ..., its lane k the k-th of them.
+__device__ inline int64_t block_of_thread() {
+  return threadIdx.x % kWarpSize * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
+}
+
+// The stats of a row of n logits, by a block of kRowThreads threads; every thread gets them. Rounds of kRowThreads
+// blocks. One thread calls keep(block, its stats) for each block.
+template <typename S, typename Keep>
+__device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned, Keep keep) {
   constexpr int kWarps = kRowThreads / kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   RowStats r{-infinity<double>(), 0.0, 0.0};
@@ -106,11 +111,40 @@ __device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_tempera
       const int64_t i = first + (k * kWarps + warp) * kRowBlock;
       if (i >= n) break;  // the same for the whole warp
       const BlockStats<Arith<S>> b = block_stats(x + i, n - i, inv_temperature, aligned);
-      if (lane == k) mine = b;
+      if (lane == k) {
+        mine = b;
+        keep(i / kRowBlock, b);
+      }
     }
     r = join_blocks(mine, r);
   }
   return r;
 }
+
+template <typename S>
+__device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned) {
+  return row_stats(x, n, inv_temperature, aligned, [](int64_t, const BlockStats<Arith<S>>&) {});
+}
+
+// The gradient of a row's logits, from what the forward pass saved: max, log of the sum, entropy.
+template <typename A>
+struct LogitGradient {
+  double max, log_sum, entropy;
+  A g_logprob, g_entropy, scale;
+
+  __device__ LogitGradient(const double* saved, A g_logprob_, A g_entropy_, A scale_)
+      : max(saved[0]), log_sum(saved[1]), entropy(saved[2]), g_logprob(g_logprob_), g_entropy(g_entropy_), scale(scale_) {}
+
+  __device__ A operator()(A logit, bool is_target) const {
+    const A z = logit * scale, all = z - static_cast<A>(max) - static_cast<A>(log_sum);
+    const A low = A(-1000), log_p = all < low ? low : all;  // p = 0 there; keeps 0 * -inf out; NaN stays
+    if (!is_target) return exp(log_p) * fma(-g_entropy * scale, log_p + static_cast<A>(entropy), -g_logprob * scale);
+    // in full precision before the one rounding of the store; z is rounded as in the forward pass, or p could exceed 1
+    const double exact = static_cast<double>(z) - max - log_sum, p = exp(exact);
+    return static_cast<A>((static_cast<double>(g_logprob) * (1.0 - p) -
+                           (p > 0.0 ? static_cast<double>(g_entropy) * p * (exact + entropy) : 0.0)) *
+                          static_cast<double>(scale));
+  }
+};
 
 }  // namespace grpo_engine

@@ -1,12 +1,13 @@
 #include "ops/adamw.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -45,9 +46,34 @@ at::Tensor meta(at::TensorList params, at::TensorList grads, at::TensorList m, a
   return at::empty({}, params[0].options().dtype(at::kDouble));
 }
 
-at::Tensor cpu(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v, at::TensorList steps,
-               double lr, double beta1, double beta2, double eps, double weight_decay, double clip_norm) {
+void adamw_on_cuda(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v,
+                   at::TensorList steps, AdamwCudaArgs args) {
+  std::vector<AdamwParam> table;
+  for (size_t i = 0; i < params.size(); ++i) {
+    table.push_back({dtype_of(params[i]), params[i].numel(), args.num_blocks, params[i].data_ptr(), m[i].data_ptr(),
+                     v[i].data_ptr(), grads[i].const_data_ptr(), steps[i].data_ptr<float>(), 0.0, 0.0});
+    args.num_blocks += (params[i].numel() + kAdamwBlock - 1) / kAdamwBlock;
+  }
+  const auto bytes = static_cast<int64_t>(table.size() * sizeof(AdamwParam));
+  at::Tensor host = at::empty({bytes}, at::kByte);
+  std::memcpy(host.mutable_data_ptr(), table.data(), static_cast<size_t>(bytes));
+  // from pageable memory: it is read before the call returns, and nothing waits for the device
+  const at::Tensor on_device = host.to(params[0].device(), at::kByte, /*non_blocking=*/true);
+  const at::Tensor squares = at::empty({args.num_blocks}, params[0].options().dtype(at::kDouble));
+  args.params = static_cast<AdamwParam*>(on_device.mutable_data_ptr());
+  args.P = static_cast<int64_t>(table.size());
+  args.squares = squares.mutable_data_ptr<double>();
+  cuda_call(params[0], [&](auto stream) { adamw_cuda(args, stream); });
+}
+
+at::Tensor adamw(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v, at::TensorList steps,
+                 double lr, double beta1, double beta2, double eps, double weight_decay, double clip_norm) {
   at::Tensor norm = meta(params, grads, m, v, steps, lr, beta1, beta2, eps, weight_decay, clip_norm);
+  if (on_cuda(params[0])) {
+    adamw_on_cuda(params, grads, m, v, steps,
+                  {nullptr, 0, 0, nullptr, norm.mutable_data_ptr<double>(), lr, lr * weight_decay, beta1, beta2, eps, clip_norm});
+    return norm;
+  }
   std::vector<AdamwBlock> blocks;
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t size = params[i].element_size(), count = params[i].numel();
@@ -81,7 +107,7 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       " Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay,"
       " float clip_norm) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl("adamw", &cpu); }
+GE_DEVICE_IMPL(m) { m.impl("adamw", &adamw); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl("adamw", &meta); }
 
 }  // namespace grpo_engine

@@ -6,11 +6,13 @@
 //
 // The arithmetic of an element is float32 (float64 for float64). The norm adds squares lane by lane inside
 // a block of kAdamwBlock elements and blocks in order in float64, whatever the threads; where it is not
-// finite nothing is written. Loshchilov and Hutter 2019, arXiv:1711.05101.
+// finite nothing is written. On CUDA a block's squares are added by one tree and the blocks by another; the norm stays on
+// the device, where the step reads it. Loshchilov and Hutter 2019, arXiv:1711.05101.
 //
 //   param, grad, m, v: contiguous, of one size and dtype per parameter
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -36,5 +38,25 @@ struct AdamwArgs {
 
 GE_CPU_KERNEL(adamw_squares, AdamwArgs)  // items: blocks
 GE_CPU_KERNEL(adamw_update, AdamwArgs)   // items: blocks
+
+// CUDA: one parameter.
+struct AdamwParam {
+  DType dtype;
+  int64_t count, first_block;  // elements; blocks of kAdamwBlock in the parameters before
+  void *param, *m, *v;
+  const void* grad;
+  float* step;
+  double rate, root;  // as in AdamwBlock; written by the kernels
+};
+
+struct AdamwCudaArgs {
+  AdamwParam* params;  // [P], on the device
+  int64_t P, num_blocks;
+  double* squares;     // [num_blocks], scratch
+  double* norm;        // [1], the result
+  double lr, decay, beta1, beta2, eps, clip_norm;
+};
+
+void adamw_cuda(const AdamwCudaArgs&, CudaStream);
 
 }  // namespace grpo_engine

@@ -35,13 +35,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int64_t t = blockIdx.x / blocks_of_row, target = a.target[t];
   const S* x = static_cast<const S*>(a.logits) + t * a.V;
   S* dx = static_cast<S*>(a.dlogits) + t * a.V;
-  const double max = a.saved[t * 3], log_sum = a.saved[t * 3 + 1], entropy = a.saved[t * 3 + 2];
   const bool known = target >= 0 && target < a.V;
-  const A g_logprob = known ? static_cast<const A*>(a.g_logprob)[t] : not_a_number<A>();
-  const A g_entropy = static_cast<const A*>(a.g_entropy)[t];
-  const A scale = static_cast<A>(a.inv_temperature), shift = static_cast<A>(max), log_total = static_cast<A>(log_sum);
-  const A gl = -g_logprob * scale, ge = -g_entropy * scale, h = static_cast<A>(entropy);
-  const A low = A(-1000);  // p = 0 there; keeps 0 * -inf out
+  const LogitGradient<A> gradient(a.saved + t * 3, known ? static_cast<const A*>(a.g_logprob)[t] : not_a_number<A>(),
+                                  static_cast<const A*>(a.g_entropy)[t], static_cast<A>(a.inv_temperature));
   const int64_t first = static_cast<int64_t>(blockIdx.x % blocks_of_row) * kBackwardThreads * kBackwardPacks;
 #pragma unroll
   for (int k = 0; k < kBackwardPacks; ++k) {
@@ -49,19 +45,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (n <= 0) continue;
     Pack<S> z = load_pack(x + v, n, aligned);
 #pragma unroll
-    for (int i = 0; i < kPack<S>; ++i) {
-      z.v[i] = z.v[i] * scale;
-      const A all = z.v[i] - shift - log_total, log_p = all < low ? low : all;  // NaN stays
-      A g = exp(log_p) * fma(ge, log_p + h, gl);
-      if (v + i == target) {
-        // in full precision before the one rounding of the store; z is rounded as in the forward pass, or p could exceed 1
-        const double exact = static_cast<double>(z.v[i]) - max - log_sum, p = exp(exact);
-        g = static_cast<A>((static_cast<double>(g_logprob) * (1.0 - p) -
-                            (p > 0.0 ? static_cast<double>(g_entropy) * p * (exact + entropy) : 0.0)) *
-                           a.inv_temperature);
-      }
-      z.v[i] = g;
-    }
+    for (int i = 0; i < kPack<S>; ++i) z.v[i] = gradient(z.v[i], v + i == target);
     store_pack(z, dx + v, n, aligned);
   }
 }

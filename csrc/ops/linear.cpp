@@ -1,7 +1,6 @@
 #include "ops/linear.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -9,6 +8,7 @@
 
 #include "core/checks.h"
 #include "core/parallel.h"
+#include "ops/linear_call.h"
 
 namespace grpo_engine {
 
@@ -66,9 +66,8 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& weight,
   return at::empty({x.size(0), weight.size(0)}, x.options().dtype(output_dtype(x, out_dtype)));
 }
 
-at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias,
-                       std::optional<at::ScalarType> out_dtype) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   std::optional<at::ScalarType> out_dtype) {
   at::Tensor y = forward_meta(x, weight, bias, out_dtype);
   GemmArgs args{};
   args.a_dtype = args.b_dtype = dtype_of(x);
@@ -85,7 +84,7 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& weight,
   args.bias = bias ? bias->const_data_ptr() : nullptr;
   args.c = y.mutable_data_ptr();
   args.c_row = args.N;
-  gemm(args);
+  gemm_on(x, args);
   return y;
 }
 
@@ -106,13 +105,22 @@ Three backward_meta(const at::Tensor& dy, const at::Tensor& x, const at::Tensor&
           out(need_bias, {weight.size(0)})};
 }
 
-Three backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool need_x,
-                   bool need_weight, bool need_bias) {
+Three backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool need_x, bool need_weight,
+               bool need_bias) {
   auto [dx, dweight, dbias] = backward_meta(dy, x, weight, need_x, need_weight, need_bias);
   const int64_t T = x.size(0), O = weight.size(0), I = x.size(1);
   GemmArgs args{};
   args.a_dtype = dtype_of(dy);
   args.a = dy.const_data_ptr();
+  at::Tensor halves;
+  if (on_cuda(dy) && dy.scalar_type() == at::kFloat && x.scalar_type() == at::kBFloat16 && (need_x || need_weight)) {
+    halves = at::empty({2, T, O}, x.options());
+    auto* high = static_cast<bfloat16*>(halves.mutable_data_ptr());
+    cuda_call(dy, [&](auto stream) { split_cuda(dy.const_data_ptr<float>(), T * O, high, high + T * O, stream); });
+    args.a_dtype = DType::bf16;
+    args.a = high;
+    args.a_low = high + T * O;
+  }
   args.b_dtype = args.c_dtype = dtype_of(x);
   args.N = args.c_row = I;
   args.b_col = 1;
@@ -123,7 +131,7 @@ Three backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& 
     args.b = weight.const_data_ptr();
     args.b_row = I;
     args.c = dx.mutable_data_ptr();
-    gemm(args);
+    gemm_on(x, args);
   }
   if (need_weight) {
     args.M = args.a_col = O;
@@ -132,12 +140,13 @@ Three backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& 
     args.b = x.const_data_ptr();
     args.b_row = x.stride(0);
     args.c = dweight.mutable_data_ptr();
-    gemm(args);
+    gemm_on(x, args);
   }
   if (need_bias) {
-    at::Tensor sums = at::empty({O}, arithmetic(dy));
-    column_sum({dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr()});
-    dbias = sums.to(x.scalar_type());
+    at::Tensor sums = at::empty({on_cuda(dy) ? column_sum_chunks(T) : 1, O}, arithmetic(dy));
+    const ColumnSumArgs columns{dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr()};
+    if (!cuda_call(dy, [&](auto stream) { column_sum_cuda(columns, stream); })) column_sum(columns);
+    dbias = sums.select(0, 0).to(x.scalar_type());
   }
   return {dx, dweight, dbias};
 }
@@ -150,9 +159,9 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight,"
       " bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
-  m.impl("linear", &forward_cpu);
-  m.impl("linear_backward", &backward_cpu);
+GE_DEVICE_IMPL(m) {
+  m.impl("linear", &forward);
+  m.impl("linear_backward", &backward);
 }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
   m.impl("linear", &forward_meta);

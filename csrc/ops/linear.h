@@ -7,10 +7,14 @@
 // float32 and bfloat16, so that a row of y has the same bits in a batch of any size, on any number of threads.
 // The index of the sum ascends for float32, where subnormals are kept, and descends for bfloat16, where they
 // count as 0. Results are rounded once, to nearest even. NaN and inf travel as IEEE arithmetic has it.
+// On CUDA likewise, in ascending order and with subnormals, but for bfloat16: there an element is one chain of the tensor
+// cores' products of 16 terms, and a float32 dy counts as the sum of two bfloat16. Its bits depend neither on the batch
+// nor on the size of the tiles.
 //
 //   x, dx [T, I]   weight, dweight [O, I]   bias, dbias [O]   y, dy [T, O]      T, I = 0 are allowed
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -28,12 +32,18 @@ struct GemmArgs {
   int64_t c_row;
   bool accumulate;   // add to C; c_dtype f32 or f64
   int64_t block_m, block_n;  // size of a work item; gemm() chooses it
+  const void* a_low = nullptr;  // CUDA, bfloat16: A is a + a_low; the terms of a come first
 };
 
 GE_CPU_PRODUCT_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
 
 // Runs the whole product over the thread pool.
 void gemm(GemmArgs args);
+
+// A and B of one dtype.
+void gemm_cuda(const GemmArgs&, CudaStream);
+// x[i] as the sum of two bfloat16, for A of gemm_cuda.
+void split_cuda(const float* x, int64_t count, bfloat16* high, bfloat16* low, CudaStream);
 
 // The three products of a layer whose x, dy, weight and results all have one dtype and adjacent rows.
 // y [T, O] = x [T, I] weight^T + bias
@@ -56,7 +66,7 @@ struct ColumnSumArgs {
   DType dtype;
   int64_t T, O;
   const void* dy;  // [T, O]
-  void* dbias;     // [O] of dtype's arithmetic type
+  void* dbias;     // [O] of dtype's arithmetic type; CUDA: [column_sum_chunks(T), O], the result in the first row
 };
 
 inline constexpr int64_t kColumnSumColumns = 128;  // columns in one work item
@@ -65,5 +75,10 @@ GE_CPU_KERNEL(column_sum, ColumnSumArgs)  // items: blocks of kColumnSumColumns 
 
 // dbias[o] = sum_t dy[t,o] over the thread pool: one chain of additions in ascending t.
 void column_sum(const ColumnSumArgs& args);
+
+// CUDA adds up chunks of rows, and then the chunks in order.
+inline constexpr int64_t kColumnSumRows = 128;
+inline int64_t column_sum_chunks(int64_t T) { return T <= kColumnSumRows ? 1 : (T + kColumnSumRows - 1) / kColumnSumRows; }
+void column_sum_cuda(const ColumnSumArgs&, CudaStream);
 
 }  // namespace grpo_engine

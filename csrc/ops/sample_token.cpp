@@ -1,13 +1,13 @@
 #include "ops/sample_token.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 
 #include "core/checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -43,16 +43,16 @@ Four meta(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& po
           at::empty({B}, f32)};
 }
 
-Four cpu(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& position,
-         const at::Tensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
-         const OptionalTensor& min_p) {
+Four forward(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& position,
+                 const at::Tensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
+             const OptionalTensor& min_p) {
   auto [token, logprob, full_logprob, entropy] =
       meta(logits, seed, position, temperature, top_k, top_p, min_p);
   const int64_t B = logits.size(0);
   const float* temperatures = temperature.const_data_ptr<float>();
   const float* ps = top_p ? top_p->const_data_ptr<float>() : nullptr;
   const float* mins = min_p ? min_p->const_data_ptr<float>() : nullptr;
-  for (int64_t b = 0; b < B; ++b) {
+  for (int64_t b = 0; b < B && !on_cuda(logits); ++b) {
     TORCH_CHECK_VALUE(std::isfinite(temperatures[b]) && temperatures[b] >= 0.f, kOp,
                       ": temperature must be finite and >= 0, got ", temperatures[b], " at row ", b);
     TORCH_CHECK_VALUE(!ps || (ps[b] >= 0.f && ps[b] <= 1.f), kOp, ": top_p must be in [0, 1], got ",
@@ -76,6 +76,15 @@ Four cpu(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& pos
   args.logprob = logprob.mutable_data_ptr<float>();
   args.full_logprob = full_logprob.mutable_data_ptr<float>();
   args.entropy = entropy.mutable_data_ptr<float>();
+  if (on_cuda(logits)) {
+    const int64_t blocks = (args.V + kSampleBlock - 1) / kSampleBlock;
+    const at::Tensor block_max = at::empty({B, blocks}, logprob.options());
+    const at::Tensor block_mass = at::empty({B, blocks}, logprob.options().dtype(at::kDouble));
+    args.block_max = block_max.mutable_data_ptr<float>();
+    args.block_mass = block_mass.mutable_data_ptr<double>();
+    cuda_call(logits, [&](auto stream) { sample_token_cuda(args, stream); });
+    return {token, logprob, full_logprob, entropy};
+  }
   parallel_items(sample_token_cpu, args, B, 40.0 * args.V);
   return {token, logprob, full_logprob, entropy};
 }
@@ -88,7 +97,7 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       " Tensor? top_p, Tensor? min_p) -> (Tensor token, Tensor logprob, Tensor full_logprob,"
       " Tensor entropy)");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl(kOp, &cpu); }
+GE_DEVICE_IMPL(m) { m.impl(kOp, &forward); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl(kOp, &meta); }
 
 }  // namespace grpo_engine

@@ -11,17 +11,22 @@
 // tail (count or mass) at 16 thresholds a pass, each pass inside the interval that the one before left;
 // blocks whose largest z is below are skipped. exp is float32; sums are float32 within a block and
 // float64 across blocks, in order. The draw depends on the row, its seed and its position alone.
+// CUDA has the same steps, rows reduced by core/row_stats.cuh; masses that are compared with top_p are integers,
+// whose sum has no order.
 //   temperature 0   the lowest id among the largest logits; log-prob 0; entropy and full log-prob are
 //                   those of temperature 1
 //   a row whose z holds NaN or +inf, or -inf only: token -1, NaN everywhere else; other rows are
-//   untouched
+//   untouched. On CUDA, a row whose temperature, top_p or min_p is outside its range likewise
 // Philox: Salmon et al. 2011, SC'11; nucleus: Holtzman et al. 2020, arXiv:1904.09751; min-p: Nguyen et
 // al. 2024, arXiv:2407.01082.
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
+
+inline constexpr int64_t kSampleBlock = 512;  // kRowBlock of core/row_stats.h and row_stats.cuh
 
 struct SampleTokenArgs {
   DType dtype;                // of logits: f32 or bf16
@@ -38,8 +43,12 @@ struct SampleTokenArgs {
   float* logprob;             // [B]
   float* full_logprob;        // [B]
   float* entropy;             // [B]
+  float* block_max;           // [B, blocks of V]; scratch of CUDA, as the next one
+  double* block_mass;         // [B, blocks of V]
 };
 
 GE_CPU_KERNEL(sample_token, SampleTokenArgs)  // items: rows
+
+void sample_token_cuda(const SampleTokenArgs&, CudaStream);
 
 }  // namespace grpo_engine

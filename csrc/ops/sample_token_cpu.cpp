@@ -2,6 +2,7 @@
 
 #include "core/philox.h"
 #include "core/row_stats.h"
+#include "ops/sample_token.cuh"
 
 namespace grpo_engine::GE_ISA {
 namespace {
@@ -37,19 +38,6 @@ struct Row {
 
 // ---------------------------------------------------------------- thresholds
 
-GE_INLINE float float_of(uint32_t key) {
-  const uint32_t u = key & 0x80000000u ? key ^ 0x80000000u : ~key;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-// Unsigned integers in the order of the floats; neighbours differ by 1.
-GE_INLINE uint32_t key_of(float f) {
-  uint32_t u;
-  f += 0.f;  // -0 and 0 are one value
-  memcpy(&u, &f, 4);
-  return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
 GE_INLINE float next_above(float f) { return float_of(key_of(f) + 1); }
 
 // The tail of a token set: how many z are >= a threshold, or their mass sum exp(z - max).

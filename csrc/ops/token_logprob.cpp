@@ -1,14 +1,13 @@
 #include "ops/token_logprob.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
 #include "core/checks.h"
 #include "core/parallel.h"
-#include "ops/linear.h"
+#include "ops/linear_call.h"
 
 namespace grpo_engine {
 namespace {
@@ -17,6 +16,8 @@ constexpr const char* kOp = "token_logprob";
 // Rows of a tile and of the window of dlogits that backward holds. The window has one block of kVocabBlock
 // ids for each thread: 512 KiB of float32, which stays in the second-level cache for both products.
 constexpr int64_t kWave = 256;
+// The same of CUDA, whose multiprocessors need more at once: 16 MiB of float32, which the second-level cache holds.
+constexpr int64_t kCudaRows = 2048, kCudaIds = 2048;
 
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
@@ -74,11 +75,34 @@ Three forward_meta(const at::Tensor& hidden, const at::Tensor& weight, const at:
   return {at::empty({T}, out), at::empty({T}, out), at::empty({T, 3}, out.dtype(at::kDouble))};
 }
 
-Three forward_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
-                  double temperature) {
+// CUDA: the logits of the window, in args.dlogits.
+void logits_of_window(const at::Tensor& hidden, const TokenLogprobArgs& args) {
+  const int64_t size = static_cast<int64_t>(hidden.element_size());
+  GemmArgs product = linear_product(
+      args.dtype, args.num_rows, args.D, args.num_ids, static_cast<const char*>(args.hidden) + args.first_row * args.D * size,
+      static_cast<const char*>(args.weight) + args.first_id * args.D * size, nullptr, args.dlogits);
+  product.c_dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
+  gemm_on(hidden, product);
+}
+
+void forward_on_cuda(const at::Tensor& hidden, const at::Tensor& logprob, TokenLogprobArgs& args) {
+  at::Tensor window = at::empty({std::min(args.T, kCudaRows), std::min(args.V, kCudaIds)}, logprob.options());
+  args.dlogits = window.mutable_data_ptr();
+  for (args.first_id = 0; args.first_id < args.V; args.first_id += kCudaIds) {
+    args.num_ids = std::min(kCudaIds, args.V - args.first_id);
+    for (args.first_row = 0; args.first_row < args.T; args.first_row += kCudaRows) {
+      args.num_rows = std::min(kCudaRows, args.T - args.first_row);
+      logits_of_window(hidden, args);
+      cuda_call(hidden, [&](auto stream) { token_logprob_blocks_cuda(args, stream); });
+    }
+  }
+  cuda_call(hidden, [&](auto stream) { token_logprob_join_cuda(args, stream); });
+}
+
+Three forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, double temperature) {
   auto [logprob, entropy, saved] = forward_meta(hidden, weight, target, temperature);
   TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
-  for (int64_t t = 0; t < args.T; ++t) {
+  for (int64_t t = 0; t < args.T && !on_cuda(target); ++t) {
     TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp,
                       ": target must be in [0, V) = [0, ", args.V, "), got ", args.target[t],
                       " at row ", t);
@@ -92,6 +116,10 @@ Three forward_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::
   args.logprob = logprob.mutable_data_ptr();
   args.entropy = entropy.mutable_data_ptr();
   args.saved = saved.mutable_data_ptr<double>();
+  if (on_cuda(hidden)) {
+    forward_on_cuda(hidden, logprob, args);
+    return {logprob, entropy, saved};
+  }
   parallel_items(token_logprob_blocks_cpu, args, count_of(args.T, args.wave) * num_blocks,
                  tile_cost(args));
   parallel_items(token_logprob_join_cpu, args, args.T, 50.0 * num_blocks);
@@ -113,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor> backward_meta(
   return {out(need_hidden, hidden), out(need_weight, weight)};
 }
 
-std::tuple<at::Tensor, at::Tensor> backward_cpu(
+std::tuple<at::Tensor, at::Tensor> backward(
     const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& hidden,
     const at::Tensor& weight, const at::Tensor& target, const at::Tensor& saved, double temperature,
     bool need_hidden, bool need_weight) {
@@ -123,8 +151,9 @@ std::tuple<at::Tensor, at::Tensor> backward_cpu(
   const auto sums = g_logprob.options();  // both gradients are summed in arithmetic type
   const int64_t T = args.T, D = args.D, V = args.V;
   if (T == 0) return {dhidden, dweight.zero_()};
-  const int64_t window_rows = std::min(T, kWave);
-  const int64_t window_ids = std::min<int64_t>(V, kVocabBlock * at::get_num_threads());
+  const bool cuda = on_cuda(hidden), split = cuda && hidden.scalar_type() == at::kBFloat16;
+  const int64_t window_rows = std::min(T, cuda ? kCudaRows : kWave);
+  const int64_t window_ids = std::min(V, cuda ? kCudaIds : kVocabBlock * at::get_num_threads());
   const int64_t size = static_cast<int64_t>(g_logprob.element_size());
   const int64_t stored = static_cast<int64_t>(hidden.element_size());
 
@@ -138,10 +167,18 @@ std::tuple<at::Tensor, at::Tensor> backward_cpu(
   args.g_entropy = g_entropy.const_data_ptr();
   args.saved = const_cast<double*>(saved.const_data_ptr<double>());
   args.dlogits = window.mutable_data_ptr();
+  at::Tensor halves;
+  if (split) {
+    halves = at::empty({2, window_rows, window_ids}, hidden.options());
+    args.high = static_cast<bfloat16*>(halves.mutable_data_ptr());
+    args.low = args.high + window_rows * window_ids;
+  }
 
   GemmArgs product{};
-  product.a = window.const_data_ptr();
-  product.a_dtype = product.c_dtype = dtype_of(g_logprob);
+  product.a = split ? args.high : window.const_data_ptr();
+  product.a_low = args.low;
+  product.a_dtype = split ? DType::bf16 : dtype_of(g_logprob);
+  product.c_dtype = dtype_of(g_logprob);
   product.b_dtype = dtype_of(hidden);
   product.N = product.b_row = product.c_row = D;
   product.b_col = 1;
@@ -153,10 +190,14 @@ std::tuple<at::Tensor, at::Tensor> backward_cpu(
     const int64_t sum_row = narrow ? 0 : args.first_id;
     for (args.first_row = 0; args.first_row < T; args.first_row += window_rows) {
       args.num_rows = std::min(window_rows, T - args.first_row);
-      args.wave = wave_for(args.num_rows, args.num_ids);
-      parallel_items(token_logprob_dlogits_cpu, args,
-                     count_of(args.num_rows, args.wave) * count_of(args.num_ids, kVocabBlock),
-                     tile_cost(args));
+      if (cuda) {
+        logits_of_window(hidden, args);
+        cuda_call(hidden, [&](auto stream) { token_logprob_dlogits_cuda(args, stream); });
+      } else {
+        args.wave = wave_for(args.num_rows, args.num_ids);
+        parallel_items(token_logprob_dlogits_cpu, args,
+                       count_of(args.num_rows, args.wave) * count_of(args.num_ids, kVocabBlock), tile_cost(args));
+      }
       if (need_hidden) {
         product.M = args.num_rows;
         product.K = product.a_row = args.num_ids;
@@ -164,7 +205,7 @@ std::tuple<at::Tensor, at::Tensor> backward_cpu(
         product.b = at_row(weight, args.first_id, stored);
         product.c = at_row(hidden_sums, args.first_row, size);
         product.accumulate = args.first_id > 0;
-        gemm(product);
+        gemm_on(hidden, product);
       }
       if (need_weight) {
         product.M = product.a_col = args.num_ids;
@@ -173,7 +214,7 @@ std::tuple<at::Tensor, at::Tensor> backward_cpu(
         product.b = at_row(hidden, args.first_row, stored);
         product.c = at_row(weight_sums, sum_row, size);
         product.accumulate = args.first_row > 0;
-        gemm(product);
+        gemm_on(hidden, product);
       }
     }
     if (narrow) {
@@ -194,9 +235,9 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       " Tensor target, Tensor saved, float temperature, bool need_hidden, bool need_weight)"
       " -> (Tensor dhidden, Tensor dweight)");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
-  m.impl("token_logprob", &forward_cpu);
-  m.impl("token_logprob_backward", &backward_cpu);
+GE_DEVICE_IMPL(m) {
+  m.impl("token_logprob", &forward);
+  m.impl("token_logprob_backward", &backward);
 }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
   m.impl("token_logprob", &forward_meta);

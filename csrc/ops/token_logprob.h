@@ -12,12 +12,16 @@
 // core/row_stats.h reduces them, so log-probs equal those of sample_token and gather_logprob bit for
 // bit. dhidden and dweight are float32 chains in ascending v and t, whatever the waves and threads.
 // A NaN or +inf logit makes its own row NaN.
+// CUDA has the same windows for both passes: a product (linear.h) of a wave of rows and a window of the vocabulary, and
+// kernels that reduce or turn it as core/row_stats.cuh does, so with the bits of gather_logprob on linear's logits. For
+// bfloat16 the gradient of the logits is the sum of two bfloat16. A target outside [0, V) makes its row NaN.
 //
 //   hidden, dhidden [T, D]   weight, dweight [V, D]   target [T] int64 in [0, V)
 //   logprob, entropy, g_logprob, g_entropy [T] float32 (float64 for float64)
 //   saved [T, 3] float64: max of z, log of the centred sum, entropy
 #pragma once
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -46,11 +50,16 @@ struct TokenLogprobArgs {
   const void* g_entropy;     // [T] A
   int64_t first_row, num_rows;    // the rows and
   int64_t first_id, num_ids;      // vocabulary ids of the window whose gradient is wanted
-  void* dlogits;             // [num_rows, num_ids] A
+  void* dlogits;             // [num_rows, num_ids] A; CUDA: first the logits, in both passes
+  bfloat16 *high, *low;      // [num_rows, num_ids], CUDA: dlogits for bfloat16, or null
 };
 
 GE_CPU_PRODUCT_KERNEL(token_logprob_blocks, TokenLogprobArgs)   // items: tiles, down the rows first
 GE_CPU_KERNEL(token_logprob_join, TokenLogprobArgs)     // items: rows
 GE_CPU_PRODUCT_KERNEL(token_logprob_dlogits, TokenLogprobArgs)  // items: tiles of the window, down the rows first
+
+void token_logprob_blocks_cuda(const TokenLogprobArgs&, CudaStream);   // of the window
+void token_logprob_join_cuda(const TokenLogprobArgs&, CudaStream);     // of all rows
+void token_logprob_dlogits_cuda(const TokenLogprobArgs&, CudaStream);  // of the window
 
 }  // namespace grpo_engine

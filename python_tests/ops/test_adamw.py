@@ -9,6 +9,8 @@ from bars import assert_as_good_as_torch
 
 from grpo_engine.ops import adamw
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SHAPES = [(3, 5), (1,), (0,), (4096,), (4097,), (67, 129)]
 NUMBERS = dict(lr=3e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
 
@@ -119,3 +121,13 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.grpo_engine.adamw, (*make(), n["lr"], *n["betas"], n["eps"], n["weight_decay"], 1.0)
     )
+
+
+def test_a_tensor_off_the_grid_of_16_bytes_has_the_same_bits():
+    state = make()
+    shifted = [[torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in part] for part in state[:4]] + [state[4]]
+    norm, want = ours(state, clip_norm=1.0)
+    steps = [s.clone() for s in state[4]]
+    assert adamw(*shifted[:4], steps, **NUMBERS, clip_norm=1.0) == norm
+    for mine, theirs in zip(shifted[:4], want, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))

@@ -9,10 +9,12 @@ import pytest
 import reference
 import torch
 from bars import assert_as_good_as_torch
-from conftest import ROOT
+from conftest import EMULATED, ROOT
 
 from grpo_engine import _C
 from grpo_engine.ops import linear
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # T, I, O: one element; one row of many; one over a tile in every direction; ragged tails of a
 # vector and of a transposed 16 x 16; more than one slice of k; four vectors left at the end of a
@@ -60,13 +62,17 @@ def test_forward_and_backward_are_as_good_as_torch(T, I, O, dtype):
         assert_as_good_as_torch(ours, theirs, truth, floor=2.0**-24 * math.sqrt(max(T, I, O, 4)))
 
 
-def test_float32_output_of_bfloat16_is_not_rounded():
+def test_float32_output_of_bfloat16_is_not_rounded(device):
     x, weight, bias, dy = make(20, 70, 50, torch.bfloat16)
     x.requires_grad_(), weight.requires_grad_()
     y = linear(x, weight, bias, out_dtype=torch.float32)
     assert y.dtype == torch.float32
-    # the chain of bfloat16 is that of float32 from the other end
-    assert torch.equal(y, linear(x.float().flip(1), weight.float().flip(1), bias.float()))
+    if EMULATED or device == "cuda":  # tensor cores add in another order
+        wide = linear(x.float(), weight.float(), bias.float())
+        torch.testing.assert_close(y, wide, rtol=2.0**-20, atol=2.0**-18)
+        assert not torch.equal(y, y.bfloat16().float())
+    else:  # the chain of bfloat16 is that of float32 from the other end
+        assert torch.equal(y, linear(x.float().flip(1), weight.float().flip(1), bias.float()))
     assert torch.equal(y.bfloat16(), linear(x, weight, bias))
     grads = torch.autograd.grad(y, (x, weight), dy.float())
     assert [g.dtype for g in grads] == [torch.bfloat16] * 2
@@ -88,12 +94,8 @@ def chain(x, weight, bias):
     return (acc.float() + bias.float()).float()
 
 
-def descending_chain(x, weight, bias):
-    return chain(x.float().flip(1), weight.float().flip(1), bias)
-
-
 def fused():
-    return os.environ.get("GRPO_ENGINE_ISA") != "generic"
+    return EMULATED or os.environ.get("GRPO_ENGINE_ISA") != "generic"
 
 
 @pytest.mark.skipif(not fused(), reason="the generic build has no fused multiply-add")
@@ -101,8 +103,16 @@ def fused():
 def test_each_element_is_one_chain_of_fused_multiply_adds(T, I, O):
     x, weight, bias, _ = make(T, I, O, torch.float32)
     assert torch.equal(linear(x, weight, bias), chain(x, weight, bias))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.skipif(not fused(), reason="the generic build has no fused multiply-add")
+@pytest.mark.parametrize("T,I,O", [(1, 500, 40), (9, 193, 49), (40, 64, 200)])
+def test_the_chain_of_bfloat16_descends(T, I, O):
     x, weight, bias, _ = make(T, I, O, torch.bfloat16)
-    assert torch.equal(linear(x, weight, bias, out_dtype=torch.float32), descending_chain(x, weight, bias))
+    assert torch.equal(
+        linear(x, weight, bias, out_dtype=torch.float32), chain(x.float().flip(1), weight.float().flip(1), bias)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,6 +125,26 @@ def test_a_row_has_the_same_bits_in_a_batch_of_any_size(T, dtype):
     backward = torch.ops.grpo_engine.linear_backward
     dx = backward(dy, x, weight, True, False, False)[0]
     assert torch.equal(backward(dy[:T], x[:T], weight, True, False, False)[0], dx[:T])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("narrow", [40, 37])
+def test_a_product_of_many_tiles_has_the_bits_of_a_small_one(narrow, dtype):
+    """CUDA has larger tiles for it."""
+    backward = torch.ops.grpo_engine.linear_backward
+    x, weight, bias, _ = make(1450, narrow, 1500, dtype)
+    y = linear(x, weight, bias)
+    for rows in (slice(0, 5), slice(-3, None)):
+        assert torch.equal(linear(x[rows], weight, bias), y[rows])
+    x, weight, _, dy = make(1450, 1500, narrow, dtype)
+    dx = backward(dy, x, weight, True, False, False)[0]
+    assert torch.equal(backward(dy[-5:], x[-5:], weight, True, False, False)[0], dx[-5:])
+    x, weight, _, dy = make(narrow, 1500, 1450, dtype)
+    dweight = backward(dy, x, weight, False, True, False)[1]
+    few = backward(dy[:, :5].contiguous(), x, weight[:5].contiguous(), False, True, False)[1]
+    assert torch.equal(few, dweight[:5])
+    exact = dy.double().T @ x.double()
+    torch.testing.assert_close(dweight.double(), exact, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
 def test_a_permutation_of_rows_permutes_the_result():
@@ -228,6 +258,7 @@ def test_zeros_signs_subnormals_infinities_and_nan():
     assert tiny.item() == 2.0**-145
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("T", [3, 40])
 def test_subnormals_of_bfloat16_count_as_zero_and_those_of_float32_still_do_not(T):
     x, weight = torch.zeros(T, 20, dtype=torch.bfloat16), torch.ones(17, 20, dtype=torch.bfloat16)

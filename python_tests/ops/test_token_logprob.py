@@ -10,6 +10,8 @@ from bars import assert_as_good_as_torch
 
 from grpo_engine.ops import linear, token_logprob
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # T, D, V: one of everything; less than a block; exactly a block; a ragged last block with one id;
 # four blocks (one window of backward) and a bit; more rows than a tile and than a window; no rows
 SHAPES = [
@@ -224,7 +226,9 @@ def test_uniform_and_nan_rows():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
-def test_extra_memory_is_under_a_twentieth_of_the_logits():
+def test_extra_memory_is_under_a_twentieth_of_the_logits(device):
+    if device == "cuda":
+        pytest.skip("reads the memory of the process")
     T, D, V = 300, 8, 151936
     hidden, weight, target = make(T, D, V, torch.float32)
     hidden.requires_grad_()
@@ -243,12 +247,25 @@ def test_extra_memory_is_under_a_twentieth_of_the_logits():
     assert peak_mib() - before < 0.05 * T * V * 4 / 2**20
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("bad", [-100, -1, 20])
 def test_a_target_out_of_range_is_named_with_its_row(bad):
     hidden, weight, target = make(4, 8, 20, torch.float32)
     target[2] = bad
     with pytest.raises(ValueError, match=rf"target must be in .*20\), got {bad} at row 2"):
         token_logprob(hidden, weight, target)
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("bad", [-100, -1, 20])
+def test_a_target_out_of_range_makes_its_row_nan_on_cuda(bad):
+    hidden, weight, target = make(4, 8, 20, torch.float32)
+    good = run(token_logprob, hidden, weight, target, 1.0, upstream(4))
+    target[2] = bad
+    logprob, _, dhidden, dweight = run(token_logprob, hidden, weight, target, 1.0, upstream(4))
+    assert logprob[2].isnan() and dhidden[2].isnan().all() and dweight.isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(logprob[others], good[0][others]) and torch.equal(dhidden[others], good[2][others])
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1,0 +1,117 @@
+// tile_load.cuh -- tiles of bfloat16 between global memory, shared memory and the registers of mma.cuh.
+//
+// A tile has kRows rows of kColumns elements, in chunks of 16 bytes. Chunk c of row r lies at place c ^ f(r), so that
+// the eight rows of a fragment at one c lie in different banks.
+#pragma once
+#include "core/cuda_values.cuh"
+
+namespace grpo_engine {
+
+template <int kRows_, int kColumns_>
+struct Tile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kChunk = kPack<bfloat16>, kChunks = kColumns / kChunk;  // of a row
+  static_assert(kChunks == 4 || kChunks % 8 == 0);
+
+  // Element of a chunk's start.
+  __device__ static int place(int row, int chunk) {
+    return row * kColumns + (chunk ^ (kChunks == 4 ? row / 2 % 4 : row % 8)) * kChunk;
+  }
+};
+
+// Copies `bytes` <= 16 and fills the rest of 16 with zeros; visible after copies_landed and a barrier.
+__device__ inline void copy_async(const void* from, void* to, int bytes) {
+#ifdef GE_CUDA_EMULATED
+  cuda_emulator::require_aligned(from, 16);
+  cuda_emulator::require_aligned(to, 16);
+  memset(to, 0, 16);
+  memcpy(to, from, static_cast<size_t>(bytes));
+#else
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+// Closes the group of this thread's copies since the last call.
+__device__ inline void end_copies() {
+#ifndef GE_CUDA_EMULATED
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for this thread's copies but those of the last kPending groups.
+template <int kPending>
+__device__ inline void copies_landed() {
+#ifndef GE_CUDA_EMULATED
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// A block of kThreads fills a tile from rows `stride` apart; what is behind `rows` and `columns` becomes 0. `aligned`:
+// rows_aligned(from, stride).
+template <typename T, int kThreads>
+__device__ inline void load_tile(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, bool aligned,
+                                 bfloat16* tile) {
+  static_assert(T::kRows * T::kChunks % kThreads == 0);
+#pragma unroll
+  for (int k = 0; k < T::kRows * T::kChunks / kThreads; ++k) {
+    const int i = k * kThreads + threadIdx.x, row = i / T::kChunks, chunk = i % T::kChunks;
+    const int64_t left = columns - chunk * T::kChunk;
+    const int n = row < rows && left > 0 ? (left < T::kChunk ? static_cast<int>(left) : T::kChunk) : 0;
+    bfloat16* to = tile + T::place(row, chunk);
+    const bfloat16* source = n > 0 ? from + row * stride + chunk * T::kChunk : from;
+    if (aligned) {
+      copy_async(source, to, n * static_cast<int>(sizeof(bfloat16)));
+      continue;
+    }
+    Stored<bfloat16> values;
+#pragma unroll
+    for (int j = 0; j < T::kChunk; ++j) values.v[j].bits = j < n ? source[j].bits : uint16_t{0};
+    store16(values, to);
+  }
+}
+
+#ifdef GE_CUDA_EMULATED
+struct FragmentPayload {
+  const bfloat16* row;
+  uint32_t* out;
+  bool transposed;
+};
+#endif
+
+// One warp: four 8 x 8 matrices out of a tile. Lane l gives row l % 8 of matrix l / 8; out[i] of lane l are elements
+// (l / 4, 2 (l % 4) and the next) of matrix i, or of its transpose.
+template <bool kTransposed>
+__device__ inline void load_fragments(const bfloat16* row, uint32_t (&out)[4]) {
+#ifdef GE_CUDA_EMULATED
+  cuda_emulator::require_aligned(row, 16);
+  FragmentPayload mine{row, out, kTransposed};
+  cuda_emulator::warp_collective("ldmatrix", kAllLanes, &mine, [](void** payloads, unsigned) {
+    const auto lane = [&](int l) { return static_cast<FragmentPayload*>(payloads[l]); };
+    for (int l = 0; l < kWarpSize; ++l) {
+      for (int i = 0; i < 4; ++i) {
+        uint32_t two = 0;
+        for (int k = 0; k < 2; ++k) {
+          const int a = l / 4, b = l % 4 * 2 + k;
+          const bfloat16 x = lane(l)->transposed ? lane(i * 8 + b)->row[a] : lane(i * 8 + a)->row[b];
+          two |= static_cast<uint32_t>(x.bits) << (16 * k);
+        }
+        lane(l)->out[i] = two;
+      }
+    }
+  });
+#else
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared)
+                 : "memory");
+  }
+#endif
+}
+
+}  // namespace grpo_engine
