@@ -168,8 +168,8 @@ __device__ inline void lane_dots(const Arith<S>* tile, const LaneVectors<S>& lan
   using A = Arith<S>;
 #pragma unroll
   for (int r = 0; r < kTileRows; ++r) dots[r][0] = dots[r][1] = 0;
-#pragma unroll 4
-  for (int64_t e = 0; e < E; ++e) {
+#pragma unroll 8
+  for (int64_t e = 0; e < E; ++e) {  // many loads under way: few warps fit in a multiprocessor
     const A a = to_arith(lane.at[0][e * lane.stride[0]]), b = to_arith(lane.at[1][e * lane.stride[1]]);
     A row[kTileRows];
     load_column(tile + e * kTileRows, row);
@@ -186,7 +186,7 @@ template <typename S, int C, typename Sees>
 __device__ inline void add_weighted(const Arith<S>* weights, const S* const* vectors, int count, const LaneColumns<C>& columns,
                                     Sees sees, Arith<S> (&sums)[kTileRows][C]) {
   using A = Arith<S>;
-#pragma unroll 4
+#pragma unroll 8
   for (int j = 0; j < count; ++j) {
     const S* vector = vectors[j];
     A v[C], weight[kTileRows];
@@ -310,9 +310,10 @@ __device__ inline void poison_token(const AttentionRows& a, int64_t t) {
   for (int64_t i = 0; a.stats && i < a.H * 2; ++i) static_cast<A*>(a.stats)[t * a.H * 2 + i] = not_a_number<A>();
 }
 
-// A warp, one tile of one kv head. The warps past the tiles look for tokens without a sequence, one a lane.
+// A warp, one tile of one kv head. The warps past the tiles look for tokens without a sequence, one a lane. The blocks
+// that are to fit in a multiprocessor say how many registers ptxas may take: left alone it takes fewer and spills.
 template <typename S, int C, Attend kMode, typename Source>
-__global__ void __launch_bounds__(kAttentionThreads) attention_kernel(Source source, AttentionRows a) {
+__global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 : 2) attention_kernel(Source source, AttentionRows a) {
   using A = Arith<S>;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t splits = kMode == Attend::part ? a.stretches : 1, tiles = a.tiles(), group = a.H / a.K;

@@ -325,7 +325,7 @@ __device__ inline void add_query_block(const RaggedAttentionArgs& a, int64_t kv_
 // blocks of kKeyBlock, from the tile's first token or the beginning of an answer on; warp w has the blocks w,
 // w + kAttentionWarps, ... of all sequences in their order, and the sums of the warps join in order.
 template <typename S, int C>
-__global__ void __launch_bounds__(kAttentionThreads) dkey_kernel(RaggedAttentionArgs a, int64_t shared_of_warp) {
+__global__ void __launch_bounds__(kAttentionThreads, 2) dkey_kernel(RaggedAttentionArgs a, int64_t shared_of_warp) {
   using A = Arith<S>;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t group = a.H / a.plan.K, tiles = tile_number(a.T, a.plan.N, 1), K = a.plan.K;
