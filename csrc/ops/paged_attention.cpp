@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/attention_checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -37,7 +38,7 @@ at::Tensor meta(const at::Tensor& query, const at::Tensor& key_pages, const at::
 }
 
 // Throws unless the pages of every sequence with queries are there.
-void check_pages(const PagedAttentionArgs& a, int64_t num_pages) {
+void check_pages(const PagedAttentionArgs& a) {
   const int64_t page = a.shape.page;
   for (int64_t n = 0; n < a.plan.N; ++n) {
     const int64_t num_queries = a.plan.cu[n + 1] - a.plan.cu[n];
@@ -51,22 +52,23 @@ void check_pages(const PagedAttentionArgs& a, int64_t num_pages) {
                       " at sequence ", n);
     for (int64_t i = 0; i < needed; ++i) {
       const int32_t p = a.page_table[n * a.max_pages + i];
-      TORCH_CHECK_VALUE(p >= 0 && p < num_pages, kOp, ": page_table must be in [0, ", num_pages,
+      TORCH_CHECK_VALUE(p >= 0 && p < a.num_pages, kOp, ": page_table must be in [0, ", a.num_pages,
                         ") for the first ", needed, " pages of sequence ", n, ", got ", p,
                         " at page ", i);
     }
   }
 }
 
-at::Tensor cpu(const at::Tensor& query, const at::Tensor& key_pages, const at::Tensor& value_pages,
-               const at::Tensor& page_table, const at::Tensor& cu_query, const at::Tensor& kv_len,
-               double scale) {
+at::Tensor forward(const at::Tensor& query, const at::Tensor& key_pages, const at::Tensor& value_pages,
+                   const at::Tensor& page_table, const at::Tensor& cu_query, const at::Tensor& kv_len,
+                   double scale) {
   at::Tensor out = meta(query, key_pages, value_pages, page_table, cu_query, kv_len, scale);
-  require_offsets(kOp, "cu_query", cu_query, query.size(0));
   PagedAttentionArgs args{};
   args.dtype = dtype_of(query);
   args.shape = {key_pages.size(1), query.size(2), key_pages.size(3)};
+  args.T = query.size(0);
   args.H = query.size(1);
+  args.num_pages = key_pages.size(0);
   args.max_pages = page_table.size(1);
   args.query_stride = query.stride(0);
   args.scale = scale;
@@ -75,8 +77,21 @@ at::Tensor cpu(const at::Tensor& query, const at::Tensor& key_pages, const at::T
   args.plan.N = args.plan.M = kv_len.size(0);
   args.plan.K = args.shape.K;
   args.plan.cu = cu_query.const_data_ptr<int32_t>();
-  check_pages(args, key_pages.size(0));
+  args.query = query.const_data_ptr();
+  args.key_pages = key_pages.const_data_ptr();
+  args.value_pages = value_pages.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  if (!on_cuda(query)) {
+    require_offsets(kOp, "cu_query", cu_query, args.T);
+    check_pages(args);
+  }
   if (out.numel() == 0) return out;
+  const auto on_gpu = [&](auto stream) {
+    const at::Tensor partial = at::empty({paged_attention_scratch(args)}, arithmetic(query));
+    args.partial = partial.mutable_data_ptr();
+    paged_attention_cuda(args, stream);
+  };
+  if (cuda_call(query, on_gpu)) return out;
   std::vector<int64_t> first_chunk(args.plan.N + 1);
   plan_chunks(args.plan, first_chunk.data());
   for (int64_t n = 0; n < args.plan.N; ++n) {
@@ -85,10 +100,6 @@ at::Tensor cpu(const at::Tensor& query, const at::Tensor& key_pages, const at::T
     args.plan.max_len = std::max<int64_t>(args.plan.max_len, args.kv_len[n]);
     args.plan.pairs += static_cast<double>(num_queries) * args.kv_len[n];
   }
-  args.query = query.const_data_ptr();
-  args.key_pages = key_pages.const_data_ptr();
-  args.value_pages = value_pages.const_data_ptr();
-  args.out = out.mutable_data_ptr();
   const int64_t items = num_items(args.plan);
   parallel_items(paged_attention_cpu, args, items, args.plan.pairs * args.H * args.shape.E * 4 / items);
   return out;
@@ -101,7 +112,7 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       "paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table,"
       " Tensor cu_query, Tensor kv_len, float scale) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { m.impl("paged_attention", &cpu); }
+GE_DEVICE_IMPL(m) { m.impl("paged_attention", &forward); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl("paged_attention", &meta); }
 
 }  // namespace grpo_engine

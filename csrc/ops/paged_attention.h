@@ -7,7 +7,9 @@
 // those of ragged_attention.
 //
 // q_n = 0 is allowed, with any kv_len. Of page_table[n] only the first ceil(kv_len[n] / page)
-// entries are read (none if q_n = 0); slots past kv_len may hold anything. No gradient.
+// entries are read (none if q_n = 0); slots past kv_len may hold anything. No gradient. CUDA does not
+// check values: rows that see a page outside [0, num_pages) become NaN, and so do those of a sequence whose
+// kv_len is less than q_n or more than max_pages pages hold, and tokens that cu_query gives to no sequence.
 // Kwon et al. 2023, arXiv:2309.06180.
 //
 //   query [T, H, E]  rows contiguous, any stride over T     out [T, H, E]  contiguous
@@ -16,6 +18,7 @@
 #pragma once
 #include "core/attention_plan.h"
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 #include "ops/kv_pages.cuh"
 
@@ -25,7 +28,7 @@ struct PagedAttentionArgs {
   DType dtype;
   AttentionPlan plan;
   KvPageShape shape;
-  int64_t H, max_pages, query_stride;
+  int64_t H, num_pages, max_pages, query_stride;
   double scale;
   const void* query;          // [T, H, E]
   const void* key_pages;      // [num_pages, K, E, page]
@@ -33,8 +36,13 @@ struct PagedAttentionArgs {
   const int32_t* page_table;  // [N, max_pages]
   const int32_t* kv_len;      // [N]
   void* out;                  // [T, H, E]
+  int64_t T;                  // CUDA only, as the following; of the plan it reads N and cu
+  void* partial;              // [paged_attention_scratch] arithmetic type
 };
 
 GE_CPU_KERNEL(paged_attention, PagedAttentionArgs)  // items: those of the plan
+
+void paged_attention_cuda(const PagedAttentionArgs&, CudaStream);
+int64_t paged_attention_scratch(const PagedAttentionArgs&);  // elements; a function of shapes alone
 
 }  // namespace grpo_engine

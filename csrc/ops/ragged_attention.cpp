@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/attention_checks.h"
+#include "core/cuda_call.h"
 #include "core/parallel.h"
 
 namespace grpo_engine {
@@ -55,14 +56,14 @@ void require_rising(const at::Tensor& groups, int64_t N) {
   }
 }
 
-// What forward and backward share. The offsets are checked here, where they can be read.
+// What forward and backward share. On the CPU the offsets are checked and the work is planned.
 RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key,
                               const at::Tensor& value, const at::Tensor& cu_seqlens,
                               const std::optional<at::Tensor>& cu_groups, double scale,
                               std::vector<int64_t>& first_chunk) {
-  require_offsets(kOp, "cu_seqlens", cu_seqlens, query.size(0));
   RaggedAttentionArgs args{};
   args.dtype = dtype_of(query);
+  args.T = query.size(0);
   args.H = query.size(1);
   args.E = query.size(2);
   args.query_stride = query.stride(0);
@@ -76,26 +77,32 @@ RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key,
   args.plan.K = key.size(1);
   args.plan.cu = cu_seqlens.const_data_ptr<int32_t>();
   if (cu_groups) {
-    require_rising(*cu_groups, args.plan.N);
     args.plan.M = cu_groups->size(0) - 1;
     args.plan.cu_groups = cu_groups->const_data_ptr<int32_t>();
   }
+  if (on_cuda(query)) return args;
+  require_offsets(kOp, "cu_seqlens", cu_seqlens, args.T);
+  if (cu_groups) require_rising(*cu_groups, args.plan.N);
   first_chunk.resize(args.plan.N + 1);
   plan_ragged(args.plan, first_chunk.data());
   return args;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& query, const at::Tensor& key,
-                                               const at::Tensor& value,
-                                               const at::Tensor& cu_seqlens,
-                                               const std::optional<at::Tensor>& cu_groups,
-                                               double scale) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
+                                           const at::Tensor& value, const at::Tensor& cu_seqlens,
+                                           const std::optional<at::Tensor>& cu_groups, double scale) {
   auto [out, stats] = forward_meta(query, key, value, cu_seqlens, cu_groups, scale);
   std::vector<int64_t> first_chunk;
   RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, cu_groups, scale, first_chunk);
   if (out.numel() == 0) return {out, stats};
   args.out = out.mutable_data_ptr();
   args.stats = stats.mutable_data_ptr();
+  const auto on_gpu = [&](auto stream) {
+    const at::Tensor key_t = at::empty({args.plan.K, args.E, args.T}, query.options());
+    args.key_t = key_t.mutable_data_ptr();
+    ragged_attention_forward_cuda(args, stream);
+  };
+  if (cuda_call(query, on_gpu)) return {out, stats};
   const int64_t items = num_items(args.plan);
   parallel_items(ragged_attention_forward_cpu, args, items, ragged_attention_work(args) / items);
   return {out, stats};
@@ -114,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
           at::empty(value.sizes(), value.options())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, const at::Tensor& out,
     const at::Tensor& stats, double scale) {
@@ -128,6 +135,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(
   args.dquery = std::get<0>(grads).mutable_data_ptr();
   args.dkey = std::get<1>(grads).mutable_data_ptr();
   args.dvalue = std::get<2>(grads).mutable_data_ptr();
+  const auto on_gpu = [&](auto stream) {
+    const at::Tensor key_t = at::empty({2, args.plan.K, args.E, args.T}, query.options());
+    const at::Tensor query_t = at::empty({2, args.plan.K, args.E, args.T, args.H / args.plan.K}, query.options());
+    const at::Tensor centre = at::empty({args.T, args.H}, arithmetic(query));
+    args.key_t = key_t[0].mutable_data_ptr();
+    args.value_t = key_t[1].mutable_data_ptr();
+    args.query_t = query_t[0].mutable_data_ptr();
+    args.dout_t = query_t[1].mutable_data_ptr();
+    args.centre = centre.mutable_data_ptr();
+    ragged_attention_backward_cuda(args, stream);
+  };
+  if (cuda_call(query, on_gpu)) return grads;
   const int64_t items = args.plan.M * args.plan.K;
   parallel_items(ragged_attention_backward_cpu, args, items, 2.5 * ragged_attention_work(args) / items);
   return grads;
@@ -144,9 +163,9 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
       " Tensor cu_seqlens, Tensor? cu_groups, Tensor out, Tensor stats, float scale)"
       " -> (Tensor dquery, Tensor dkey, Tensor dvalue)");
 }
-TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) {
-  m.impl("ragged_attention", &forward_cpu);
-  m.impl("ragged_attention_backward", &backward_cpu);
+GE_DEVICE_IMPL(m) {
+  m.impl("ragged_attention", &forward);
+  m.impl("ragged_attention_backward", &backward);
 }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
   m.impl("ragged_attention", &forward_meta);

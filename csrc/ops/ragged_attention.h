@@ -14,8 +14,10 @@
 // forward row algorithm is core/attention.h by position in prompt and answer together, so a row has
 // the bits that paged_attention gives it, whether the prompt is shared or packed with every answer.
 // The forward keeps two numbers of each row (max and 1 / sum); the backward recomputes p from them, one
-// work item for each group and kv head, so no two threads add to one gradient. Everything of a group
-// depends on that group alone. NaN in a token reaches the tokens that see it and no other.
+// work item for each group and kv head, so no two threads add to one gradient (CUDA: one for each 8 keys). Everything of a group
+// depends on that group alone. NaN in a token reaches the tokens that see it and no other. CUDA does not check
+// offsets: tokens that cu_seqlens gives to no sequence, or cu_groups to no group, get NaN. Its E ends where the shared
+// memory of a block does, at 868 (418 for float64); more is a runtime error.
 // Vaswani et al. 2017, arXiv:1706.03762; recomputation: Dao et al. 2022, arXiv:2205.14135.
 //
 //   query [T, H, E]   key, value [T, K, E]   rows contiguous, any stride over T
@@ -25,6 +27,7 @@
 #pragma once
 #include "core/attention_plan.h"
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/dtype.h"
 
 namespace grpo_engine {
@@ -44,6 +47,12 @@ struct RaggedAttentionArgs {
   void* dquery;       // [T, H, E]
   void* dkey;         // [T, K, E]
   void* dvalue;       // [T, K, E]
+  int64_t T;          // CUDA only, as the following; of the plan it reads N, M, K, cu and cu_groups
+  void* key_t;        // [K, E, T] scratch; the following for backward only
+  void* value_t;      // [K, E, T]
+  void* query_t;      // [K, E, T, H / K]
+  void* dout_t;       // [K, E, T, H / K]
+  void* centre;       // [T, H] arithmetic type
 };
 
 // Floating-point operations of the two products of the forward pass; backward takes 2.5 times that.
@@ -53,5 +62,8 @@ static inline double ragged_attention_work(const RaggedAttentionArgs& a) {
 
 GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)   // items: num_items(plan)
 GE_CPU_KERNEL(ragged_attention_backward, RaggedAttentionArgs)  // items: (group, kv head), M * K
+
+void ragged_attention_forward_cuda(const RaggedAttentionArgs&, CudaStream);
+void ragged_attention_backward_cuda(const RaggedAttentionArgs&, CudaStream);
 
 }  // namespace grpo_engine

@@ -13,6 +13,8 @@ from bars import assert_as_good_as_torch
 from grpo_engine import _C
 from grpo_engine.ops import ragged_attention
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # lengths around a block of 16 keys, an empty sequence at each end, one past a chunk of 128 tokens
 LENGTHS = [0, 1, 15, 16, 17, 0, 33, 2, 130, 0]
 # H, K, E: GQA ratios 1, 2, 3, 7; widths below, off and at the vector width; Qwen2.5 heads
@@ -329,10 +331,11 @@ def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, change, error
 def test_groups_on_another_device_are_refused():
     x = torch.zeros(9, 2, 8)
     groups = offsets([2]).to("meta")
-    with pytest.raises(ValueError, match="cu_groups must be on cpu as the first argument, got meta"):
+    with pytest.raises(ValueError, match="cu_groups must be on c.* as the first argument, got meta"):
         ragged_attention(x, x, x, offsets([4, 5]), scale=1.0, cu_groups=groups)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(
     "groups,says",
     [
@@ -350,6 +353,7 @@ def test_bad_groups_are_refused(groups, says):
         ragged_attention(x, x, x, offsets([4, 0, 5]), scale=1.0, cu_groups=groups)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(
     "cu,says",
     [
@@ -363,6 +367,50 @@ def test_bad_offsets_are_refused(cu, says):
     x = torch.zeros(9, 2, 8)
     with pytest.raises(ValueError, match="ragged_attention: cu_seqlens " + says):
         ragged_attention(x, x, x, torch.tensor(cu, dtype=torch.int32), scale=1.0)
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize(
+    "cu,groups,lost",
+    [
+        ([0, 4, 8], None, [8]),
+        ([2, 4, 9], None, [0, 1]),
+        ([0, 4, 12], None, [4, 5, 6, 7, 8]),
+        ([-3, 4, 9], None, [0, 1, 2, 3]),
+        ([0], None, range(9)),
+        ([0, 4, 9], [0, 1], [4, 5, 6, 7, 8]),
+        ([0, 4, 9], [1, 2], [0, 1, 2, 3]),
+        ([0, 4, 9], [0, 3], range(9)),
+        ([0, 4, 9], [0], range(9)),
+        ([0, 4, 9], [0, 2**30, 2], range(9)),
+    ],
+)
+def test_tokens_without_a_sequence_or_group_become_nan_on_cuda(cu, groups, lost):
+    query, key, value, good, dout = make([4, 5], 4, 2, 8, torch.float32)
+    clean = run(ragged_attention, query, key, value, good, dout, 0.3)
+    cu_groups = None if groups is None else torch.tensor(groups, dtype=torch.int32)
+    bad = run(
+        ragged_attention, query, key, value, torch.tensor(cu, dtype=torch.int32), dout, 0.3, cu_groups=cu_groups
+    )
+    whole = [[0, 1, 2, 3], [4, 5, 6, 7, 8]]  # what is not lost is computed as before where its sequence is the same
+    for a, b in zip(bad, clean, strict=True):
+        assert a[list(lost)].isnan().all()
+        for tokens in whole:
+            if cu[:1] == [0] and not set(tokens) & set(lost):
+                assert torch.equal(a[tokens], b[tokens])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_heads_and_long_sequences_are_as_good_as_torch(dtype):
+    # CUDA has at most 128 columns of a head in one warp, and sums its keys in stretches of 256
+    for lengths, H, K, E in [([30, 5], 2, 1, 300), ([300, 600], 2, 1, 16), ([20, 3], 9, 1, 40)]:
+        query, key, value, cu, dout = make(lengths, H, K, E, dtype)
+        ours = run(ragged_attention, query, key, value, cu, dout, E**-0.5)
+        theirs = run(plain, query, key, value, cu, dout, E**-0.5)
+        double = [x.double() for x in (query, key, value)]
+        exact = run(reference.ragged_attention, *double, cu, dout.double(), E**-0.5)
+        for a, b, c in zip(ours, theirs, exact, strict=True):
+            assert_as_good_as_torch(a, b, c, floor=2.0**-22)
 
 
 @pytest.mark.parametrize("groups", [None, [2, 1]])
