@@ -36,7 +36,8 @@ done
 
 echo "op tests on the CUDA emulator"
 cmake --build build/native --target emulated >build/emulated.log 2>&1 || { cat build/emulated.log; exit 1; }
-for kernel in csrc/ops/*_cuda.cu; do
-  tests+=("python_tests/ops/test_$(basename "$kernel" _cuda.cu).py")
+for half in csrc/ops/*_cuda.*; do
+  name=$(basename "$half")
+  tests+=("python_tests/ops/test_${name%_cuda.*}.py")
 done
 GRPO_ENGINE_EXTENSION=build/native/emulated "$PYTHON" -m pytest "${tests[@]}"

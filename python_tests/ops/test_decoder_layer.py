@@ -8,6 +8,8 @@ import torch
 from grpo_engine import ops
 from grpo_engine.ops import LayerWeights, decoder_layer, decoder_layer_paged
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NUMBERS = dict(theta=1e4, eps=1e-6)
 # D, F, H, K, E: grouped and single kv heads, widths off the vector width, a head wider than the stream
 SIZES = [(32, 40, 4, 2, 8), (20, 24, 2, 1, 16), (48, 128, 3, 3, 20), (28, 30, 7, 1, 32)]
@@ -190,6 +192,7 @@ def test_bad_input_is_named(change, error, says, device):
         decoder_layer(weights=LayerWeights(**{n: call.pop(n) for n in LayerWeights._fields}), **call)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_a_negative_position_and_wrong_offsets_are_named():
     D, F, H, K, E = SIZES[0]
     x, weights = make(D, F, H, K, E, 6)
