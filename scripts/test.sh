@@ -27,6 +27,17 @@ fi
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest
+
+# the CUDA emulator is slow and has one thread: beside the rest
+cmake --build build/native --target emulated >build/emulated.log 2>&1 || { cat build/emulated.log; exit 1; }
+for half in csrc/ops/*_cuda.*; do
+  name=$(basename "$half")
+  tests+=("python_tests/ops/test_${name%_cuda.*}.py")
+done
+tests+=(python_tests/test_model.py python_tests/test_rollout.py)
+GRPO_ENGINE_EXTENSION=build/native/emulated "$PYTHON" -m pytest "${tests[@]}" >build/emulated.log 2>&1 &
+emulated=$!
+
 best=$("$PYTHON" -c 'from grpo_engine import ops, _C; print(_C.cpu_isa())')
 for isa in $("$PYTHON" -c 'from grpo_engine import ops, _C; print(*_C.cpu_isas())'); do
   [ "$isa" = "$best" ] && continue
@@ -34,10 +45,6 @@ for isa in $("$PYTHON" -c 'from grpo_engine import ops, _C; print(*_C.cpu_isas()
   GRPO_ENGINE_ISA=$isa "$PYTHON" -m pytest python_tests/ops
 done
 
-echo "op tests on the CUDA emulator"
-cmake --build build/native --target emulated >build/emulated.log 2>&1 || { cat build/emulated.log; exit 1; }
-for half in csrc/ops/*_cuda.*; do
-  name=$(basename "$half")
-  tests+=("python_tests/ops/test_${name%_cuda.*}.py")
-done
-GRPO_ENGINE_EXTENSION=build/native/emulated "$PYTHON" -m pytest "${tests[@]}"
+echo "op, model and rollout tests on the CUDA emulator"
+wait "$emulated" || { cat build/emulated.log; exit 1; }
+tail -n 1 build/emulated.log
