@@ -11,18 +11,6 @@
 
 namespace grpo_engine {
 
-// Arithmetic type of a storage type.
-template <typename S>
-struct ArithOf {
-  using type = float;
-};
-template <>
-struct ArithOf<double> {
-  using type = double;
-};
-template <typename S>
-using Arith = typename ArithOf<S>::type;
-
 __device__ inline float to_arith(float x) { return x; }
 __device__ inline double to_arith(double x) { return x; }
 __device__ inline float to_arith(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }

@@ -19,4 +19,16 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// Arithmetic type of a storage type.
+template <typename S>
+struct ArithOf {
+  using type = float;
+};
+template <>
+struct ArithOf<double> {
+  using type = double;
+};
+template <typename S>
+using Arith = typename ArithOf<S>::type;
+
 }  // namespace grpo_engine

@@ -54,18 +54,6 @@ GE_INLINE void from_arith(float x, float* p) { *p = x; }
 GE_INLINE void from_arith(float x, bfloat16* p) { *p = float_to_bf16(x); }
 GE_INLINE void from_arith(double x, double* p) { *p = x; }
 
-// Arithmetic type of a storage type.
-template <typename S>
-struct ArithOf {
-  using type = float;
-};
-template <>
-struct ArithOf<double> {
-  using type = double;
-};
-template <typename S>
-using Arith = typename ArithOf<S>::type;
-
 // ---------------------------------------------------------------- array of 16 (any T)
 
 template <typename T>

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "ops/decoder_layer_contract.h"
+#include "ops/decoder_layer_call.h"
 
 namespace grpo_engine {
 namespace {

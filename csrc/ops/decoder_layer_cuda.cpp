@@ -8,7 +8,7 @@
 
 #include "core/op_call.h"
 #include "ops/decoder_layer.h"
-#include "ops/decoder_layer_contract.h"
+#include "ops/decoder_layer_call.h"
 
 namespace grpo_engine {
 namespace {

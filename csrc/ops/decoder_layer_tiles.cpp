@@ -13,7 +13,7 @@
 
 #include "core/op_call.h"
 #include "core/parallel.h"
-#include "ops/decoder_layer_contract.h"
+#include "ops/decoder_layer_call.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"

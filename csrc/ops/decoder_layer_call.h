@@ -1,4 +1,4 @@
-// decoder_layer_contract.h -- what decoder_layer asks of its inputs, wherever it runs: decoder_layer_tiles.cpp on a CPU,
+// decoder_layer_call.h -- what decoder_layer asks of its inputs, wherever it runs: decoder_layer_tiles.cpp on a CPU,
 // decoder_layer_cuda.cpp on CUDA.
 #pragma once
 #include <ATen/core/Tensor.h>
