@@ -74,8 +74,9 @@ std::vector<char> shared;
 std::string failure;
 
 std::string place(unsigned thread) {
-  return "thread " + std::to_string(thread) + " of block " + std::to_string(blockIdx.x) +
-         (gridDim.y > 1 ? "," + std::to_string(blockIdx.y) : "");
+  std::string text = "thread " + std::to_string(thread) + " of block " + std::to_string(blockIdx.x);
+  if (gridDim.y > 1) text.append(",").append(std::to_string(blockIdx.y));
+  return text;
 }
 
 void leave() { ge_fiber_switch(&threads[current].top, scheduler_top); }
