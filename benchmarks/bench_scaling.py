@@ -139,6 +139,8 @@ def figure(record: Mapping[str, Any], path: Path) -> None:
         last = g["seconds"][-1] / g["arithmetic"][-1]
         panel.loglog(g["values"], [1e3 * s for s in g["seconds"]], "o-", color="#1f5fa8", label="measured")
         panel.loglog(g["values"], [1e3 * last * a for a in g["arithmetic"]], "--", color="#999999", label="arithmetic")
+        panel.set_xticks(g["values"], [f"{v:,}" for v in g["values"]])  # those of a logarithmic axis would overlap
+        panel.set_xticks([], minor=True)
         panel.set(title=f"{g['axis']} (exponent {g['exponent']:.2f})", xlabel=g["label"], ylabel="ms")
         panel.grid(alpha=0.3)
     panels[0, 0].legend()
