@@ -20,6 +20,8 @@ if EXTENSION:
         raise FileNotFoundError(f"GRPO_ENGINE_EXTENSION={EXTENSION} has no extension")
     grpo_engine.__path__.insert(0, EXTENSION)
 EMULATED = Path(EXTENSION or "").name == "emulated"
+# for code that a test runs in a process of its own, in ROOT: the same extension there
+SAME_EXTENSION = "import sys; sys.path.insert(0, 'python_tests'); import conftest\n"
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

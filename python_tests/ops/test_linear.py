@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from bars import assert_as_good_as_torch
-from conftest import EMULATED, ROOT
+from conftest import EMULATED, ROOT, SAME_EXTENSION
 
 from grpo_engine import _C
 from grpo_engine.ops import linear
@@ -172,7 +172,7 @@ def test_every_instruction_set_with_fused_multiply_adds_gives_the_same_bits():
     if len(isas) < 2:
         pytest.skip("this CPU has no AVX-512")
     code = (
-        "import torch, hashlib\n"
+        f"{SAME_EXTENSION}import torch, hashlib\n"
         "from grpo_engine.ops import linear\n"
         "g = torch.Generator().manual_seed(0)\n"
         "h = hashlib.sha256()\n"

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from bars import assert_as_good_as_torch
+from conftest import SAME_EXTENSION
 
 from grpo_engine import _C
 from grpo_engine.ops import ragged_attention
@@ -289,7 +290,7 @@ def test_avx2_and_avx512_give_the_same_bits():
     digests = set()
     for isa in ("avx2", "avx512"):
         done = subprocess.run(
-            [sys.executable, "-c", ISA_SCRIPT],
+            [sys.executable, "-c", SAME_EXTENSION + ISA_SCRIPT],
             env={**os.environ, "GRPO_ENGINE_ISA": isa},
             capture_output=True, text=True, check=True,
         )
