@@ -12,6 +12,7 @@ import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.popen_forkserver
 import multiprocessing.popen_spawn_posix
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -36,10 +37,18 @@ def _no_main_module() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-class _SpawnPopen(multiprocessing.popen_spawn_posix.Popen):
-    def _launch(self, process_obj: SpawnedProcess) -> None:
+class _NoMainModule:
+    def _launch(self, process_obj: multiprocessing.process.BaseProcess) -> None:
         with _no_main_module():
             super()._launch(process_obj)
+
+
+class _SpawnPopen(_NoMainModule, multiprocessing.popen_spawn_posix.Popen):
+    pass
+
+
+class _ForkPopen(_NoMainModule, multiprocessing.popen_forkserver.Popen):
+    pass
 
 
 class SpawnedProcess(multiprocessing.context.SpawnProcess):
@@ -54,12 +63,6 @@ class SpawnContext(multiprocessing.context.SpawnContext):
     """The `multiprocessing` context of fresh processes, to give to a pool."""
 
     Process = SpawnedProcess
-
-
-class _ForkPopen(multiprocessing.popen_forkserver.Popen):
-    def _launch(self, process_obj: ForkedProcess) -> None:
-        with _no_main_module():
-            super()._launch(process_obj)
 
 
 class ForkedProcess(multiprocessing.context.ForkServerProcess):
