@@ -126,6 +126,17 @@ __device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_tempera
   return row_stats(x, n, inv_temperature, aligned, [](int64_t, const BlockStats<Arith<S>>&) {});
 }
 
+// What the log-prob ops give for row t and save for its gradient; z as RowStats::logprob has it, NaN for no target.
+template <typename A>
+__device__ inline void write_row(const RowStats& r, A z, int64_t t, void* logprob, void* entropy, double* saved) {
+  const double h = r.entropy();
+  static_cast<A*>(logprob)[t] = static_cast<A>(r.logprob(z));
+  static_cast<A*>(entropy)[t] = static_cast<A>(h);
+  saved[t * 3] = r.max;
+  saved[t * 3 + 1] = log(r.sum);
+  saved[t * 3 + 2] = h;
+}
+
 // The gradient of a row's logits, from what the forward pass saved: max, log of the sum, entropy.
 template <typename A>
 struct LogitGradient {

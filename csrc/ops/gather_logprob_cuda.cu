@@ -15,13 +15,7 @@ __global__ void __launch_bounds__(kRowThreads) gather_logprob_forward_kernel(Gat
   const RowStats r = row_stats(x, a.V, scale, aligned);
   if (threadIdx.x != 0) return;
   const bool known = target >= 0 && target < a.V;
-  const double entropy = r.entropy();
-  static_cast<A*>(a.logprob)[t] = known ? static_cast<A>(r.logprob(to_arith(x[target]) * scale)) : not_a_number<A>();
-  static_cast<A*>(a.entropy)[t] = static_cast<A>(entropy);
-  double* saved = a.saved + t * 3;
-  saved[0] = r.max;
-  saved[1] = log(r.sum);
-  saved[2] = entropy;
+  write_row(r, known ? to_arith(x[target]) * scale : not_a_number<A>(), t, a.logprob, a.entropy, a.saved);
 }
 
 constexpr int kBackwardThreads = 256;

@@ -47,14 +47,8 @@ __global__ void __launch_bounds__(kRowThreads) token_logprob_join_kernel(TokenLo
   }
   if (threadIdx.x != 0) return;
   const bool known = target >= 0 && target < a.V;
-  const double entropy = r.entropy();
   const A z = known ? static_cast<const A*>(a.target_logit)[t] * inverse<A>(a.temperature) : not_a_number<A>();
-  static_cast<A*>(a.logprob)[t] = static_cast<A>(r.logprob(z));
-  static_cast<A*>(a.entropy)[t] = static_cast<A>(entropy);
-  double* saved = a.saved + t * 3;
-  saved[0] = r.max;
-  saved[1] = log(r.sum);
-  saved[2] = entropy;
+  write_row(r, z, t, a.logprob, a.entropy, a.saved);
 }
 
 constexpr int kPacks = 4;  // of a thread
