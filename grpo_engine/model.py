@@ -152,6 +152,10 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
     @functools.cached_property
     def num_parameters(self) -> int:
         """All weights, the tied head once."""
