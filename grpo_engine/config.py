@@ -155,7 +155,7 @@ class RunConfig(Config):
     name: str = "run"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     steps: Positive = 100
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there are one and CUDA kernels (`grpo_engine.device`)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU; see `grpo_engine.device`
     method: Literal["grpo", "pretrain"] = "grpo"  # pretrain: the control, plain language modelling of the same length
     model: ModelSource = ModelSource(size="s")
     task: TaskConfig = TaskConfig()

@@ -407,7 +407,7 @@ def test_a_full_disk_leaves_the_newest(tmp_path, truth, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(weights, "save_file", full)
         with pytest.raises(OSError, match="No space"):
             put(tmp_path, *make(), 3)
     assert whole(tmp_path, truth) == 2
