@@ -236,7 +236,7 @@ def killed_at(number, action):
 
         try:
             real_save_file = weights.save_file
-            weights.save_file = checkpoint.save_file = halved
+            weights.save_file = halved
             for module, name in CALLS:
                 setattr(module, name, wrapped(getattr(module, name)))
             action()

@@ -49,6 +49,8 @@ def finish(cell, folder):
 class FakeExecutor:
     """Does a job's work the second time it is asked about it; fails those whose name is in `fails`."""
 
+    slots = 2
+
     def __init__(self, folder, fails=(), at_poll=None, silent=()):
         self.folder, self.fails, self.silent, self.at_poll = folder, set(fails), set(silent), at_poll
         self.order, self.running, self.most, self.stopped = [], set(), 0, []

@@ -1,0 +1,63 @@
+"""Where a run computes: what auto means, refusals before any work, and how batches get there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DEVICES
+
+from grpo_engine import device
+from grpo_engine.batch import pack
+from grpo_engine.types import TrainBatch
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends GPUs and a build with or without CUDA kernels."""
+
+    def make(*, gpus: int, kernels: bool):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(device, "has_cuda_kernels", lambda: kernels)
+
+    return make
+
+
+@pytest.mark.parametrize("gpus,kernels,want", [(0, False, "cpu"), (2, False, "cpu"), (0, True, "cpu"), (1, True, "cuda")])
+def test_auto_is_cuda_where_a_gpu_and_kernels_are(machine, gpus, kernels, want):
+    machine(gpus=gpus, kernels=kernels)
+    assert device.resolve("auto") == want and device.resolve("cpu") == "cpu"
+
+
+def test_cuda_is_refused_with_what_to_do(machine):
+    machine(gpus=1, kernels=False)
+    with pytest.raises(ValueError, match="no CUDA kernels .* build again with nvcc .* or set device=cpu"):
+        device.resolve("cuda")
+    machine(gpus=0, kernels=True)
+    with pytest.raises(ValueError, match="torch sees no GPU .* nvidia-smi, or set device=cpu"):
+        device.resolve("cuda")
+    machine(gpus=1, kernels=True)
+    assert device.resolve("cuda") == "cuda"
+
+
+def test_gpus_are_named_as_the_environment_names_them(machine, monkeypatch):
+    machine(gpus=2, kernels=True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-8f6d,-1")
+    assert device.visible_gpus() == ["5", "GPU-8f6d"]
+    machine(gpus=0, kernels=True)
+    assert device.visible_gpus() == []
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_a_batch_moves_whole(place):
+    rollout = SimpleNamespace(
+        tokens=torch.tensor([5, 9, 2, 5, 9, 7, 2]), cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32),
+        prompt_len=torch.tensor([2, 2], dtype=torch.int32), logprob=torch.arange(7.0), group_size=2,
+    )  # fmt: skip
+    batch = pack(rollout, torch.tensor([0.5, -0.5]), sequences=[0, 1])
+    moved = device.move(batch, torch.device(place))
+    assert (moved is batch) == (place == "cpu") and moved.num_inputs == batch.num_inputs and moved.ref_logprob is None
+    for name in TrainBatch.__slots__:
+        if isinstance(value := getattr(batch, name), torch.Tensor):
+            assert getattr(moved, name).device.type == place and torch.equal(getattr(moved, name).cpu(), value)
