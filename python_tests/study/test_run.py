@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from grpo_engine import records, weights
 from grpo_engine.study import run
-from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan
+from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, num_cores, plan
 from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
 from grpo_engine.tasks.micro import MicroTokenizer
 
@@ -327,6 +328,28 @@ def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
     assert lines[-2:] == ["3 True", "to stderr"]
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         LocalExecutor(threads=0)
+
+
+def test_each_cell_has_a_gpu_of_its_own(tmp_path, executor, monkeypatch):
+    monkeypatch.setattr("grpo_engine.device.resolve", lambda asked: "cuda" if asked == "auto" else asked)
+    monkeypatch.setattr("grpo_engine.device.visible_gpus", lambda: ["5", "GPU-8f6d"])
+    assert executor(devices=["cpu"], threads=num_cores()).slots == 1
+    local = executor(devices=["cpu", "auto"])
+    assert local.slots == 2
+    code = "import os, time; print(os.environ.get('CUDA_VISIBLE_DEVICES')); time.sleep({})"
+    cell = plan(STUDY).cells[0]
+
+    def start(name, seconds):
+        return local.start(replace(job(tmp_path, code.format(seconds), name), cell=cell))
+
+    waiting = start("first", 30)
+    for name in ("second", "third"):  # the second GPU falls free
+        assert exit_code(local, start(name, 0)) == 0
+    assert exit_code(local, local.start(job(tmp_path, code.format(0), "model"))) == 0  # pretraining is the CPU's
+    wait_for(lambda: printed(tmp_path / "first.txt"))
+    local.stop([waiting])
+    seen = [printed(tmp_path / f"{name}.txt")[-1] for name in ("first", "second", "third", "model")]
+    assert seen == ["5", "GPU-8f6d", "GPU-8f6d", str(os.environ.get("CUDA_VISIBLE_DEVICES"))]
 
 
 def test_one_job_that_raises_and_one_that_is_killed_leave_the_others_alone(tmp_path, executor):
