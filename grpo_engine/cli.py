@@ -110,7 +110,7 @@ def study_plan(
 def study_run(
     preset: Annotated[str, typer.Argument(help="Preset (smoke, micro, paper) or YAML file.")],
     out: Out,
-    jobs: Annotated[int | None, typer.Option(help="Processes side by side; none: one a CPU core.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes side by side; none: one a GPU, or one a CPU core.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their cost, and run nothing.")] = False,
     overrides: Overrides = None,

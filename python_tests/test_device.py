@@ -8,6 +8,7 @@ from conftest import DEVICES
 
 from grpo_engine import device
 from grpo_engine.batch import pack
+from grpo_engine.ledger import Ledger
 from grpo_engine.types import TrainBatch
 
 
@@ -61,3 +62,17 @@ def test_a_batch_moves_whole(place):
     for name in TrainBatch.__slots__:
         if isinstance(value := getattr(batch, name), torch.Tensor):
             assert getattr(moved, name).device.type == place and torch.equal(getattr(moved, name).cpu(), value)
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_the_ledger_times_what_the_device_does(place):
+    ledger = Ledger(device=place)
+    x = torch.randn(500, 500, device=place)
+    with ledger.timed("forward", tokens=3, flops=5.0):
+        for _ in range(20):
+            x = (x @ x).tanh()
+    with ledger.timed("optimizer"):
+        pass
+    cost = ledger.close_step()
+    assert cost["forward"].tokens == 3 and cost["forward"].seconds > cost["optimizer"].seconds >= 0
+    assert ledger.flops_without_evaluation == 5.0 and ledger.close_step() == {}

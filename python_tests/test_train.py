@@ -189,17 +189,22 @@ def test_a_run_stays_on_the_device_where_it_was_begun(folder, tmp_path, monkeypa
         run["run_id"] = records.run_id(run["config"])
         path.write_text(json.dumps(run))
 
+    def machine(*, gpus):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(device, "has_cuda_kernels", lambda: gpus > 0)
+
+    machine(gpus=0)
     config = run_config(folder, steps=1, evaluation={"count": 0})
     out = train(config, tmp_path / "r")
     assert config.device == "auto"
-    monkeypatch.setattr(device, "resolve", lambda asked: "cuda" if asked == "auto" else asked)  # the machine gets a GPU
+    machine(gpus=1)
     assert train(config, out) == out  # a finished run is found all the same
     with pytest.raises(ValueError, match=r"holds another run .*device \('cpu' there, 'cuda' here\)"):
         train(config.model_copy(update={"device": "cuda"}), out)
     (out / records.SUMMARY_FILE).unlink()
     assert Run(config, out, quiet=True).config.device == "cpu"
 
-    monkeypatch.undo()
+    machine(gpus=0)
     changed(out, device="cuda")  # and the other way round: begun on a GPU that this machine lacks
     with pytest.raises(ValueError, match="was begun on cuda, and another device would change its bits: .*no CUDA kernels"):
         train(config, out)
