@@ -73,10 +73,11 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
     Raises:
         ValueError: no evaluation set, or bad input.
     """
+    config = config.model_copy(update={"device": device.resolve(config.device)})
     task = load_task(config.task, seed=config.seed, needed=1)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
-    tokenizer, model = _tokenizer_and_model(config.model_copy(update={"device": device.resolve(config.device)}))
+    tokenizer, model = _tokenizer_and_model(config)
     with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
         return evaluate(model, list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
 
@@ -128,8 +129,10 @@ class Run:
         if begun is None:
             return device.resolve(asked)
         before = begun["config"].get("device", "cpu")
-        if asked not in ("auto", before) or self.finished:
-            return before if asked == "auto" else asked
+        if asked not in ("auto", before):
+            return asked
+        if self.finished:
+            return before
         try:
             return device.resolve(before)
         except ValueError as e:
