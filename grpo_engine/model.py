@@ -240,9 +240,13 @@ class Model(nn.Module):
             keep[cu_seqlens[1:].long() - 1] = False
             rows = keep.nonzero().squeeze(1)
             target = tokens_T[rows + 1]
-        # not index_select, whose gradient on CUDA is a sum by atomics, in any order: answers share their prompt's last row
-        hidden_RD = nn.functional.embedding(rows, hidden_TD)
+        hidden_RD = _select_rows(hidden_TD, rows)
         return ops.token_logprob(hidden_RD, self.head_weight, target, temperature=temperature)
+
+
+def _select_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
+    # answers share their prompt's last row: its gradient is a sum, which index_select on CUDA makes by atomics, in any order
+    return nn.functional.embedding(rows, x_TD) if x_TD.is_cuda else x_TD.index_select(0, rows)
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:
