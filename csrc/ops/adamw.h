@@ -9,10 +9,10 @@
 // finite nothing is written. On CUDA a block's squares are added by one tree and the blocks by another; the norm stays on
 // the device, where the step reads it. Loshchilov and Hutter 2019, arXiv:1711.05101.
 //
-// A bfloat16 weight rounds a step of a small learning rate away. So it may come with `low`, the 16 bits that make a float32 of
-// it (adamw.cuh), the master weight: the step is then that of the float32 weight, bit for bit, with float32 m and v and a gradient of
-// either type, and it writes both halves. Together they take the four bytes of a float32, where a master beside its
-// bfloat16 takes six. Mixed precision: Micikevicius et al. 2018, arXiv:1710.03740.
+// A bfloat16 weight rounds a step of a small learning rate away. So it may come with `low`, the 16 bits that make a
+// float32 of it (adamw.cuh), the master weight: the step is then that of the float32 weight, bit for bit, with float32 m and
+// v and a gradient of either type, and it writes both halves. Together they take the four bytes of a float32, where a
+// master beside its bfloat16 takes six. Mixed precision: Micikevicius et al. 2018, arXiv:1710.03740.
 //
 //   param, grad, m, v: contiguous, of one size and dtype per parameter; with low: bfloat16, either, float32, float32
 #pragma once

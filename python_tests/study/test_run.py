@@ -29,6 +29,7 @@ STUDY = StudyConfig(
     axes=(AxesConfig(kinds=("base", "instruct"), seeds=(0, 1)),),
 )
 NAMES = [c.name for c in plan(STUDY).cells]
+IDS = [c.id for c in plan(STUDY).cells]
 
 
 def finish(cell, folder):
@@ -214,6 +215,14 @@ def test_a_folder_without_a_study_is_an_error(tmp_path):
         run_study(tmp_path, study=STUDY, jobs=0)
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_engine.device.has_cuda_kernels", lambda: False)
+    on_gpus = STUDY.model_copy(update={"run": STUDY.run | {"device": "cuda"}})
+    with pytest.raises(ValueError, match="device=cuda: this build has no CUDA kernels"):
+        run_study(tmp_path / "gpu", study=on_gpus)
+    assert not list((tmp_path / "gpu").glob("cells/*"))
+
+
 def test_a_model_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
     sizes = {"tiny": SizeConfig(base=str(tmp_path / "nowhere"), params_nominal=1e6)}
     study = StudyConfig(name="demo", sizes=sizes, axes=(AxesConfig(),))
@@ -333,6 +342,7 @@ def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
 def test_each_cell_has_a_gpu_of_its_own(tmp_path, executor, monkeypatch):
     monkeypatch.setattr("grpo_engine.device.resolve", lambda asked: "cuda" if asked == "auto" else asked)
     monkeypatch.setattr("grpo_engine.device.visible_gpus", lambda: ["5", "GPU-8f6d"])
+    assert [c.id for c in plan(STUDY).cells] == IDS  # not the planning machine's business
     assert executor(devices=["cpu"], threads=num_cores()).slots == 1
     local = executor(devices=["cpu", "auto"])
     assert local.slots == 2
