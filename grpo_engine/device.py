@@ -45,6 +45,20 @@ def resolve(asked: str) -> Literal["cpu", "cuda"]:
     return "cuda"
 
 
+def require_capability() -> None:
+    """Refuses a GPU that the CUDA kernels are not compiled for. It starts CUDA, so only a process that computes asks.
+
+    Raises:
+        ValueError: a compute capability under 8.0.
+    """
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise ValueError(
+            f"device=cuda: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and the "
+            "CUDA kernels need 8.0 (A100) or later; set device=cpu"
+        )
+
+
 def has_cuda_kernels() -> bool:
     """Whether the extension was built with them."""
     from grpo_engine import ops  # noqa: F401  registers what there is

@@ -84,6 +84,8 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
 
 def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
     """Of a configuration whose device is resolved."""
+    if config.device == "cuda":
+        device.require_capability()
     m = config.model
     folder = Path(m.path) if m.path else pretrain.ensure_model(m.size, m.kind)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)

@@ -40,6 +40,15 @@ def test_cuda_is_refused_with_what_to_do(machine):
     assert device.resolve("cuda") == "cuda"
 
 
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match="Tesla T4 has compute capability 7.5, and the CUDA kernels need 8.0"):
+        device.require_capability()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    device.require_capability()
+
+
 def test_gpus_are_named_as_the_environment_names_them(machine, monkeypatch):
     machine(gpus=2, kernels=True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
