@@ -112,9 +112,9 @@ def grpo_step(
                 result.loss.backward()
             results.append((result.loss.detach(), result.stats))
             scored.append((logprob.detach(), micro))
-        # only here does the host wait for the device
-        if index == 0:
-            mismatch = _assert_on_policy(scored)
+        # only from here on does the host wait for the device
+        if index == 0 and not _same_bits(scored):
+            mismatch = max(_assert_on_policy(logprob, micro) for logprob, micro in scored)
         with ledger.timed("optimizer"):
             lr = learning_rate(config, step)
             norms.append(update(optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
@@ -191,12 +191,15 @@ def _with_reference(micro: TrainBatch, reference: Model, config: RunConfig) -> T
     return dataclasses.replace(micro, ref_logprob=logprobs(reference, micro, config))
 
 
-def _assert_on_policy(scored: Sequence[tuple[Tensor, TrainBatch]]) -> float:
+def _same_bits(scored: Sequence[tuple[Tensor, TrainBatch]]) -> bool:
+    trained, sampled = zip(*((logprob, micro.old_logprob) for logprob, micro in scored), strict=True)
+    return torch.equal(torch.cat(trained), torch.cat(sampled))  # one comparison, hence one wait, for all micro-batches
+
+
+def _assert_on_policy(logprob: Tensor, micro: TrainBatch) -> float:
     """The weights have not moved since the rollout, so both sides must have computed the same bits."""
-    recomputed, sampled = zip(*((logprob, micro.old_logprob) for logprob, micro in scored), strict=True)
-    if torch.equal(torch.cat(recomputed), torch.cat(sampled)):
+    if torch.equal(logprob, micro.old_logprob):
         return 0.0
-    logprob, micro = next((a, m) for a, m in scored if not torch.equal(a, m.old_logprob))
     difference = (logprob - micro.old_logprob).abs()
     row = int(difference.nan_to_num(nan=float("inf")).argmax())
     sequence = int(torch.searchsorted(micro.cu_answers, row, right=True)) - 1
