@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -23,6 +24,7 @@ def case(N, R, kind, *, compiled, metrics=False):
     old, ref = (logprob.detach() + torch.randn(total) * s for s in (0.1, 0.3))
     advantage = torch.randn(N)
     each = torch.repeat_interleave(advantage, torch.tensor(lengths))
+    one = torch.ones(())
 
     def padded(x):
         return peers.padded(x.detach().split(lengths), 0)
@@ -41,7 +43,7 @@ def case(N, R, kind, *, compiled, metrics=False):
         return loss
 
     def theirs(function, leaf, *others):
-        return peers.with_gradients(lambda x: function(x, *others), [leaf], [torch.ones(())])
+        return peers.with_gradients(lambda x: function(x, *others), [leaf], [one])
 
     others = [old_NR, ref_NR, advantage, mask]
     formula = peers.trl_loss_and_metrics if metrics else peers.trl_loss
@@ -77,7 +79,7 @@ def case(N, R, kind, *, compiled, metrics=False):
 
     return Case(
         name=f"{N} sequences of {R}, {kind} lengths (longest {max(lengths)})" + (", with metrics" if metrics else ""),
-        ours=lambda: peers.with_gradients(ours, [logprob], [torch.ones(())]),
+        ours=lambda: peers.with_gradients(ours, [logprob], [one]),
         peers=rivals,
         tolerance=TOLERANCE,
         check=check,
@@ -95,5 +97,14 @@ def cases(quick):
     yield case(64, 512, "equal", compiled=False, metrics=True)
 
 
+def cuda(quick):
+    yield partial(case, 64, 512, "equal", compiled=not quick)
+    yield partial(case, 64, 512, "equal", compiled=False, metrics=True)
+    yield partial(case, 1024, 1024, "log-normal", compiled=True)
+    if not quick:
+        yield partial(case, 1024, 1024, "log-normal", compiled=False, metrics=True)
+
+
 if __name__ == "__main__":
-    main("policy_loss", cases, note="With metrics: those that TRL logs beside the loss; ours has its ten at all times.")
+    note = "With metrics: those that TRL logs beside the loss; ours has its ten at all times."
+    main("policy_loss", cases, cuda=cuda, note=note)
