@@ -22,7 +22,7 @@ class Ours:
     def __init__(self, params, grads):
         self.params, self.grads = [p.clone() for p in params], grads
         self.means, self.squares = ([torch.zeros_like(p) for p in params] for _ in range(2))
-        self.steps = [torch.zeros(()) for _ in params]
+        self.steps = [torch.zeros((), device=p.device) for p in params]
 
     def step(self):
         norm = ops.adamw(

@@ -63,7 +63,8 @@ def grpo(name, N, R, D, V, dtype, *, compiled):
     each = advantage.repeat_interleave(R)
     with torch.no_grad():
         now = ops.token_logprob(hidden, weight, target)[0]
-    old, ref = (now + torch.randn(T) * s for s in (0.1, 0.3))
+    # no ratio comes near a clip, where rounding would decide whether a token has a gradient
+    old, ref = (now + torch.randn(T) * s for s in (0.02, 0.3))
     mask, one = torch.ones(N, R), torch.ones(())
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
 
