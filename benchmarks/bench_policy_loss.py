@@ -47,9 +47,9 @@ def case(N, R, kind, *, compiled, metrics=False):
 
     others = [old_NR, ref_NR, advantage, mask]
     formula = peers.trl_loss_and_metrics if metrics else peers.trl_loss
-    fast = torch.compile(formula, dynamic=False)
     rivals = {"TRL's formula, eager": lambda: theirs(formula, wide, *others)}
     if compiled:
+        fast = torch.compile(formula, dynamic=False)
         rivals["the same, torch.compile"] = lambda: theirs(fast, wide, *others)
 
     truth = peers.with_gradients(

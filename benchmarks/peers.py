@@ -355,6 +355,8 @@ def flashinfer_cascade(query: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[
     indices = [torch.arange(groups * shared), groups * shared + torch.arange(B * single)]
     last = [torch.full((n,), page) for n in (groups, B)]
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, torch.zeros(128 << 20, dtype=torch.uint8), "NHD")
+    for level in wrapper._batch_prefill_wrappers:  # else Hopper's, which compiles for minutes when it is first called
+        level._backend = "fa2"
     wrapper.plan(*([x.int() for x in level] for level in (rows, indptr, indices, last)), query.shape[1], K, E, page,
                  q_data_type=query.dtype, kv_data_type=query.dtype, sm_scale=E**-0.5)  # fmt: skip
     return lambda: wrapper.run(query, pages)
