@@ -21,7 +21,8 @@ def case(N, R, kind, *, compiled, metrics=False):
     lengths = (equal_lengths if kind == "equal" else log_normal_lengths)(N, R)
     total, cu = sum(lengths), cumulative(lengths)
     logprob = (-torch.rand(total) * 3).requires_grad_()
-    old, ref = (logprob.detach() + torch.randn(total) * s for s in (0.1, 0.3))
+    # in steps of 1/64: no ratio comes so near a clip that rounding decides whether a token has a gradient
+    old, ref = (logprob.detach() + (torch.randn(total) * s * 64).round() / 64 for s in (0.1, 0.3))
     advantage = torch.randn(N)
     each = torch.repeat_interleave(advantage, torch.tensor(lengths))
     one = torch.ones(())
@@ -100,9 +101,9 @@ def cases(quick):
 def cuda(quick):
     yield partial(case, 64, 512, "equal", compiled=not quick)
     yield partial(case, 64, 512, "equal", compiled=False, metrics=True)
-    yield partial(case, 1024, 1024, "log-normal", compiled=True)
+    yield partial(case, 256, 1024, "log-normal", compiled=True)
     if not quick:
-        yield partial(case, 1024, 1024, "log-normal", compiled=False, metrics=True)
+        yield partial(case, 256, 1024, "log-normal", compiled=False, metrics=True)
 
 
 if __name__ == "__main__":

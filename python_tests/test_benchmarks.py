@@ -14,6 +14,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "scripts")]  # neither is part of the wheel
@@ -192,7 +193,7 @@ class NamedDevices(torch.overrides.TorchFunctionMode):
     """Refuses a tensor that is made without a device: beside a GPU it would lie on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in torch.utils._device._device_constructors():
+        if func in _device_constructors():
             assert (kwargs or {}).get("device") is not None, func
         return func(*args, **(kwargs or {}))
 
@@ -360,6 +361,8 @@ def test_a_failed_stage_does_not_stop_the_next_and_the_summary_says_what_ran(tmp
     rows = (tmp_path / "gpu.md").read_text()
     assert "| linear | [NVIDIA H200](h200/results.md) | 1 passed, 0 failed" in rows
     assert "| rope | not yet run on a GPU" in rows
+    assert gpu_check.main(["--out", str(tmp_path), "--within", "5", "build"]) == 0
+    assert "build: skipped (no time is left)" in capsys.readouterr().out
     assert gpu_check.main(["--out", str(tmp_path), "tests"]) == 0  # and earlier stages stay in the summary
     assert set(json.loads((tmp_path / "h200" / "summary.json").read_text())["stages"]) == set(stages)
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
-import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -38,20 +38,21 @@ SITE, TESTS, REPORT = WORK / "site", WORK / "cuda_tests.json", WORK / "tests.xml
 SCHEMA = 1
 SANITIZED_TESTS = 4  # of each op
 COLLECT_S = 180
+LEAST_S, CLOSE_S = 1.0, 10.0  # a stage is not begun with less; left for the summary
 QUICK_TEST_S = 1.0  # the sanitizers run tens of times slower
 SANITIZER_FOUND = 99  # its exit code
-# import name: what is left out without it
+# import name: what goes without it
 OPTIONAL = {
-    "pydantic": "tests of model, rollout and training; rollout and step in the benchmarks",
-    "pebble": "training, and step in the benchmarks",
-    "math_verify": "scoring of mathematical answers",
-    "transformers": "a peer, and tests against it",
-    "rich": "benchmarks",
-    "xdist": "tests in parallel",
-    "pytest_timeout": "limits of single tests",
-    "flashinfer": "a peer",
-    "liger_kernel": "a peer",
-    "flash_attn": "a peer",
+    "pydantic": "no tests of model, rollout and training, no rollout and step in the benchmarks",
+    "pebble": "no training, and no step in the benchmarks",
+    "math_verify": "no scoring of mathematical answers",
+    "transformers": "no tests against it, and a peer less",
+    "rich": "no benchmarks",
+    "xdist": "tests one at a time",
+    "pytest_timeout": "no limits of single tests",
+    "flashinfer": "a peer less",
+    "liger_kernel": "a peer less",
+    "flash_attn": "a peer less",
 }
 DEVICE = """
 import json, subprocess, torch
@@ -151,7 +152,7 @@ def peers(context: Context) -> Iterable[Sequence[Command]]:
 def tests(context: Context) -> Iterable[Sequence[Command]]:
     REPORT.unlink(missing_ok=True)
     collected = ["the files whose imports are there"] if context.dry else _collect(context)["files"]
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    parallel = [] if "xdist" in missing_packages() else ["-n", "8"]
     yield [
         Command(
             argv=[context.python, "-m", "pytest", "-k", "cuda", "-o", "timeout=120", f"--junitxml={REPORT}", *parallel,
@@ -341,26 +342,30 @@ def run_step(commands: Sequence[Command], log: Path, deadline: float) -> list[in
     return codes
 
 
-def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
+def run_stage(stage: Stage, context: Context, left_s: float = math.inf) -> dict[str, Any]:
     """Runs a stage and says what came out.
 
     Args:
         stage: one of STAGES.
         context: where and how.
+        left_s: of all the time there is; a stage's own limit is cut to it.
 
     Returns:
         {"state": "passed", "failed", "timed out" or "skipped", "why", "seconds", "limit_s", "log", "date", ...}, and
         what `stage.result` reads from its log.
     """
     log, start = context.folder / f"{stage.name}.log", time.monotonic()
+    limit_s = min(stage.limit_s, left_s)
     log.unlink(missing_ok=True)
     log.touch()
     state, why = "passed", None
     try:
+        if limit_s < LEAST_S:
+            raise Skipped("no time is left")
         for commands in stage.steps(context):
-            codes = run_step(commands, log, start + stage.limit_s)
+            codes = run_step(commands, log, start + limit_s)
             if None in codes:
-                state, why = "timed out", f"more than {stage.limit_s} s"
+                state, why = "timed out", f"more than {limit_s:.0f} s"
                 break
             if any(codes):
                 state, why = "failed", f"exit code {next(code for code in codes if code)}"
@@ -373,7 +378,7 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
         "state": state,
         "why": why,
         "seconds": round(time.monotonic() - start, 1),
-        "limit_s": stage.limit_s,
+        "limit_s": round(limit_s),
         "log": log.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -455,6 +460,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="folder of wheels, installed without a network beside the sources")
     parser.add_argument("--full", action="store_true", help="all cases and samples of the benchmarks; use with --only")
     parser.add_argument("--only", default="", help="benchmarks, with commas between; for bench or models")
+    parser.add_argument("--within", type=float, default=math.inf, metavar="SECONDS", help="end by then, whatever is left")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of each stage, and run nothing")
     parser.add_argument("--table", action="store_true", help="only write gpu.md from the summaries in --out")
     args = parser.parse_args(argv)
@@ -497,7 +503,7 @@ def install(wheels: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    args, start = parse(argv), time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else what a stage started would go on
     if args.table:
         (args.out / "gpu.md").write_text(status(args.out))
@@ -529,7 +535,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = missing_packages()
     print(f"{about['gpu']}, compute capability {major}.{minor}, torch {about['torch']}, CUDA {about['cuda']}")
     for name in missing:
-        print(f"missing {name}: no {OPTIONAL[name]}")
+        print(f"missing {name}: {OPTIONAL[name]}")
     context = Context(folder=folder, architecture=f"{major}{minor}" + ("a" if major >= 9 else ""), full=args.full,
                       only=args.only)  # fmt: skip
     path = folder / "summary.json"
@@ -538,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                "stages": before["stages"]}  # fmt: skip
     for stage in stages:
         print(f"\n{stage.name}: {stage.says}", flush=True)
-        outcome = run_stage(stage, context)
+        outcome = run_stage(stage, context, args.within - CLOSE_S - (time.monotonic() - start))
         summary["stages"][stage.name] = outcome
         path.write_text(json.dumps(summary, indent=1) + "\n")
         (args.out / "gpu.md").write_text(status(args.out))
