@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
 import torch  # noqa: E402
@@ -23,8 +24,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats;
 class Decode:
     """B sequences with L tokens of context in KV pages of all layers; a step feeds the token at place L."""
 
-    def __init__(self, model, B, L):
+    def __init__(self, model, B, L, how):
         c = model.config
+        self.how = how
         layers, K, E = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
         dtype, each = model.dtype, -(-(L + 1) // PAGE)
         self.model, self.B, self.L = model, B, L
@@ -44,7 +46,7 @@ class Decode:
         rows, n = self.rows, x_TD.shape[0]
         return ops.decoder_layer_paged(
             x_TD, layer.weights, positions_T, self.key[index], self.value[index], self.slots[rows], self.table[rows],
-            self.cu_query[: n + 1], self.kv_len[rows], theta=layer.theta, eps=layer.eps,
+            self.cu_query[: n + 1], self.kv_len[rows], theta=layer.theta, eps=layer.eps, **self.how,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -114,14 +116,15 @@ def graphed(run):
     return replay
 
 
-def case(name, model, B, L, *, graph=False, peer=True):
-    mine = Decode(model, B, L)
+def case(name, model, B, L, *, graph=False, peer=True, how=MappingProxyType({})):
+    """`how`: settings of the layers; those that give up batch invariance are not held to it."""
+    mine = Decode(model, B, L, how)
     theirs = peers.optional("transformers", lambda: Transformers(mine)) if peer else None
     eager = mine.step()
 
     def check(who, result):
         if who == OURS:
-            if not same_bits(result, eager):
+            if not how and not same_bits(result, eager):
                 raise WrongAnswer("its bits are not those of the first step")
             return
         token = tensors(result)[0]
@@ -133,13 +136,13 @@ def case(name, model, B, L, *, graph=False, peer=True):
     kv = 2.0 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (L + 1) * B * mine.key.element_size()
     weights = sum(p.nbytes for p in model.parameters()) - (0 if c.tie_word_embeddings else model.embed.weight.nbytes)
     return Case(
-        name=f"{name}, batch {B}, {L} tokens of context" + (", CUDA graph" if graph else ""),
+        name=f"{name}, batch {B}, {L} tokens of context" + graph * ", CUDA graph" + bool(how) * ", not batch-invariant",
         ours=graphed(mine.step) if graph else mine.step,
         peers={"transformers": getattr(theirs, "step", theirs)} if peer else {},
         tolerance=TOLERANCE[model.dtype],
         check=check,
         bits=mine.step,
-        alone=(lambda whole: same_bits(mine.one(), [x[:1] for x in whole])) if B > 1 else None,
+        alone=(lambda whole: same_bits(mine.one(), [x[:1] for x in whole])) if B > 1 and not how else None,
         flops=forward_flops(model, tokens=B, pairs=B * (L + 1), head_rows=B),
         nbytes=weights + kv,
         products=model.dtype,
@@ -147,9 +150,9 @@ def case(name, model, B, L, *, graph=False, peer=True):
     )
 
 
-def qwen(size, B, L, *, graph, peer=False):
-    model = random_model(qwen_config(size), torch.bfloat16).requires_grad_(False)
-    return case(f"{size} bfloat16", model, B, L, graph=graph, peer=peer)
+def qwen(size, B, L, *, graph, peer=False, how=MappingProxyType({})):
+    model = random_model(qwen_config(size), torch.bfloat16, **how).requires_grad_(False)
+    return case(f"{size} bfloat16", model, B, L, graph=graph, peer=peer, how=how)
 
 
 def cases(quick):
@@ -162,6 +165,8 @@ def cuda(quick):
     for size, batches in (("0.5B", (1, 32, 256)), ("1.5B", (32,) if quick else (1, 32, 256))):
         for B in batches:
             yield partial(qwen, size, B, 512, graph=True)
+            if library := peers.library_products(Model):
+                yield partial(qwen, size, B, 512, graph=True, how=library)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.shapes import (  # noqa: E402
     equal_lengths,
     ladder_config,
     log_normal_lengths,
+    optimizer_of,
     qwen_config,
     random_model,
 )
@@ -59,7 +60,7 @@ class Steps:
     def __init__(self, model, problems, lengths, *, group_size=GROUP, kl_coef=KL_COEF, tokens_per_micro_batch=4096):
         self.policy, self.problems, self.lengths = copy.deepcopy(model), problems, lengths
         self.reference = copy.deepcopy(model).requires_grad_(False) if kl_coef else None
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LR, weight_decay=0.0)
+        self.optimizer = optimizer_of(self.policy, LR)
         self.config = RunConfig(
             rollout=RolloutConfig(max_new_tokens=max(lengths)),
             batch=BatchConfig(

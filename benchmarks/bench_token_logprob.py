@@ -16,14 +16,15 @@ from grpo_engine import ops  # noqa: E402
 
 FLOAT32, BFLOAT16 = 2e-5, 2.0**-6  # the peer rounds its logits to bfloat16 before the softmax
 KL_COEF = 0.001
+LIBRARY = peers.library_products(ops.token_logprob)
 
 
 def case(name, T, D, V, dtype, *, gradients, compiled):
     hidden, weight = torch.randn(T, D).to(dtype), (torch.randn(V, D) * (2 / D**0.5)).to(dtype)
     target = torch.randint(V, (T,))
 
-    def ours(hidden, weight):
-        return ops.token_logprob(hidden, weight, target)
+    def ours(hidden, weight, **how):
+        return ops.token_logprob(hidden, weight, target, **how)
 
     def theirs(hidden, weight):
         return peers.head_logprob_entropy(hidden, weight, target)
@@ -35,17 +36,23 @@ def case(name, T, D, V, dtype, *, gradients, compiled):
         return same_bits(ops.token_logprob(hidden[1:2], weight, target[1:2]), [x[1:2] for x in whole[:2]])
 
     if not gradients:
+        rivals = dict(peers.plain(theirs, hidden, weight, compiled=compiled))
+        if hidden.is_cuda and LIBRARY:
+            rivals[peers.LIBRARY] = lambda: ours(hidden, weight, **LIBRARY)
         return Case(
-            name=title, ours=lambda: ours(hidden, weight), peers=peers.plain(theirs, hidden, weight, compiled=compiled),
+            name=title, ours=lambda: ours(hidden, weight), peers=rivals,
             expected=lambda: theirs(hidden.double(), weight.double()), tolerance=tolerance, alone=alone,
             flops=2.0 * T * D * V, nbytes=float(weight.nbytes), products=dtype,
         )  # fmt: skip
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     upstream = [torch.randn(T), torch.randn(T) * 0.1]
+    rivals = dict(peers.plain_with_gradients(theirs, leaves, upstream, compiled=compiled))
+    if hidden.is_cuda and LIBRARY:
+        rivals[peers.LIBRARY] = lambda: peers.with_gradients(partial(ours, **LIBRARY), leaves, upstream)
     return Case(
         name=f"{title}, with gradients",
         ours=lambda: peers.with_gradients(ours, leaves, upstream),
-        peers=peers.plain_with_gradients(theirs, leaves, upstream, compiled=compiled),
+        peers=rivals,
         expected=lambda: peers.with_gradients(theirs, peers.doubled(leaves), [u.double() for u in upstream]),
         tolerance=tolerance,
         alone=alone,
@@ -68,8 +75,8 @@ def grpo(name, N, R, D, V, dtype, *, compiled):
     mask, one = torch.ones(N, R), torch.ones(())
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
 
-    def ours(hidden, weight):
-        logprob, _ = ops.token_logprob(hidden, weight, target)
+    def ours(hidden, weight, **how):
+        logprob, _ = ops.token_logprob(hidden, weight, target, **how)
         return ops.policy_loss(
             logprob, advantage=each, cu_seqlens=cu, old_logprob=old, ref_logprob=ref, kl_coef=KL_COEF
         ).loss  # fmt: skip
@@ -88,13 +95,14 @@ def grpo(name, N, R, D, V, dtype, *, compiled):
 
         return lambda: peers.with_gradients(of, leaves, [one])
 
+    rivals = dict(peers.plain_with_gradients(theirs, leaves, [one], compiled=compiled))
+    rivals["Liger fused linear GRPO"] = peers.optional("liger_kernel", liger)
+    if hidden.is_cuda and LIBRARY:
+        rivals[peers.LIBRARY] = lambda: peers.with_gradients(partial(ours, **LIBRARY), leaves, [one])
     return Case(
         name=f"{name} GRPO loss from hidden [{N} x {R}, {D}], V={V} {str(dtype)[6:]}, with gradients",
         ours=lambda: peers.with_gradients(ours, leaves, [one]),
-        peers={
-            **peers.plain_with_gradients(theirs, leaves, [one], compiled=compiled),
-            "Liger fused linear GRPO": peers.optional("liger_kernel", liger),
-        },
+        peers=rivals,
         expected=lambda: peers.with_gradients(theirs, peers.doubled(leaves), [one.double()]),
         tolerance=2 * BFLOAT16 if dtype == torch.bfloat16 else FLOAT32,  # and the ratio's exponential
         flops=6.0 * T * D * V,

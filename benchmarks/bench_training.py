@@ -18,6 +18,7 @@ from benchmarks.shapes import (  # noqa: E402
     equal_lengths,
     ladder_config,
     log_normal_lengths,
+    optimizer_of,
     qwen_config,
     random_model,
     sequence_flops,
@@ -43,7 +44,7 @@ class Training:
         self.cu_seqlens = cumulative([len(s) - 1 for s in sequences])
         self.positions = packed_positions(self.cu_seqlens)
         self.rows = torch.arange(self.tokens.numel(), device=self.tokens.device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+        self.optimizer = optimizer_of(model, LR)
 
     def loss(self):
         logprob, _ = self.model.logprobs(

@@ -27,6 +27,7 @@ from grpo_engine import weights
 from grpo_engine.model import Model
 
 EAGER, COMPILED = "torch eager", "torch.compile"
+LIBRARY = "ours, not batch-invariant"
 
 
 def installed(package: str) -> bool:
@@ -86,6 +87,11 @@ def plain_with_gradients(
         fast = torch.compile(function, dynamic=False)
         runs[COMPILED] = lambda: with_gradients(fast, leaves, upstream)
     return runs
+
+
+def library_products(function: Callable) -> Mapping[str, Any]:
+    """What asks an op or a model for torch's own products on CUDA, without batch invariance; empty where it has no say."""
+    return {"batch_invariant": False} if "batch_invariant" in inspect.signature(function).parameters else {}
 
 
 def doubled(leaves: Sequence[Tensor]) -> list[Tensor]:

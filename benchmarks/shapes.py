@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_engine import optimizer
 from grpo_engine.ledger import causal_pairs, forward_flops
 from grpo_engine.model import Model, ModelConfig
 
@@ -48,18 +49,19 @@ def qwen_config(size: str = "0.5B") -> ModelConfig:
 
 
 @torch.no_grad()
-def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1) -> Model:
+def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1, **how: bool) -> Model:
     """A model on the current default device, drawn there: drawing 7B weights on a CPU takes minutes.
 
     Args:
         config: its sizes.
         dtype: of its weights.
         seed: of the draw.
+        **how: further settings of the model.
 
     Returns:
         The model: matrices of standard deviation 0.02, zero biases, norms of one.
     """
-    model = Model(config, dtype)
+    model = Model(config, dtype, **how)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -67,6 +69,12 @@ def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1) -> M
         else:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
     return model
+
+
+def optimizer_of(model: Model, lr: float) -> torch.optim.AdamW:
+    """What `grpo_engine.optimizer.update` steps."""
+    make = getattr(optimizer, "adamw", torch.optim.AdamW)
+    return make(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def equal_lengths(count: int, length: int) -> list[int]:
