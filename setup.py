@@ -1,6 +1,7 @@
 """Drives CMake (CMakeLists.txt holds the list of native sources) and packs the result in a wheel."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DGRPO_ENGINE_CUDA={'ON' if cuda else 'OFF'}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         # beside the interpreter first: cmake and ninja come from PyPI, and venv/bin need not be on PATH
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
 import torch  # noqa: E402
 
-from benchmarks.shapes import LADDER, ladder_config  # noqa: E402
+from benchmarks.shapes import LADDER, ladder_config, qwen_config, random_model  # noqa: E402
 from benchmarks.table import Case, main  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
@@ -21,14 +22,14 @@ class Ours:
     def __init__(self, params, grads):
         self.params, self.grads = [p.clone() for p in params], grads
         self.means, self.squares = ([torch.zeros_like(p) for p in params] for _ in range(2))
-        self.steps = [torch.zeros(()) for _ in params]
+        self.steps = [torch.zeros((), device=p.device) for p in params]
 
     def step(self):
         norm = ops.adamw(
             self.params, self.grads, self.means, self.squares, self.steps,
             lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, clip_norm=CLIP,
         )  # fmt: skip
-        return [torch.tensor(norm), *self.params]
+        return [torch.tensor(norm, device=self.params[0].device), *self.params]
 
 
 class Theirs:
@@ -47,11 +48,19 @@ class Theirs:
 
 
 def case(size):
-    params = [p.detach() for p in Model(ladder_config(size)).init_weights(1, std=None).parameters()]
+    return of(size, Model(ladder_config(size)).init_weights(1, std=None))
+
+
+def qwen(size):
+    return of(f"{size} float32", random_model(qwen_config(size), torch.float32))
+
+
+def of(name, model):
+    params = [p.detach() for p in model.parameters()]
     grads = [torch.randn_like(p) for p in params]
     doubles = [[x.double() for x in xs] for xs in (params, grads)]
     return Case(
-        name=f"{size}, {len(params)} tensors",
+        name=f"{name}, {len(params)} tensors",
         ours=Ours(params, grads).step,
         peers={
             "torch AdamW, fused": Theirs(params, grads, fused=True).step,
@@ -69,5 +78,10 @@ def cases(quick):
         yield case(size)
 
 
+def cuda(quick):
+    yield partial(qwen, "0.5B")
+
+
 if __name__ == "__main__":
-    main("adamw", cases, note="torch's times hold a copy of the gradients, which its clipping changes in place.")
+    note = "torch's times hold a copy of the gradients, which its clipping changes in place."
+    main("adamw", cases, cuda=cuda, note=note)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
+import dataclasses  # noqa: E402
+
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
@@ -15,6 +18,8 @@ from benchmarks.shapes import (  # noqa: E402
     equal_lengths,
     ladder_config,
     log_normal_lengths,
+    qwen_config,
+    random_model,
     sequence_flops,
 )
 from benchmarks.table import Case, WrongAnswer, main, relative_error, same_bits  # noqa: E402
@@ -22,16 +27,24 @@ from grpo_engine import ops  # noqa: E402
 from grpo_engine.model import Model, packed_positions  # noqa: E402
 
 SEQUENCES, TOKENS = 256, 24
-TOLERANCE = 1e-4  # of the largest element, float32 against float32
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}  # of the largest element, the peer in the same dtype
 
 
 def case(size, kind, *, compiled):
-    config = ladder_config(size)
-    model = Model(config).init_weights(1, std=None)
-    lengths = (equal_lengths if kind == "equal" else log_normal_lengths)(SEQUENCES, TOKENS)
+    return of(size, Model(ladder_config(size)).init_weights(1, std=None), SEQUENCES, TOKENS, kind, compiled=compiled)
+
+
+def qwen(size, N, mean, kind):
+    config = dataclasses.replace(qwen_config(size), num_hidden_layers=1)
+    return of(f"{size} bfloat16", random_model(config, torch.bfloat16), N, mean, kind, compiled=False)
+
+
+def of(size, model, N, mean, kind, *, compiled):
+    config, dtype = model.config, model.dtype
+    lengths = (equal_lengths if kind == "equal" else log_normal_lengths)(N, mean)
     total, cu = sum(lengths), cumulative(lengths)
     position = packed_positions(cu)
-    x, upstream = torch.randn(2, total, config.hidden_size)
+    x, upstream = torch.randn(2, total, config.hidden_size).to(dtype)
     weights = ops.LayerWeights(*(w.detach().clone().requires_grad_() for w in model.layers[0].weights))
 
     def layer(x, cu, position):
@@ -52,7 +65,8 @@ def case(size, kind, *, compiled):
         wide, up = (peers.padded(t.split(lengths), 0) for t in (x, upstream))
         leaf = wide.clone().requires_grad_()
         leaves = [leaf, *block.parameters()]
-        tables = whole.model.rotary_emb(wide, torch.arange(wide.shape[1])[None])  # once for all layers: not timed
+        where = torch.arange(wide.shape[1], device=wide.device)
+        tables = whole.model.rotary_emb(wide, where[None])  # once for all layers: not timed
         forward = torch.compile(block, dynamic=False) if compiled else block
 
         def run():
@@ -67,8 +81,8 @@ def case(size, kind, *, compiled):
     def check(who, result):  # output and the gradient of the input; those of the weights have other shapes
         got = [t[kept] if t.dim() == 3 else t for t in result[:2]]
         error = relative_error(got, seen.setdefault("ours", got))
-        if not error <= TOLERANCE:
-            raise WrongAnswer(f"differs from ours by {error:.3g}, allowed {TOLERANCE:.3g}")
+        if not error <= TOLERANCE[dtype]:
+            raise WrongAnswer(f"differs from ours by {error:.3g}, allowed {TOLERANCE[dtype]:.3g}")
 
     def alone(whole):
         n = lengths[0]
@@ -82,10 +96,11 @@ def case(size, kind, *, compiled):
         name=f"{size}, {kind} lengths (longest {max(lengths)}, {total} tokens)",
         ours=ours,
         peers=rivals,
-        tolerance=TOLERANCE,
+        tolerance=TOLERANCE[dtype],
         check=check,
         alone=alone,
         flops=3.0 * sequence_flops(model, lengths, head_rows=0) / config.num_hidden_layers,
+        products=dtype,
     )
 
 
@@ -95,5 +110,13 @@ def cases(quick):
         yield case(size, "log-normal", compiled=False)
 
 
+def cuda(quick):
+    for size in ("0.5B", "7B"):
+        yield partial(qwen, size, 8, 1024, "equal")
+    if not quick:
+        yield partial(qwen, "0.5B", 32, 256, "log-normal")
+
+
 if __name__ == "__main__":
-    main("decoder_layer", cases, note="Forward and backward, float32. The layer over pages is measured in rollout.")
+    note = "Forward and backward. The layer over pages is measured in decode_step and rollout."
+    main("decoder_layer", cases, cuda=cuda, note=note)

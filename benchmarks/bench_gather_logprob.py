@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -14,23 +15,24 @@ from benchmarks.table import Case, main, same_bits  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 
 TOLERANCE = 1e-5  # float32 against float64
+BFLOAT16 = 2.0**-7  # of a gradient, rounded to bfloat16
 
 
-def forward(T, V, *, compiled):
-    logits, target = torch.randn(T, V) * 2, torch.randint(V, (T,))
+def forward(T, V, dtype=torch.float32, *, compiled):
+    logits, target = (torch.randn(T, V) * 2).to(dtype), torch.randint(V, (T,))
     return Case(
-        name=f"[{T}, {V}] float32",
+        name=f"[{T}, {V}] {str(dtype)[6:]}",
         ours=lambda: ops.gather_logprob(logits, target),
         peers=peers.plain(peers.logprob_entropy, logits, target, compiled=compiled),
         expected=lambda: peers.logprob_entropy(logits.double(), target),
         tolerance=TOLERANCE,
         alone=lambda whole: same_bits(ops.gather_logprob(logits[1:2], target[1:2]), [x[1:2] for x in whole]),
-        nbytes=4.0 * T * V,
+        nbytes=float(logits.nbytes),
     )
 
 
-def training(T, V, *, compiled):
-    leaves, target = [(torch.randn(T, V) * 2).requires_grad_()], torch.randint(V, (T,))
+def training(T, V, dtype=torch.float32, *, compiled):
+    leaves, target = [(torch.randn(T, V) * 2).to(dtype).requires_grad_()], torch.randint(V, (T,))
     upstream = [torch.randn(T), torch.randn(T)]
 
     def ours(logits):
@@ -45,13 +47,13 @@ def training(T, V, *, compiled):
         return peers.with_gradients(lambda x: ops.gather_logprob(x, one), [leaf], [u[1:2] for u in upstream])
 
     return Case(
-        name=f"[{T}, {V}] float32, with gradients",
+        name=f"[{T}, {V}] {str(dtype)[6:]}, with gradients",
         ours=lambda: peers.with_gradients(ours, leaves, upstream),
         peers=peers.plain_with_gradients(theirs, leaves, upstream, compiled=compiled),
         expected=lambda: peers.with_gradients(theirs, peers.doubled(leaves), [u.double() for u in upstream]),
-        tolerance=TOLERANCE,
+        tolerance=TOLERANCE if dtype == torch.float32 else BFLOAT16,
         alone=lambda whole: same_bits(part(), [x[1:2] for x in whole]),
-        nbytes=3 * 4.0 * T * V,
+        nbytes=3.0 * leaves[0].nbytes,
     )
 
 
@@ -63,5 +65,12 @@ def cases(quick):
         yield training(64, QWEN_VOCABULARY, compiled=True)
 
 
+def cuda(quick):
+    yield partial(forward, 8192, QWEN_VOCABULARY, torch.bfloat16, compiled=True)
+    yield partial(training, 4096, QWEN_VOCABULARY, torch.bfloat16, compiled=not quick)
+    if not quick:
+        yield partial(forward, 1024, QWEN_VOCABULARY, torch.float32, compiled=False)
+
+
 if __name__ == "__main__":
-    main("gather_logprob", cases)
+    main("gather_logprob", cases, cuda=cuda, note="Target on an H200: 8192 rows in 0.75 ms.")

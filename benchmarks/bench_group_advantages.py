@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -33,5 +34,10 @@ def cases(quick):
     yield case(4096, 16, compiled=not quick)
 
 
+def cuda(quick):
+    yield partial(case, 4096, 16, compiled=True)
+    yield partial(case, 64, 16, compiled=False)
+
+
 if __name__ == "__main__":
-    main("group_advantages", cases)
+    main("group_advantages", cases, cuda=cuda)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -47,7 +48,7 @@ def case(name, T, K, E, dtype, num_pages):
 
     def alone(whole):
         for t in range(0, T, 3), range(1, T, 3), range(2, T, 3):  # in parts, in another order
-            rows = torch.tensor(list(t))
+            rows = torch.tensor(list(t), device=slot.device)
             ops.kv_write(key[rows], value[rows], *pages["part"], slot[rows])
         return same_bits(pages["part"], whole)
 
@@ -70,5 +71,11 @@ def cases(quick):
         yield case("0.5B", T, 2, 64, torch.bfloat16, 1088)
 
 
+def cuda(quick):
+    for T in (256, 8192):
+        yield partial(case, "0.5B", T, 2, 64, torch.bfloat16, 16384)
+        yield partial(case, "7B", T, 4, 128, torch.bfloat16, 16384)
+
+
 if __name__ == "__main__":
-    main("kv_write", cases)
+    main("kv_write", cases, cuda=cuda)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -20,9 +21,11 @@ def case(N, R, kind, *, compiled, metrics=False):
     lengths = (equal_lengths if kind == "equal" else log_normal_lengths)(N, R)
     total, cu = sum(lengths), cumulative(lengths)
     logprob = (-torch.rand(total) * 3).requires_grad_()
-    old, ref = (logprob.detach() + torch.randn(total) * s for s in (0.1, 0.3))
+    # in steps of 1/64: no ratio comes so near a clip that rounding decides whether a token has a gradient
+    old, ref = (logprob.detach() + (torch.randn(total) * s * 64).round() / 64 for s in (0.1, 0.3))
     advantage = torch.randn(N)
     each = torch.repeat_interleave(advantage, torch.tensor(lengths))
+    one = torch.ones(())
 
     def padded(x):
         return peers.padded(x.detach().split(lengths), 0)
@@ -41,13 +44,13 @@ def case(N, R, kind, *, compiled, metrics=False):
         return loss
 
     def theirs(function, leaf, *others):
-        return peers.with_gradients(lambda x: function(x, *others), [leaf], [torch.ones(())])
+        return peers.with_gradients(lambda x: function(x, *others), [leaf], [one])
 
     others = [old_NR, ref_NR, advantage, mask]
     formula = peers.trl_loss_and_metrics if metrics else peers.trl_loss
-    fast = torch.compile(formula, dynamic=False)
     rivals = {"TRL's formula, eager": lambda: theirs(formula, wide, *others)}
     if compiled:
+        fast = torch.compile(formula, dynamic=False)
         rivals["the same, torch.compile"] = lambda: theirs(fast, wide, *others)
 
     truth = peers.with_gradients(
@@ -77,7 +80,7 @@ def case(N, R, kind, *, compiled, metrics=False):
 
     return Case(
         name=f"{N} sequences of {R}, {kind} lengths (longest {max(lengths)})" + (", with metrics" if metrics else ""),
-        ours=lambda: peers.with_gradients(ours, [logprob], [torch.ones(())]),
+        ours=lambda: peers.with_gradients(ours, [logprob], [one]),
         peers=rivals,
         tolerance=TOLERANCE,
         check=check,
@@ -95,5 +98,14 @@ def cases(quick):
     yield case(64, 512, "equal", compiled=False, metrics=True)
 
 
+def cuda(quick):
+    yield partial(case, 64, 512, "equal", compiled=not quick)
+    yield partial(case, 64, 512, "equal", compiled=False, metrics=True)
+    yield partial(case, 256, 1024, "log-normal", compiled=True)
+    if not quick:
+        yield partial(case, 256, 1024, "log-normal", compiled=False, metrics=True)
+
+
 if __name__ == "__main__":
-    main("policy_loss", cases, note="With metrics: those that TRL logs beside the loss; ours has its ten at all times.")
+    note = "With metrics: those that TRL logs beside the loss; ours has its ten at all times."
+    main("policy_loss", cases, cuda=cuda, note=note)

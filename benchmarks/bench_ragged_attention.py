@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
-from benchmarks.shapes import LADDER, cumulative, equal_lengths, log_normal_lengths  # noqa: E402
+from benchmarks.shapes import LADDER, QWEN, cumulative, equal_lengths, log_normal_lengths  # noqa: E402
 from benchmarks.table import Case, WrongAnswer, main, relative_error, same_bits, tensors  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 from grpo_engine.ledger import causal_pairs  # noqa: E402
@@ -35,6 +36,9 @@ def case(name, N, mean, H, K, E, dtype, kind, *, gradients, compiled):
 
     mine = [x.clone().requires_grad_(gradients) for x in packed]
     theirs, wide = [dense(x).requires_grad_(gradients) for x in packed], dense(upstream)
+
+    def packed_peer(make):
+        return lambda: (lambda attention: lambda: run(attention, mine, upstream))(make(cu, max(lengths)))
 
     def run(function, leaves, up):
         return peers.with_gradients(function, leaves, [up]) if gradients else [function(*leaves)]
@@ -64,6 +68,9 @@ def case(name, N, mean, H, K, E, dtype, kind, *, gradients, compiled):
     if compiled:
         fast = torch.compile(peers.causal_attention, dynamic=False)
         rivals["the same, torch.compile"] = lambda: run(fast, theirs, wide)
+    if upstream.is_cuda and dtype != torch.float32:
+        rivals["torch varlen_attn"] = peers.optional("torch.nn.attention.varlen", packed_peer(peers.torch_varlen))
+        rivals["flash-attn varlen"] = peers.optional("flash_attn", packed_peer(peers.flash_attn_varlen))
     pairs = sum(causal_pairs(n) for n in lengths)
     times = 3 if gradients else 1
     return Case(
@@ -76,6 +83,7 @@ def case(name, N, mean, H, K, E, dtype, kind, *, gradients, compiled):
         alone=alone,
         flops=4.0 * H * E * pairs * times,
         nbytes=times * 2.0 * (H + K) * E * sum(lengths) * upstream.element_size(),
+        products=dtype,
     )
 
 
@@ -96,5 +104,16 @@ def cases(quick):
         yield case("0.5B,", 256, 24, 14, 2, 64, f32, "log-normal", gradients=True, compiled=False)
 
 
+def cuda(quick):
+    bf16 = torch.bfloat16
+    for size in ("0.5B", "7B") if quick else QWEN:
+        heads = QWEN[size][3:6]
+        yield partial(case, f"{size},", 8, 1024, *heads, bf16, "equal", gradients=False, compiled=False)
+        yield partial(case, f"{size},", 8, 1024, *heads, bf16, "equal", gradients=True, compiled=False)
+        if not quick:
+            yield partial(case, f"{size},", 32, 256, *heads, bf16, "log-normal", gradients=True, compiled=False)
+
+
 if __name__ == "__main__":
-    main("ragged_attention", cases, note="Peers get inputs that are padded already; what padding costs is left out.")
+    note = "SDPA and eager attention get inputs that are padded already; what padding costs is left out."
+    main("ragged_attention", cases, cuda=cuda, note=note)

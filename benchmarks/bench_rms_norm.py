@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -11,7 +12,7 @@ import inspect  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
-from benchmarks.shapes import LADDER  # noqa: E402
+from benchmarks.shapes import LADDER, QWEN  # noqa: E402
 from benchmarks.table import Case, main, same_bits, tensors  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 
@@ -27,12 +28,23 @@ def forward(name, T, D, dtype, *, compiled):
         peers={
             **peers.plain(peers.rms_norm, x, weight, compiled=compiled),
             "F.rms_norm": lambda: torch.nn.functional.rms_norm(x, (D,), weight, EPS),
-        },
+        } | (libraries(x, weight) if x.is_cuda else {}),
         expected=lambda: peers.rms_norm(x.double(), weight.double()),
         tolerance=TOLERANCE[dtype],
         alone=lambda whole: same_bits(ops.rms_norm(x[3:4], weight, eps=EPS), whole[3:4]),
         nbytes=2.0 * x.numel() * x.element_size(),
     )
+
+
+def libraries(x, weight):
+    def liger():
+        norm = peers.liger_rms_norm()
+        return lambda: norm(x, weight, EPS)
+
+    return {
+        "Liger": peers.optional("liger_kernel", liger),
+        "FlashInfer": peers.optional("flashinfer", lambda: peers.flashinfer_rms_norm(x, weight, EPS)),
+    }
 
 
 def with_residual(name, T, D, dtype, *, compiled):
@@ -57,21 +69,28 @@ def with_residual(name, T, D, dtype, *, compiled):
     )
 
 
-def training(name, T, D, *, compiled):
-    leaves = [torch.randn(T, D).requires_grad_(), (torch.rand(D) + 0.5).requires_grad_()]
-    upstream = [torch.randn(T, D)]
+def training(name, T, D, dtype=torch.float32, *, compiled):
+    leaves = [torch.randn(T, D).to(dtype).requires_grad_(), (torch.rand(D) + 0.5).to(dtype).requires_grad_()]
+    upstream = [torch.randn(T, D).to(dtype)]
 
     def ours(x, weight):
         return ops.rms_norm(x, weight, eps=EPS)
 
+    def liger():
+        norm = peers.liger_rms_norm()
+        return lambda: peers.with_gradients(lambda x, weight: norm(x, weight, EPS), leaves, upstream)
+
+    rivals = dict(peers.plain_with_gradients(peers.rms_norm, leaves, upstream, compiled=compiled))
+    if leaves[0].is_cuda:
+        rivals["Liger"] = peers.optional("liger_kernel", liger)
     return Case(
-        name=f"{name} [{T}, {D}] float32, with gradients",
+        name=f"{name} [{T}, {D}] {str(dtype)[6:]}, with gradients",
         ours=lambda: peers.with_gradients(ours, leaves, upstream),
-        peers=peers.plain_with_gradients(peers.rms_norm, leaves, upstream, compiled=compiled),
+        peers=rivals,
         expected=lambda: peers.with_gradients(peers.rms_norm, peers.doubled(leaves), [upstream[0].double()]),
-        tolerance=1e-5,  # the weight's gradient sums T rows
+        tolerance=1e-5 if dtype == torch.float32 else TOLERANCE[dtype],  # the weight's gradient sums T rows
         alone=lambda whole: same_bits(ours(leaves[0][3:4], leaves[1]), whole[0][3:4]),
-        nbytes=5.0 * T * D * 4,
+        nbytes=5.0 * upstream[0].nbytes,
     )
 
 
@@ -84,5 +103,15 @@ def cases(quick):
     yield with_residual("0.5B", 2048, 896, torch.bfloat16, compiled=True)
 
 
+def cuda(quick):
+    bf16 = torch.bfloat16
+    for size in ("0.5B", "7B") if quick else QWEN:
+        D = QWEN[size][0]
+        yield partial(forward, size, 8192, D, bf16, compiled=not quick)
+        yield partial(with_residual, size, 8192, D, bf16, compiled=size == "7B")
+        yield partial(training, size, 8192, D, bf16, compiled=not quick)
+        yield partial(forward, f"{size}, decode", 256, D, bf16, compiled=False)
+
+
 if __name__ == "__main__":
-    main("rms_norm", cases)
+    main("rms_norm", cases, cuda=cuda)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -10,13 +11,21 @@ import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
 from benchmarks.lengths import answer_lengths  # noqa: E402
-from benchmarks.shapes import LADDER, equal_lengths, ladder_config, log_normal_lengths, qwen_config  # noqa: E402
+from benchmarks.shapes import (  # noqa: E402
+    LADDER,
+    equal_lengths,
+    ladder_config,
+    log_normal_lengths,
+    qwen_config,
+    random_model,
+)
 from benchmarks.table import OURS, Case, WrongAnswer, main, same_bits  # noqa: E402
+from grpo_engine import rollout  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
 from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
 from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
-from grpo_engine.rollout import derive_seeds, generate  # noqa: E402
+from grpo_engine.rollout import derive_seeds  # noqa: E402
 
 PROMPT, NEW = 8, 16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats; bfloat16 rounds through 24 layers
@@ -29,15 +38,15 @@ class Rollout:
         self.model, self.prompts, self.G, self.lengths = model, prompts, group_size, lengths
         self.seeds = derive_seeds(7, count=len(prompts) * group_size)
         self.config = RolloutConfig(max_new_tokens=max(lengths))
+        # an engine keeps its pages and graphs from one rollout to the next, as a run's does
+        self.generate = rollout.Engine(model).generate if hasattr(rollout, "Engine") else partial(rollout.generate, model)
 
     def run(self, count=None):
         """A `RolloutBatch` of the first `count` prompts, or of all."""
         prompts = self.prompts[:count].tolist()
         with answer_lengths(self.lengths):
-            return generate(
-                self.model, prompts, group_size=self.G, seeds=self.seeds[: len(prompts) * self.G], stop_ids=(),
-                config=self.config,
-            )  # fmt: skip
+            seeds = self.seeds[: len(prompts) * self.G]
+            return self.generate(prompts, group_size=self.G, seeds=seeds, stop_ids=(), config=self.config)
 
     def tensors(self, count=None):
         out = self.run(count)
@@ -46,7 +55,7 @@ class Rollout:
     def first_logprobs(self, tokens):
         """[P, K] log-probs of some tokens [P, K] as the first of an answer."""
         P, n = self.prompts.shape
-        cu = torch.arange(P + 1, dtype=torch.int32) * n
+        cu = torch.arange(P + 1, dtype=torch.int32, device=self.prompts.device) * n
         rows = (cu[1:].long() - 1).repeat_interleave(tokens.shape[1])
         with torch.inference_mode():
             return self.model.logprobs(self.prompts.flatten(), cu, rows=rows, target=tokens.flatten())[0].view_as(tokens)
@@ -59,9 +68,9 @@ class Rollout:
         return forward_flops(self.model, tokens=P * n + G * sum(fed), pairs=pairs, head_rows=G * sum(self.lengths))
 
 
-def case(name, model, *, prompts, group_size, lengths, others):
+def case(name, model, *, prompts, group_size, lengths, others, prompt_tokens=PROMPT):
     """`others`: peers by name, made of (rows of prompts, length of each row)."""
-    prompt = torch.randint(model.config.vocab_size, (prompts, PROMPT))
+    prompt = torch.randint(model.config.vocab_size, (prompts, prompt_tokens))
     mine = Rollout(model, prompt, group_size, lengths)
     rows = [n for n in lengths for _ in range(group_size)]
     made = {key: make(prompt.repeat_interleave(group_size, dim=0), rows) for key, make in others.items()}
@@ -69,12 +78,12 @@ def case(name, model, *, prompts, group_size, lengths, others):
     def check(who, result):
         if who == OURS:
             inputs = result.cu_seqlens[1:] - result.cu_seqlens[:-1]
-            if (inputs - PROMPT).tolist() != rows:
+            if (inputs - prompt_tokens).tolist() != rows:
                 raise WrongAnswer("answers are not as long as asked")
             return
         if result.shape != (len(rows), max(rows)):
             raise WrongAnswer(f"answers of shape {list(result.shape)}, wanted {[len(rows), max(rows)]}")
-        some = torch.randint(model.config.vocab_size, (prompts, 64))
+        some = torch.randint(model.config.vocab_size, (prompts, 64), device=prompt.device)
         theirs = torch.log_softmax(made[who].last_logits()[::group_size], dim=-1).gather(1, some)
         error = float((theirs - mine.first_logprobs(some)).abs().max())
         if not error <= TOLERANCE[model.dtype]:
@@ -93,6 +102,7 @@ def case(name, model, *, prompts, group_size, lengths, others):
         bits=lambda: mine.tensors(2),
         alone=alone if prompts > 1 else None,
         flops=mine.flops(),
+        products=model.dtype,
         nbytes=max(rows) * sum(p.numel() * p.element_size() for p in model.parameters()),  # weights, once a step
         derived={
             "tokens/s": lambda seconds: sum(rows) / seconds,
@@ -129,5 +139,23 @@ def cases(quick):
         yield case(f"0.5B bfloat16, batch {B}", model, prompts=B, group_size=1, lengths=equal_lengths(B, new), others=others)
 
 
+def qwen(size, *, prompts, group_size, prompt_tokens, lengths, peer):
+    model = random_model(qwen_config(size), torch.bfloat16)
+    longest = f"longest {max(lengths)}, {prompt_tokens} of prompt"
+    return case(
+        f"{size} bfloat16, {prompts} x {group_size} answers ({longest})", model, prompts=prompts, group_size=group_size,
+        lengths=lengths, prompt_tokens=prompt_tokens, others={"transformers": transformers_peer(model)} if peer else {},
+    )  # fmt: skip
+
+
+def cuda(quick):
+    new = 64 if quick else 256
+    yield partial(qwen, "0.5B", prompts=16, group_size=16, prompt_tokens=256, lengths=equal_lengths(16, new), peer=True)
+    yield partial(qwen, "0.5B", prompts=16, group_size=16, prompt_tokens=256,
+                  lengths=log_normal_lengths(16, new, longest=4), peer=False)  # fmt: skip
+    yield partial(qwen, "1.5B", prompts=16, group_size=16, prompt_tokens=256, lengths=equal_lengths(16, new), peer=False)
+
+
 if __name__ == "__main__":
-    main("rollout", cases, unit="ms", note="A decode step is the rollout's time over its longest answer, prefill included.")
+    note = "A decode step is the rollout's time over its longest answer, prefill included."
+    main("rollout", cases, cuda=cuda, whole=True, unit="ms", note=note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -30,6 +31,7 @@ def judge(logits, top_k, top_p):
 
     def check(who, result):
         token, *others = tensors(result)
+        token = token.long()
         if int(token.min()) < 0 or int(token.max()) >= logits.shape[1]:
             raise WrongAnswer("a token outside the vocabulary")
         if not bool(kept.gather(1, token[:, None]).all()):
@@ -57,6 +59,8 @@ def judge_distribution(p):
 
 
 def case(name, logits, *, top_k=None, top_p=None, check=None, compiled=True):
+    """`logits` may be a function that makes them."""
+    logits = logits() if callable(logits) else logits
     B = logits.shape[0]
     seed, position = torch.arange(B), torch.arange(B) % 7
 
@@ -79,6 +83,8 @@ def case(name, logits, *, top_k=None, top_p=None, check=None, compiled=True):
         }
         if compiled:
             others["race, torch.compile"] = peers.plain(peers.exponential_race, logits)[peers.COMPILED]
+    if logits.is_cuda:
+        others["FlashInfer"] = peers.optional("flashinfer", lambda: peers.flashinfer_sample(logits, top_k, top_p))
     return Case(
         name=name, ours=ours, peers=others, tolerance=TOLERANCE, check=check or judge(logits, top_k, top_p),
         alone=alone if B > 1 else None, nbytes=logits.numel() * logits.element_size(),
@@ -90,10 +96,14 @@ def chain(logits, top_k, top_p):
     return lambda: draw(logits)
 
 
-def cases(quick):
+def chi_square(*, compiled):
     p = torch.tensor([0.3, 0.2, 0.15, 0.1, 0.1, 0.08, 0.05, 0.02])
     one = p.log().expand(65536, 8).contiguous()
-    yield case("V=8 B=65536, chi-square of the draws", one, check=judge_distribution(p), compiled=not quick)
+    return case("V=8 B=65536, chi-square of the draws", one, check=judge_distribution(p), compiled=compiled)
+
+
+def cases(quick):
+    yield chi_square(compiled=not quick)
     yield case(f"V={LADDER_VOCABULARY} B=256", torch.randn(256, LADDER_VOCABULARY) * 2)
     for B in (8,) if quick else (1, 8, 32):
         logits = torch.randn(B, QWEN_VOCABULARY) * 2
@@ -103,5 +113,23 @@ def cases(quick):
     yield case(f"V={QWEN_VOCABULARY} B=8, flat, top-p 0.9", torch.randn(8, QWEN_VOCABULARY) * 0.1, top_p=0.9)
 
 
+def cuda(quick):
+    yield partial(chi_square, compiled=False)
+    for B in (32, 1024) if quick else (1, 32, 256, 1024):
+
+        def logits(B=B):
+            return torch.randn(B, QWEN_VOCABULARY) * 2
+
+        yield partial(case, f"V={QWEN_VOCABULARY} B={B}", logits, compiled=B == 1024)
+        yield partial(case, f"V={QWEN_VOCABULARY} B={B} top-k 50, top-p 0.9", logits, top_k=50, top_p=0.9)
+        if not quick:
+            yield partial(case, f"V={QWEN_VOCABULARY} B={B} top-p 0.9", logits, top_p=0.9)
+
+
+NOTE = (
+    "Ours returns token, log-prob with and without filters, and entropy; peers return token ids but where it is said. "
+    "Targets on an H200: B=1024 in 200 us; with filters twice FlashInfer's speed."
+)
+
 if __name__ == "__main__":
-    main("sample_token", cases)
+    main("sample_token", cases, cuda=cuda, note=NOTE)

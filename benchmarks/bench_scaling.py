@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from benchmarks import table  # noqa: E402
 from benchmarks.bench_rollout import Rollout  # noqa: E402
 from benchmarks.bench_training import Training  # noqa: E402
-from benchmarks.limits import clock_for, interleave  # noqa: E402
+from benchmarks.limits import interleave, timer_for  # noqa: E402
 from benchmarks.shapes import LADDER, LADDER_VOCABULARY, ladder_config, sequence_flops  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 from grpo_engine.memory import keep_freed_memory  # noqa: E402
@@ -96,14 +96,14 @@ def run(*, quick: bool, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     keep_freed_memory()  # as a run does
     torch.manual_seed(0)
-    clock = clock_for(threads)
+    timer = timer_for("cpu", threads)
     about = table.machine()
-    limits = table.measure(clock)
+    limits = table.measure("cpu", threads)
     rows, growth = [], []
     for axis in axes(quick):
         print(f"  scaling: {axis.name}", file=sys.stderr, flush=True)
         runs = {str(i): r for i, r in enumerate(axis.runs)}
-        samples = interleave(runs, clock=clock, repeats=5 if quick else 9, budget_s=5.0 if quick else 30.0)
+        samples = interleave(runs, timer=timer, repeats=5 if quick else 9, budget_s=5.0 if quick else 30.0)
         times = [table.spread(taken) for taken in samples.values()]
         for value, arithmetic, taken in zip(axis.values, axis.arithmetic, times, strict=True):
             flops, nbytes = (arithmetic, 0.0) if axis.work == "FLOP" else (0.0, arithmetic)
@@ -118,7 +118,7 @@ def run(*, quick: bool, threads: int) -> dict[str, Any]:
     )
     return {
         "benchmark": "scaling", "quick": quick, "threads": threads, "unit": "us", "note": f"{note}. Allowed {EXPONENT}.",
-        "clock": "process_time" if threads == 1 else "perf_counter", **about, "load_after": table.os.getloadavg(),
+        "clock": timer.name, **about, "load_after": table.os.getloadavg(),
         "limits": limits.as_dict(), "cases": rows, "geometric_mean": {}, "growth": growth,
     }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the repository, however this file is started
@@ -12,13 +13,22 @@ import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
 from benchmarks.lengths import answer_lengths  # noqa: E402
-from benchmarks.shapes import LADDER_VOCABULARY, equal_lengths, ladder_config, log_normal_lengths  # noqa: E402
+from benchmarks.shapes import (  # noqa: E402
+    LADDER_VOCABULARY,
+    equal_lengths,
+    ladder_config,
+    log_normal_lengths,
+    optimizer_of,
+    qwen_config,
+    random_model,
+)
 from benchmarks.table import OURS, Case, WrongAnswer, main, tensors  # noqa: E402
 from grpo_engine.config import BatchConfig, LossConfig, OptimizerConfig, RolloutConfig, RunConfig  # noqa: E402
 from grpo_engine.ledger import Ledger  # noqa: E402
 from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
 from grpo_engine.rewards.pool import RewardPool  # noqa: E402
+from grpo_engine.rollout import derive_seeds, generate  # noqa: E402
 from grpo_engine.step import grpo_step  # noqa: E402
 from grpo_engine.types import Problem  # noqa: E402
 
@@ -35,26 +45,28 @@ ENTROPY_TOLERANCE = 0.03  # means over thousands of different draws from one mod
 class Words:
     """A token a word, and no token that ends an answer."""
 
-    eos_id, stop_ids, vocab_size = 0, (), LADDER_VOCABULARY
+    eos_id, stop_ids = 0, ()
 
     def encode_prompt(self, text, chat):
         return [int(word[1:]) for word in text.split()]
 
     def decode(self, ids):
-        return " ".join(WORDS[i] for i in ids)
+        return " ".join(f"w{i}" for i in ids)
 
 
 class Steps:
     """GRPO steps as a run takes them."""
 
-    def __init__(self, model, problems, lengths):
+    def __init__(self, model, problems, lengths, *, group_size=GROUP, kl_coef=KL_COEF, tokens_per_micro_batch=4096):
         self.policy, self.problems, self.lengths = copy.deepcopy(model), problems, lengths
-        self.reference = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LR, weight_decay=0.0)
+        self.reference = copy.deepcopy(model).requires_grad_(False) if kl_coef else None
+        self.optimizer = optimizer_of(self.policy, LR)
         self.config = RunConfig(
             rollout=RolloutConfig(max_new_tokens=max(lengths)),
-            batch=BatchConfig(prompts=PROMPTS, group_size=GROUP),
-            loss=LossConfig(kl_coef=KL_COEF),
+            batch=BatchConfig(
+                prompts=len(problems), group_size=group_size, tokens_per_micro_batch=tokens_per_micro_batch
+            ),
+            loss=LossConfig(kl_coef=kl_coef),
             optimizer=OptimizerConfig(lr=LR),
         )
         self.pool = RewardPool(workers=1, timeout_s=10.0)  # the scorer is harmless: no worker is started
@@ -76,13 +88,18 @@ class Steps:
         return torch.tensor([answers / rollout.num_sequences, float(rollout.entropy.sum()) / answers])
 
 
+def problems_of(count, tokens, vocabulary):
+    """Random words; the answer that scores is one word."""
+    prompts = torch.randint(1, vocabulary, (count, tokens), device="cpu").tolist()
+    texts = [" ".join(f"w{i}" for i in prompt) for prompt in prompts]
+    return [Problem(uid=str(i), prompt=text, answer=WORDS[1], domain="none", reward="exact") for i, text in enumerate(texts)]
+
+
 def case(size, kind):
     model = Model(ladder_config(size)).init_weights(1, std=None)
     lengths = (equal_lengths if kind == "equal" else log_normal_lengths)(PROMPTS, NEW)
-    prompts = [" ".join(WORDS[int(i)] for i in torch.randint(1, LADDER_VOCABULARY, (PROMPT,))) for _ in lengths]
-    problems = [
-        Problem(uid=str(i), prompt=text, answer=WORDS[1], domain="none", reward="exact") for i, text in enumerate(prompts)
-    ]
+    problems = problems_of(PROMPTS, PROMPT, LADDER_VOCABULARY)
+    prompts = [problem.prompt for problem in problems]
     mine = Steps(model, problems, lengths)
     mine.step()  # books the FLOPs of a step
     flops = mine.flops
@@ -135,5 +152,51 @@ def cases(quick):
             yield from case(size, kind)
 
 
+def qwen(size, *, prompts, group_size, prompt_tokens, new, kl_coef):
+    """No peer: TRL with vLLM needs a machine of its own. The first step, which books the FLOPs, is not timed."""
+    mine = Steps(
+        random_model(qwen_config(size), torch.bfloat16),
+        problems_of(prompts, prompt_tokens, qwen_config(size).vocab_size),
+        equal_lengths(prompts, new), group_size=group_size, kl_coef=kl_coef, tokens_per_micro_batch=8192,
+    )  # fmt: skip
+    mine.step()
+
+    def check(who, result):
+        if abs(float(result[0]) - new) > 1e-3:
+            raise WrongAnswer(f"answers of {float(result[0])} tokens on average, wanted {new}")
+
+    def two_answers():
+        prompt = Words().encode_prompt(mine.problems[0].prompt, False)
+        config = RolloutConfig(max_new_tokens=4)
+        return generate(
+            mine.policy, [prompt], group_size=2, seeds=derive_seeds(1, count=2), stop_ids=(), config=config
+        ).logprob  # fmt: skip
+
+    answers = prompts * group_size
+    return Case(
+        name=f"{size} bfloat16, {prompts} x {group_size} answers of {new}, {prompt_tokens} of prompt"
+        + (", reference" if kl_coef else ", no reference"),
+        ours=mine.step,
+        peers={},
+        tolerance=0.0,
+        check=check,
+        bits=two_answers,
+        at_least=3,
+        flops=mine.flops,
+        products=torch.bfloat16,
+        derived={
+            "answer tokens/s": lambda seconds: answers * new / seconds,
+            "peak GB": lambda _: torch.cuda.max_memory_allocated() / 1e9,
+        },
+    )
+
+
+def cuda(quick):
+    new = 64 if quick else 256
+    for size in ("0.5B", "1.5B") if quick else ("0.5B", "1.5B", "7B"):
+        yield partial(qwen, size, prompts=8, group_size=16, prompt_tokens=128, new=new, kl_coef=KL_COEF)
+    yield partial(qwen, "7B", prompts=8, group_size=8, prompt_tokens=128, new=new, kl_coef=0.0)
+
+
 if __name__ == "__main__":
-    main("step", cases, unit="ms", note=NOTE)
+    main("step", cases, cuda=cuda, whole=True, unit="ms", note=NOTE)

@@ -1,4 +1,5 @@
-"""Every implementation that we are measured beside, once: plain torch, torch.compile, transformers, TRL, llama.cpp.
+"""Every implementation that we are measured beside, once: plain torch, torch.compile, transformers, TRL, llama.cpp,
+and on CUDA FlashInfer, Liger and flash-attn.
 
 The plain-torch functions are the formulas that transformers and TRL evaluate; given float64 inputs they are the truth of
 a check, and compiled they are a second peer.
@@ -7,6 +8,7 @@ a check, and compiled they are a second peer.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import tempfile
 import threading
@@ -20,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.lengths import stopping_criteria
-from benchmarks.table import Missing, Run, tensors
+from benchmarks.table import Missing, Run, failure, tensors
 from grpo_engine import weights
 from grpo_engine.model import Model
 
 EAGER, COMPILED = "torch eager", "torch.compile"
+LIBRARY = "ours, not batch-invariant"
 
 
 def installed(package: str) -> bool:
@@ -33,8 +36,13 @@ def installed(package: str) -> bool:
 
 
 def optional(package: str, make: Callable[[], Run]) -> Run | Missing:
-    """A peer that needs a package, or what the table says when it is absent."""
-    return make() if installed(package) else Missing(why="not installed")
+    """A peer that needs a package, or what the table says when it is absent or cannot be made."""
+    if not installed(package):
+        return Missing(why="not installed")
+    try:
+        return make()
+    except Exception as e:
+        return Missing(why=failure(e))
 
 
 def plain(function: Callable, *args: Any, compiled: bool = True) -> Mapping[str, Run]:
@@ -79,6 +87,11 @@ def plain_with_gradients(
         fast = torch.compile(function, dynamic=False)
         runs[COMPILED] = lambda: with_gradients(fast, leaves, upstream)
     return runs
+
+
+def library_products(function: Callable) -> Mapping[str, Any]:
+    """What asks an op or a model for torch's own products on CUDA, without batch invariance; empty where it has no say."""
+    return {"batch_invariant": False} if "batch_invariant" in inspect.signature(function).parameters else {}
 
 
 def doubled(leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -264,6 +277,148 @@ def kv_index_put(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Ten
     value_pages[slot // page, :, slot % page] = value
 
 
+# ---------------------------------------------------------------- CUDA libraries; each returns what is timed
+
+
+def flashinfer_sample(logits: Tensor, top_k: int | None, top_p: float | None) -> Run:
+    """Token ids only. Its filters go one after the other, as ours."""
+    from flashinfer import sampling
+
+    if top_k is not None:
+        return lambda: sampling.top_k_top_p_sampling_from_logits(
+            logits, top_k, 1.0 if top_p is None else top_p, filter_apply_order="top_k_first"
+        )
+    if top_p is not None:
+        return lambda: sampling.top_p_sampling_from_probs(torch.softmax(logits.float(), dim=-1), top_p)
+    return lambda: sampling.sampling_from_logits(logits)
+
+
+def flashinfer_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Run:
+    from flashinfer.norm import rmsnorm
+
+    return lambda: rmsnorm(x, weight, eps)
+
+
+def flashinfer_swiglu(gate_up: Tensor) -> Run:
+    from flashinfer.activation import silu_and_mul
+
+    return lambda: silu_and_mul(gate_up)
+
+
+def flashinfer_rope(x: Tensor, position: Tensor, theta: float) -> Run:
+    """It turns queries and keys in one call: all of x as queries, and its first head once more as keys."""
+    from flashinfer.rope import apply_rope_pos_ids
+
+    short = position.int()
+    return lambda: apply_rope_pos_ids(x, x[:, :1], short, rope_theta=theta)[0]
+
+
+def _flashinfer_pages(key: Tensor, value: Tensor, page: int) -> Tensor:
+    """[B * pages each, 2, page, K, E] from dense [B, K, L, E], L a multiple of page."""
+    B, K, L, E = key.shape
+    return torch.stack([x.transpose(1, 2).reshape(B * (L // page), page, K, E) for x in (key, value)], dim=1)
+
+
+def flashinfer_decode(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], page: int) -> Run:
+    """Decoding of [B, H, E] over a dense [B, K, L, E] in pages of its own layout; planning is left out."""
+    import flashinfer
+
+    K, L, E = key.shape[1:]
+    key, value = (F.pad(x, (0, 0, 0, -L % page)) for x in (key, value))
+    pages, each = _flashinfer_pages(key, value, page), key.shape[2] // page
+    length = torch.tensor(lengths)
+    used = -(-length // page)
+    indptr = F.pad(used.cumsum(0), (1, 0)).int()
+    indices = torch.cat([torch.arange(n) + b * each for b, n in enumerate(used.tolist())]).int()
+    # the path through tensor cores: the other has no kernel for seven query heads a kv head
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(128 << 20, dtype=torch.uint8), "NHD", use_tensor_cores=True, backend="fa2"
+    )
+    wrapper.plan(indptr, indices, ((length - 1) % page + 1).int(), query.shape[1], K, E, page,
+                 q_data_type=query.dtype, kv_data_type=key.dtype, sm_scale=E**-0.5)  # fmt: skip
+    return lambda: wrapper.run(query, pages)
+
+
+def flashinfer_cascade(query: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], page: int) -> Run:
+    """Decoding whose groups share a prefix: two levels, merged; planning is left out.
+
+    Args:
+        query: [B, H, E], the rows of a group one after another.
+        prefix: keys and values [groups, K, P, E].
+        own: keys and values [B, K, C, E].
+        page: P and C are multiples of it.
+
+    Returns:
+        The call; its result is [B, H, E].
+    """
+    import flashinfer
+
+    (groups, K, P, E), B, C = prefix[0].shape, query.shape[0], own[0].shape[2]
+    shared, single = P // page, C // page
+    pages = torch.cat([_flashinfer_pages(*prefix, page), _flashinfer_pages(*own, page)])
+    rows = [torch.arange(groups + 1) * (B // groups), torch.arange(B + 1)]
+    indptr = [torch.arange(groups + 1) * shared, torch.arange(B + 1) * single]
+    indices = [torch.arange(groups * shared), groups * shared + torch.arange(B * single)]
+    last = [torch.full((n,), page) for n in (groups, B)]
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, torch.zeros(128 << 20, dtype=torch.uint8), "NHD")
+    for level in wrapper._batch_prefill_wrappers:  # else Hopper's, which compiles for minutes when it is first called
+        level._backend = "fa2"
+    wrapper.plan(*([x.int() for x in level] for level in (rows, indptr, indices, last)), query.shape[1], K, E, page,
+                 q_data_type=query.dtype, kv_data_type=query.dtype, sm_scale=E**-0.5)  # fmt: skip
+    return lambda: wrapper.run(query, pages)
+
+
+def liger_rms_norm() -> Callable[[Tensor, Tensor, float], Tensor]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return lambda x, weight, eps: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+
+
+def liger_swiglu() -> Callable[[Tensor, Tensor], Tensor]:
+    """Of gate and up in two tensors, as it is called."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return LigerSiLUMulFunction.apply
+
+
+def liger_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Run:
+    """It turns queries and keys in place, here those of a copy of x; each call turns them further."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    copy = x.clone()[None].transpose(1, 2)  # [1, H, T, E] over [1, T, H, E], as transformers has it
+    key, cos, sin = copy[:, :1].clone(), cos[None], sin[None]
+    return lambda: LigerRopeFunction.apply(copy, key, cos, sin)[0].transpose(1, 2)[0]
+
+
+def liger_grpo(kl_coef: float) -> Callable[..., Tensor]:
+    """Its loss (loss_type "dapo", delta 3) from hidden states, with a head that makes no [N, R, V] tensor."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=kl_coef, use_ref_model=True, delta=3.0, loss_type="dapo")
+
+    def run(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor, advantage: Tensor, old: Tensor, ref: Tensor):
+        return loss(hidden, weight, target, mask, advantage, ref_per_token_logps=ref, old_per_token_logps=old)[0]
+
+    return run
+
+
+def torch_varlen(cu_seqlens: Tensor, longest: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """torch's own attention over packed sequences, causal."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes = inspect.signature(varlen_attn).parameters  # they change from one version to the next
+    how: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
+    if "enable_gqa" in takes:
+        how["enable_gqa"] = True
+    return lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **how)
+
+
+def flash_attn_varlen(cu_seqlens: Tensor, longest: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from flash_attn import flash_attn_varlen_func
+
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+
 # ---------------------------------------------------------------- whole models
 
 
@@ -288,7 +443,8 @@ def as_transformers(model: Model, attention: str = "sdpa"):
         tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         attn_implementation=attention,
     )  # fmt: skip
-    theirs = Qwen2ForCausalLM._from_config(config, dtype=model.dtype)
+    with torch.device(model.device):
+        theirs = Qwen2ForCausalLM._from_config(config, dtype=model.dtype)
     absent, surplus = theirs.load_state_dict(dict(weights.split_parameters(model)), strict=False)
     if surplus or set(absent) - {"lm_head.weight"}:
         raise RuntimeError(f"weights do not fit transformers' model: {absent}, {surplus}")
@@ -324,7 +480,7 @@ class TransformersTraining:
 
     def step(self) -> Tensor:
         """[loss, gradient norm] of one step."""
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.parts[0][0].device)
         for inputs, targets, mask in self.parts:
             logits = self.forward(input_ids=inputs, attention_mask=mask, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")

@@ -4,6 +4,7 @@ python -m benchmarks.run --list
 python -m benchmarks.run --quick                     # minutes; every file, fewer cases and samples
 python -m benchmarks.run --out benchmarks/results    # all cases; writes NAME.json, results.md and scaling.png
 python -m benchmarks.run --only linear rollout --threads 2
+python -m benchmarks.run --device cuda --out benchmarks/results/h200    # on a GPU; a case that fails costs only itself
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +27,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import table  # noqa: E402
 
-WHOLE = ("training", "rollout", "step", "scaling")  # what is no op, in the order of the tables
+WHOLE = ("decode_step", "training", "rollout", "step", "scaling")  # what is no op, in the order of the tables
+CPU_ONLY = ("scaling",)
+PARTS = ("all", "ops", "whole")
 
 
-def names() -> list[str]:
-    """All benchmarks: the ops in alphabetic order, then the rest."""
+def names(*, part: str = "all", device: str = "cpu") -> list[str]:
+    """Benchmarks of a device: the ops in alphabetic order, then what is no op; or only one of the two parts."""
     found = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
-    return sorted(found - set(WHOLE)) + [name for name in WHOLE if name in found]
+    found -= set(CPU_ONLY) if device == "cuda" else set()
+    ops, whole = sorted(found - set(WHOLE)), [name for name in WHOLE if name in found]
+    return {"all": ops + whole, "ops": ops, "whole": whole}[part]
 
 
-def run_one(name: str, options: Sequence[str], progress: Progress, task: Any) -> tuple[str, dict[str, Any] | None]:
+def run_one(
+    name: str, options: Sequence[str], progress: Progress, task: Any, limit_s: float
+) -> tuple[str, dict[str, Any] | None, bool]:
     """Runs one file.
 
     Args:
@@ -42,31 +50,36 @@ def run_one(name: str, options: Sequence[str], progress: Progress, task: Any) ->
         options: its command line.
         progress: shows the case that it is at.
         task: of progress.
+        limit_s: it is killed after this many seconds.
 
     Returns:
-        (what it printed but for the record; on failure its errors, the record or None when it failed).
+        (what it printed but for the record; its last errors when it failed; the record or None; whether all went well).
     """
     command = [sys.executable, str(FOLDER / f"bench_{name}.py"), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=FOLDER.parent)
-    errors = []
+    errors, start = [], time.monotonic()
     reader = _Reader(process.stdout)
+    alarm = threading.Timer(limit_s, process.kill)
+    alarm.start()
     for line in process.stderr:
         errors.append(line)
         if line.startswith(f"  {name}: "):
             progress.update(task, description=line.strip()[:70])
     out = reader.text().rstrip().splitlines()
     record = json.loads(out.pop()) if out and out[-1].startswith('{"benchmark"') else None
-    if process.wait() != 0:
-        return "".join(["\n".join(out), "\n", *errors[-5:]]), None if name != "scaling" else record
-    return "\n".join(out), record
+    code = process.wait()
+    alarm.cancel()
+    if time.monotonic() - start >= limit_s:
+        errors.append(f"{name}: took more than {limit_s:.0f} s and was killed\n")
+    if code != 0:
+        return "".join(["\n".join(out), "\n", *errors[-5:]]), record, False
+    return "\n".join(out), record, True
 
 
 class _Reader:
     """Reads a pipe to its end beside another, so that neither fills up."""
 
     def __init__(self, pipe: Any) -> None:
-        import threading
-
         self._parts: list[str] = []
         self._thread = threading.Thread(target=lambda: self._parts.append(pipe.read()))
         self._thread.start()
@@ -97,10 +110,12 @@ def summary(kept: Sequence[dict[str, Any]]) -> str:
     for record in kept:
         means = ", ".join(f"{peer} {value:.2f}" for peer, value in record["geometric_mean"].items())
         ratios = [p["ratio"] for row in record["cases"] for p in row["peers"].values() if "ratio" in p]
-        checks = [row[k] for row in record["cases"] for k in ("bits_1_vs_2_threads", "batch_invariant")]
+        checks = [row.get(k) for row in record["cases"] for k in table.CHECKS]
         made = [c for c in checks if c is not None]
+        failed = len(record.get("failed", ()))
         losing = f"{sum(r < 1 for r in ratios)} of {len(ratios)}" if ratios else ""
-        lines.append(f"| {record['benchmark']} | {means} | {losing} | {sum(made)} of {len(made)} equal |")
+        bits = f"{sum(made)} of {len(made)} equal" + (f"; {failed} cases FAILED" if failed else "")
+        lines.append(f"| {record['benchmark']} | {means} | {losing} | {bits} |")
     return "\n".join(lines)
 
 
@@ -108,26 +123,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the names and end")
     parser.add_argument("--quick", action="store_true", help="fewer cases and samples")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--part", choices=PARTS, default="all", help="ops: single ops; whole: steps and rollouts")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names(), default=None)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="a benchmark is killed after this many seconds")
     parser.add_argument("--out", type=Path, default=None, help="folder for the records; none are kept without it")
     args = parser.parse_args(argv)
+    chosen = args.only or names(part=args.part, device=args.device)
     if args.list:
-        print("\n".join(names()))
+        print("\n".join(chosen))
         return
-    chosen = args.only or names()
     options = ["--threads", str(args.threads), *(["--quick"] if args.quick else [])]
+    if args.device == "cuda":
+        options += ["--device", "cuda", "--keep-going"]
     console, failed, kept, start = Console(), [], [], time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(chosen))
         for name in chosen:
             progress.update(task, description=name)
-            printed, record = run_one(name, options, progress, task)
+            printed, record, well = run_one(name, options, progress, task, args.limit_s)
             print(printed + "\n", flush=True)
-            if record is None:
+            if not well:
                 failed.append(name)
-            else:
+            if record is not None:
                 kept.append(record)
                 if args.out is not None:
                     write(args.out, name, record)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from grpo_engine import optimizer
 from grpo_engine.ledger import causal_pairs, forward_flops
 from grpo_engine.model import Model, ModelConfig
 
@@ -18,6 +21,12 @@ LADDER = {
     "10.6M": (384, 6, 6, 2, 1152),
 }
 QWEN_VOCABULARY = 151_936
+# Qwen2.5: width, feed-forward width, layers, query heads, kv heads, head width, whether the head is the embedding
+QWEN = {
+    "0.5B": (896, 4864, 24, 14, 2, 64, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 128, True),
+    "7B": (3584, 18944, 28, 28, 4, 128, False),
+}
 
 
 def ladder_config(size: str, *, vocabulary: int = LADDER_VOCABULARY, positions: int = 1024) -> ModelConfig:
@@ -30,12 +39,42 @@ def ladder_config(size: str, *, vocabulary: int = LADDER_VOCABULARY, positions: 
     )  # fmt: skip
 
 
-def qwen_config() -> ModelConfig:
-    """Qwen2.5-0.5B."""
+def qwen_config(size: str = "0.5B") -> ModelConfig:
+    """A Qwen2.5 model."""
+    width, ffn, layers, heads, kv_heads, head_dim, tied = QWEN[size]
     return ModelConfig(
-        vocab_size=QWEN_VOCABULARY, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, head_dim=64,
+        vocab_size=QWEN_VOCABULARY, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1, **how: bool) -> Model:
+    """A model on the current default device, drawn there: drawing 7B weights on a CPU takes minutes.
+
+    Args:
+        config: its sizes.
+        dtype: of its weights.
+        seed: of the draw.
+        **how: further settings of the model.
+
+    Returns:
+        The model: matrices of standard deviation 0.02, zero biases, norms of one.
+    """
+    model = Model(config, dtype, **how)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            p.normal_(0.0, 0.02, generator=generator)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def optimizer_of(model: Model, lr: float) -> torch.optim.AdamW:
+    """What `grpo_engine.optimizer.update` steps."""
+    make = getattr(optimizer, "adamw", torch.optim.AdamW)
+    return make(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def equal_lengths(count: int, length: int) -> list[int]:
@@ -54,10 +93,10 @@ def log_normal_lengths(count: int, mean: int, *, seed: int = 0, longest: int = 8
     Returns:
         Lengths >= 1, in random order.
     """
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(count, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(seed)  # the same lengths on every device
+    z = torch.randn(count, generator=generator, dtype=torch.float64, device="cpu")
     z = z - z.median()
-    spread = torch.log(torch.tensor(float(longest), dtype=torch.float64)) / z.max()
+    spread = math.log(longest) / z.max()
     shape = torch.exp(spread * z)
     scale = count * mean / shape.sum()
     return (shape * scale).round().clamp(min=1).long().tolist()
