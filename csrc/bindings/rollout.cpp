@@ -209,6 +209,7 @@ void bind_scheduler(py::module_& module) {
       .def("group_size", &Scheduler::group_size, py::arg("group"))
       .def_property_readonly("step_open", &Scheduler::step_open,
                              "Whether a plan awaits its commit.")
+      .def_property_readonly("max_running", &Scheduler::max_running)
       .def_property_readonly("num_pages", &Scheduler::num_pages)
       .def_property_readonly("num_free_pages", &Scheduler::num_free_pages)
       .def_property_readonly("num_running", &Scheduler::num_running,

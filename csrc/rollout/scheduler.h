@@ -137,6 +137,7 @@ class Scheduler {
 
   bool has_work() const { return !running_.empty() || !waiting_.empty(); }  // something to plan
   bool step_open() const { return !open_.empty(); }
+  int64_t max_running() const { return max_running_; }
   int64_t num_pages() const { return allocator_.num_pages(); }
   int64_t num_free_pages() const { return allocator_.num_free(); }
   int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
