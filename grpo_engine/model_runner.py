@@ -298,10 +298,12 @@ class ModelRunner:
             step.graph.replay()
             return
         self._draw(step.inputs, one_each=True)  # also loads the kernels, which recording must not do
-        if self.model.device.type == "cuda":
-            step.graph = self._record(step.inputs)
+        step.graph = self._record(step.inputs)
 
-    def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph:
+    def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph, which was not run; None where there are no graphs."""
+        if self.model.device.type != "cuda":
+            return None
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # other threads may go on using CUDA

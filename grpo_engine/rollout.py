@@ -172,7 +172,7 @@ class Engine:
         N = sum(ask.num_sequences for ask in asks)
         drawn: list[tuple[Tensor, ...]] = []
         seconds = {"prefill": 0.0, "decode": 0.0}
-        ended_N, finished = torch.zeros(N, dtype=torch.bool, device="cpu"), 0
+        ended_N, finished = np.zeros(N, dtype=bool), 0
         with torch.inference_mode(), self.runner.running():
             self._prepare(scheduler, asks, config)
             start = time.perf_counter()
@@ -180,7 +180,7 @@ class Engine:
                 columns = (torch.from_numpy(plan.sample_seq), torch.from_numpy(plan.sample_position), *samples)
                 ended = _commit(scheduler, *columns[:3])
                 if self.lookahead:  # without the rows of answers that had stopped
-                    kept = ~ended_N[columns[0]]
+                    kept = torch.from_numpy(~ended_N[plan.sample_seq])
                     columns = tuple(column[kept] for column in columns)
                     ended_N[ended] = True
                 drawn.append(columns)
