@@ -289,8 +289,8 @@ def test_an_engine_serves_rollouts_of_all_sizes_and_weights_that_move(model, pro
         (prompts[1:3], BRIEF.model_copy(update={"num_pages": 12, "top_k": 5})),
         (prompts[:1], BRIEF.model_copy(update={"page_size": 32})),
     ]
-    seen = set()
     for chosen, config in kinds:
+        seen = set()
         for change in ("nothing", "weights in place", "weights elsewhere"):
             with torch.no_grad():
                 if change == "weights in place":
@@ -300,7 +300,7 @@ def test_an_engine_serves_rollouts_of_all_sizes_and_weights_that_move(model, pro
             want = brief(plain(model), chosen, config, group_size=2)
             assert same(brief(engine, chosen, config, group_size=2), want)
             seen.add(want.logprob.numpy().tobytes())
-    assert len(seen) == 3 * len(kinds)
+        assert len(seen) == 3
     engine.release()
     assert engine.runner.padded_sizes == [] and same(brief(engine, chosen, config, group_size=2), want)
     assert device != "cpu" or sum(graph.replays for graph in graphs) > len(graphs)
