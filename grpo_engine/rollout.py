@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,6 @@ class Engine:
                     ended_N[ended] = True
                 drawn.append(columns)
                 took = time.perf_counter() - start
-                start += took
                 decode_share = plan.num_decode_tokens / len(plan.tokens)
                 seconds["prefill"] += took * (1.0 - decode_share)
                 seconds["decode"] += took * decode_share
@@ -194,6 +194,7 @@ class Engine:
                     answered(ended, [scheduler.answer(sequence) for sequence in ended])
                 if progress is not None:
                     progress(finished, N)
+                start = time.perf_counter()  # what the callers do with answers is not the rollout's time
         stats = _stats(scheduler, seconds)
         if ledger is not None:
             _book(ledger, phase, self.model, scheduler.totals, stats)
@@ -224,42 +225,14 @@ class Engine:
             yield plan, step.finish()
 
 
-def generate(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    *,
-    group_size: int,
-    seeds: Tensor,
-    stop_ids: Sequence[int],
-    config: RolloutConfig,
-    temperature: float | None = None,
-    ledger: Ledger | None = None,
-    phase: str | None = None,
-    progress: Progress | None = None,
-    answered: Answered | None = None,
-) -> RolloutBatch:
-    """`Engine.generate` for once."""
-    return Engine(model).generate(
-        prompts, group_size=group_size, seeds=seeds, stop_ids=stop_ids, config=config, temperature=temperature,
-        ledger=ledger, phase=phase, progress=progress, answered=answered,
-    )  # fmt: skip
+def generate(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> RolloutBatch:
+    """`Engine.generate`, once: nothing is kept for the next rollout."""
+    return Engine(model).generate(prompts, **options)
 
 
-def generate_all(
-    model: Model,
-    asks: Sequence[Ask],
-    *,
-    stop_ids: Sequence[int],
-    config: RolloutConfig,
-    ledger: Ledger | None = None,
-    phase: str | None = None,
-    progress: Progress | None = None,
-    answered: Answered | None = None,
-) -> list[RolloutBatch]:
-    """`Engine.generate_all` for once."""
-    return Engine(model).generate_all(
-        asks, stop_ids=stop_ids, config=config, ledger=ledger, phase=phase, progress=progress, answered=answered
-    )
+def generate_all(model: Model, asks: Sequence[Ask], **options: Any) -> list[RolloutBatch]:
+    """`Engine.generate_all`, once: nothing is kept for the next rollout."""
+    return Engine(model).generate_all(asks, **options)
 
 
 def _queue(
