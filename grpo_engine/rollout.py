@@ -172,19 +172,19 @@ class Engine:
         scheduler = _queue(self.model, asks, stop_ids, config, lookahead=self.lookahead)
         N = sum(ask.num_sequences for ask in asks)
         drawn: list[tuple[Tensor, ...]] = []
+        wanted: list[Tensor] = []  # with lookahead: which of those; the others are of answers that had stopped
         seconds = {"prefill": 0.0, "decode": 0.0}
         ended_N, finished = np.zeros(N, dtype=bool), 0
         with torch.inference_mode(), self.runner.running():
             self._prepare(scheduler, asks, config)
             start = time.perf_counter()
             for plan, samples in self._steps(scheduler):
-                columns = (torch.from_numpy(plan.sample_seq), torch.from_numpy(plan.sample_position), *samples)
-                ended = _commit(scheduler, *columns[:3])
-                if self.lookahead:  # without the rows of answers that had stopped
-                    kept = torch.from_numpy(~ended_N[plan.sample_seq])
-                    columns = tuple(column[kept] for column in columns)
+                sequence, position = torch.from_numpy(plan.sample_seq), torch.from_numpy(plan.sample_position)
+                ended = _commit(scheduler, sequence, position, samples[0])
+                drawn.append((sequence, position, *samples))
+                if self.lookahead:
+                    wanted.append(torch.from_numpy(~ended_N[plan.sample_seq]))
                     ended_N[ended] = True
-                drawn.append(columns)
                 took = time.perf_counter() - start
                 decode_share = plan.num_decode_tokens / len(plan.tokens)
                 seconds["prefill"] += took * (1.0 - decode_share)
@@ -198,7 +198,11 @@ class Engine:
         stats = _stats(scheduler, seconds)
         if ledger is not None:
             _book(ledger, phase, self.model, scheduler.totals, stats)
-        return _collect(scheduler, asks, drawn, stats)
+        columns = tuple(torch.cat(column) for column in zip(*drawn, strict=True))
+        if wanted:
+            wanted_rows = torch.cat(wanted)
+            columns = tuple(column[wanted_rows] for column in columns)
+        return _collect(scheduler, asks, columns, stats)
 
     def _prepare(self, scheduler: _C.Scheduler, asks: Sequence[Ask], config: RolloutConfig) -> None:
         temperatures = np.array([ask.temperature for ask in asks], dtype=np.float32)
@@ -330,18 +334,15 @@ def _book(ledger: Ledger, phase: str | None, model: Model, totals: _C.SchedulerT
 
 
 def _collect(
-    scheduler: _C.Scheduler, asks: Sequence[Ask], drawn: list[tuple[Tensor, ...]], stats: RolloutStats
+    scheduler: _C.Scheduler, asks: Sequence[Ask], drawn: tuple[Tensor, ...], stats: RolloutStats
 ) -> list[RolloutBatch]:
+    """`drawn`: (sequence, position, token, log-prob, entropy) of all answer tokens; () when there are none."""
     prompts = [prompt for ask in asks for prompt in ask.prompts]
     answers_P = _int64(ask.group_size for ask in asks for _ in ask.prompts)
     prompt_len_P = _int64(map(len, prompts))
     prompt_len_N = prompt_len_P.repeat_interleave(answers_P)
     N = prompt_len_N.numel()
-    if drawn:
-        seq, position, token, logprob, entropy = (torch.cat(columns) for columns in zip(*drawn, strict=True))
-    else:
-        seq = position = token = _int64(())
-        logprob = entropy = torch.empty(0, device="cpu")
+    seq, position, token, logprob, entropy = drawn or (*[_int64(())] * 3, *[torch.empty(0, device="cpu")] * 2)
     cu_seqlens = _int64([0]).repeat(N + 1)
     cu_seqlens[1:] = (prompt_len_N + torch.bincount(seq, minlength=N)).cumsum(0)
     starts, T = cu_seqlens[:-1], int(cu_seqlens[-1])
