@@ -1,25 +1,28 @@
 """Prompts in, answers out: drives the native scheduler, the paged KV cache and the model.
 
-The C++ scheduler (csrc/rollout) decides what each step computes; this module makes tensors of its plan, runs the
-model on it and hands the drawn tokens back. An answer depends on its prompt, its seed and the weights alone: not on
-the batch, the number of pages or preemption.
+The C++ scheduler (csrc/rollout) decides what each step computes, `model_runner` runs the model on it, and this module
+hands the drawn tokens back. An answer depends on its prompt, its seed and the weights alone: not on the batch, the
+number of pages, preemption, or whether the host plans ahead.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_engine import _C, ops
+from grpo_engine import _C
 from grpo_engine.config import RolloutConfig
 from grpo_engine.ledger import Ledger, forward_flops
-from grpo_engine.model import Layer, Model, packed_positions
+from grpo_engine.model import Model, packed_positions
+from grpo_engine.model_runner import Filters, ModelRunner, StartedStep
 from grpo_engine.types import RolloutBatch, RolloutStats
 
 Progress = Callable[[int, int], None]  # (answers finished, answers asked for)
@@ -51,41 +54,6 @@ def _mix(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-class KVCache:
-    """Keys and values of all layers in pages.
-
-    key [L, num_pages, K, E, page_size], value [L, num_pages, K, page_size, E]: a page holds the keys of one token
-    across its rows, so that attention reads sixteen keys with one vector.
-    """
-
-    def __init__(self, model: Model, num_pages: int, page_size: int) -> None:
-        c = model.config
-        L, K, E = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-        like = model.embed.weight
-        self.key = like.new_empty((L, num_pages, K, E, page_size))
-        self.value = like.new_empty((L, num_pages, K, page_size, E))
-
-    def copy_pages(self, pairs: Tensor) -> None:
-        """Copies pages; pairs [C, 2] int32 of (source, destination)."""
-        if pairs.numel():
-            source, destination = pairs.long().unbind(1)
-            for pages in (self.key, self.value):
-                pages.index_copy_(1, destination, pages.index_select(1, source))
-
-    def at(self, step: _StepTensors) -> PagedSequences:
-        """What `Model.forward` takes as sequences in this step."""
-        return PagedSequences(self, step)
-
-
-class _StepTensors:
-    """A scheduler's plan as tensors (they share the plan's memory)."""
-
-    def __init__(self, plan) -> None:
-        for name in ("tokens", "positions", "slots", "cu_query", "kv_len", "page_table", "page_copies",
-                     "sample_row", "sample_seq", "sample_seed", "sample_position"):
-            setattr(self, name, torch.from_numpy(getattr(plan, name)))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
     """Prompts that are answered alike: one of the parts that `generate_all` answers together."""
@@ -101,142 +69,179 @@ class Ask:
         return len(self.prompts) * self.group_size
 
 
-class PagedSequences:
-    """The new tokens of a step, whose keys and values go to pages and meet those that are there."""
+class Engine:
+    """Answers prompts with a model, and keeps what outlives a rollout: KV pages, buffers and, on CUDA, graphs.
 
-    def __init__(self, cache: KVCache, step: _StepTensors) -> None:
-        self.cache, self.step = cache, step
-
-    def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
-        """See `model.Sequences`."""
-        s = self.step
-        return ops.decoder_layer_paged(
-            x_TD, layer.weights, positions_T, self.cache.key[index], self.cache.value[index], s.slots,
-            s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,
-        )  # fmt: skip
-
-
-def generate(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    *,
-    group_size: int,
-    seeds: Tensor,
-    stop_ids: Sequence[int],
-    config: RolloutConfig,
-    temperature: float | None = None,
-    ledger: Ledger | None = None,
-    phase: str | None = None,
-    progress: Progress | None = None,
-    answered: Answered | None = None,
-) -> RolloutBatch:
-    """Samples `group_size` answers to each prompt.
+    A run that owns one pays for them once. Weights may change between rollouts where they lie, as an optimizer does it.
+    Pages and graphs are made anew when a rollout needs more pages or more running sequences than any before it, when a
+    weight got other memory (another device or dtype, a checkpoint put in its place), and after `release`. Graphs of
+    other filters than before are further graphs.
 
     Args:
-        model: the policy.
-        prompts: P prompts, each a non-empty list of token ids in [0, V).
-        group_size: G >= 1.
-        seeds: [P*G] int64, one for each answer, row p*G + g (see `derive_seeds`).
-        stop_ids: an answer ends with any of these ("stop"); the stop token belongs to the answer.
-        config: lengths, filters, pages and batch limits.
-        temperature: overrides config.temperature; 0 is greedy.
-        ledger: books the cost, under "prefill" and "decode" or, when given, under `phase`.
-        phase: see ledger.
-        progress: called after each step.
-        answered: called after each step with the answers that it finished.
-
-    Returns:
-        A `RolloutBatch`. Its log-probs and entropies are those of softmax(logits / temperature) - of
-        temperature 1 when greedy - whether or not a filter was on: what training recomputes.
-
-    Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, the wrong number of seeds, a prompt that with
-            its answer exceeds the model's positions or the page pool; the prompt is named.
-        RuntimeError: the model's logits hold NaN or infinity; the sequence and position are named.
+        model: the policy, on any device.
+        lookahead: start a step before the tokens of the one before are known on the host, so that the device never waits
+            for it; answers that stop meanwhile cost a row that is dropped. None: on CUDA.
+        graphs: run steps of one token a sequence from static buffers, padded to a few sizes, and on CUDA as graphs. None:
+            on CUDA. On the CPU it only pads, for tests.
     """
-    ask = Ask(
-        prompts=prompts,
-        group_size=group_size,
-        seeds=seeds,
-        temperature=config.temperature if temperature is None else temperature,
-        max_new_tokens=config.max_new_tokens,
-    )
-    return generate_all(
-        model, [ask], stop_ids=stop_ids, config=config, ledger=ledger, phase=phase, progress=progress, answered=answered
-    )[0]
 
+    def __init__(self, model: Model, *, lookahead: bool | None = None, graphs: bool | None = None) -> None:
+        on_cuda = model.device.type == "cuda"
+        self.model = model
+        self.lookahead = on_cuda if lookahead is None else lookahead
+        self.runner = ModelRunner(model, lookahead=self.lookahead, graphs=on_cuda if graphs is None else graphs)
 
-def generate_all(
-    model: Model,
-    asks: Sequence[Ask],
-    *,
-    stop_ids: Sequence[int],
-    config: RolloutConfig,
-    ledger: Ledger | None = None,
-    phase: str | None = None,
-    progress: Progress | None = None,
-    answered: Answered | None = None,
-) -> list[RolloutBatch]:
-    """Answers several asks in one go, so that the batch stays full until the last of them runs out.
+    def release(self) -> None:
+        """Gives back all memory; the next rollout takes it anew."""
+        self.runner.release()
 
-    An answer is the one that `generate` gives for its ask alone. Sequences are numbered through all asks.
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        seeds: Tensor,
+        stop_ids: Sequence[int],
+        config: RolloutConfig,
+        temperature: float | None = None,
+        ledger: Ledger | None = None,
+        phase: str | None = None,
+        progress: Progress | None = None,
+        answered: Answered | None = None,
+    ) -> RolloutBatch:
+        """Samples `group_size` answers to each prompt.
 
-    Args:
-        model: the policy.
-        asks: what to answer.
-        stop_ids, ledger, phase, progress, answered: see `generate`.
-        config: filters, pages and batch limits; its temperature and max_new_tokens are the asks' own.
+        Args:
+            prompts: P prompts, each a non-empty list of token ids in [0, V).
+            group_size: G >= 1.
+            seeds: [P*G] int64, one for each answer, row p*G + g (see `derive_seeds`).
+            stop_ids: an answer ends with any of these ("stop"); the stop token belongs to the answer.
+            config: lengths, filters, pages and batch limits.
+            temperature: overrides config.temperature; 0 is greedy.
+            ledger: books the cost, under "prefill" and "decode" or, when given, under `phase`.
+            phase: see ledger.
+            progress: called after each step.
+            answered: called after each step with the answers that it finished.
 
-    Returns:
-        A `RolloutBatch` for each ask; their `stats` are those of the whole.
+        Returns:
+            A `RolloutBatch`, on the CPU. Its log-probs and entropies are those of softmax(logits / temperature) - of
+            temperature 1 when greedy - whether or not a filter was on: what training recomputes.
 
-    Raises:
-        ValueError, RuntimeError: see `generate`; prompts are numbered through all asks.
-    """
-    scheduler = _queue(model, asks, stop_ids, config)
-    cache = KVCache(model, scheduler.num_pages, config.page_size)
-    N = sum(ask.num_sequences for ask in asks)
-    temperature_N = torch.cat([torch.full((ask.num_sequences,), ask.temperature) for ask in asks])
-    filters = {
-        "top_k": config.top_k,
-        "top_p": config.top_p if config.top_p < 1.0 else None,
-        "min_p": config.min_p if config.min_p > 0.0 else None,
-    }
-    drawn: list[tuple[Tensor, ...]] = []
-    seconds = {"prefill": 0.0, "decode": 0.0}
-    finished = 0
-    with torch.inference_mode():
-        while scheduler.has_work():
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, the wrong number of seeds, a prompt that with
+                its answer exceeds the model's positions or the page pool; the prompt is named.
+            RuntimeError: the model's logits hold NaN or infinity; the sequence and position are named.
+        """
+        ask = Ask(
+            prompts=prompts,
+            group_size=group_size,
+            seeds=seeds,
+            temperature=config.temperature if temperature is None else temperature,
+            max_new_tokens=config.max_new_tokens,
+        )
+        return self.generate_all(
+            [ask], stop_ids=stop_ids, config=config, ledger=ledger, phase=phase, progress=progress, answered=answered
+        )[0]
+
+    def generate_all(
+        self,
+        asks: Sequence[Ask],
+        *,
+        stop_ids: Sequence[int],
+        config: RolloutConfig,
+        ledger: Ledger | None = None,
+        phase: str | None = None,
+        progress: Progress | None = None,
+        answered: Answered | None = None,
+    ) -> list[RolloutBatch]:
+        """Answers several asks in one go, so that the batch stays full until the last of them runs out.
+
+        An answer is the one that `generate` gives for its ask alone. Sequences are numbered through all asks.
+
+        Args:
+            asks: what to answer.
+            stop_ids, ledger, phase, progress, answered: see `generate`.
+            config: filters, pages and batch limits; its temperature and max_new_tokens are the asks' own.
+
+        Returns:
+            A `RolloutBatch` for each ask; their `stats` are those of the whole.
+
+        Raises:
+            ValueError, RuntimeError: see `generate`; prompts are numbered through all asks.
+        """
+        scheduler = _queue(self.model, asks, stop_ids, config, lookahead=self.lookahead)
+        N = sum(ask.num_sequences for ask in asks)
+        drawn: list[tuple[Tensor, ...]] = []
+        wanted: list[Tensor] = []  # with lookahead: which of those; the others are of answers that had stopped
+        seconds = {"prefill": 0.0, "decode": 0.0}
+        ended_N, finished = np.zeros(N, dtype=bool), 0
+        with torch.inference_mode(), self.runner.running():
+            self._prepare(scheduler, asks, config)
             start = time.perf_counter()
-            plan = scheduler.schedule()
-            step = _StepTensors(plan)
-            cache.copy_pages(step.page_copies)
-            hidden_TD = model(step.tokens, step.positions, cache.at(step))
-            sample = ops.sample_token(
-                model.logits(hidden_TD[step.sample_row]),
-                seed=step.sample_seed,
-                position=step.sample_position,
-                temperature=temperature_N[step.sample_seq],
-                **filters,
-            )
-            drawn.append((step.sample_seq, step.sample_position, sample.token, sample.full_logprob, sample.entropy))
-            ended = _commit(scheduler, step, sample.token)
-            took = time.perf_counter() - start
-            decode_share = plan.num_decode_tokens / step.tokens.numel()
-            seconds["prefill"] += took * (1.0 - decode_share)
-            seconds["decode"] += took * decode_share
-            finished += len(ended)
-            if answered is not None:
-                answered(ended, [scheduler.answer(sequence) for sequence in ended])
-            if progress is not None:
-                progress(finished, N)
-    stats = _stats(scheduler, seconds)
-    if ledger is not None:
-        _book(ledger, phase, model, scheduler.totals, stats)
-    return _collect(scheduler, asks, drawn, stats)
+            for plan, samples in self._steps(scheduler):
+                sequence, position = torch.from_numpy(plan.sample_seq), torch.from_numpy(plan.sample_position)
+                ended = _commit(scheduler, sequence, position, samples[0])
+                drawn.append((sequence, position, *samples))
+                if self.lookahead:
+                    wanted.append(torch.from_numpy(~ended_N[plan.sample_seq]))
+                    ended_N[ended] = True
+                took = time.perf_counter() - start
+                decode_share = plan.num_decode_tokens / len(plan.tokens)
+                seconds["prefill"] += took * (1.0 - decode_share)
+                seconds["decode"] += took * decode_share
+                finished += len(ended)
+                if answered is not None:
+                    answered(ended, [scheduler.answer(sequence) for sequence in ended])
+                if progress is not None:
+                    progress(finished, N)
+                start = time.perf_counter()  # what the callers do with answers is not the rollout's time
+        stats = _stats(scheduler, seconds)
+        if ledger is not None:
+            _book(ledger, phase, self.model, scheduler.totals, stats)
+        columns = tuple(torch.cat(column) for column in zip(*drawn, strict=True))
+        if wanted:
+            wanted_rows = torch.cat(wanted)
+            columns = tuple(column[wanted_rows] for column in columns)
+        return _collect(scheduler, asks, columns, stats)
+
+    def _prepare(self, scheduler: _C.Scheduler, asks: Sequence[Ask], config: RolloutConfig) -> None:
+        temperatures = np.array([ask.temperature for ask in asks], dtype=np.float32)
+        self.runner.prepare(
+            num_pages=scheduler.num_pages,
+            page_size=config.page_size,
+            max_running=scheduler.max_running,
+            temperature_N=temperatures.repeat(np.array([ask.num_sequences for ask in asks], dtype=np.int64)),
+            filters=Filters(
+                top_k=config.top_k,
+                top_p=config.top_p if config.top_p < 1.0 else None,
+                min_p=config.min_p if config.min_p > 0.0 else None,
+            ),
+        )
+
+    def _steps(self, scheduler: _C.Scheduler) -> Iterator[tuple[_C.StepPlan, tuple[Tensor, Tensor, Tensor]]]:
+        """Each step's plan and samples, for the caller to commit; with lookahead, once the next step is started."""
+        under_way: deque[tuple[_C.StepPlan, StartedStep]] = deque()
+        while scheduler.has_work() or under_way:
+            while scheduler.has_work() and len(under_way) <= self.lookahead:
+                plan = scheduler.schedule()
+                under_way.append((plan, self.runner.start(plan)))
+            plan, step = under_way.popleft()
+            yield plan, step.finish()
 
 
-def _queue(model: Model, asks: Sequence[Ask], stop_ids: Sequence[int], config: RolloutConfig) -> _C.Scheduler:
+def generate(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> RolloutBatch:
+    """`Engine.generate`, once: nothing is kept for the next rollout."""
+    return Engine(model).generate(prompts, **options)
+
+
+def generate_all(model: Model, asks: Sequence[Ask], **options: Any) -> list[RolloutBatch]:
+    """`Engine.generate_all`, once: nothing is kept for the next rollout."""
+    return Engine(model).generate_all(asks, **options)
+
+
+def _queue(
+    model: Model, asks: Sequence[Ask], stop_ids: Sequence[int], config: RolloutConfig, *, lookahead: bool
+) -> _C.Scheduler:
     """A scheduler that holds every prompt, with pages for as many answers as may run."""
     first = 0
     for ask in asks:
@@ -251,6 +256,7 @@ def _queue(model: Model, asks: Sequence[Ask], stop_ids: Sequence[int], config: R
         page_size=config.page_size,
         max_running=max_running,
         max_step_tokens=max(config.max_step_tokens, max_running),
+        lookahead=lookahead,
     )
     number = 0
     for ask in asks:
@@ -292,15 +298,15 @@ def _check_ask(model: Model, ask: Ask, first: int) -> None:
             )
 
 
-def _commit(scheduler: _C.Scheduler, step: _StepTensors, token: Tensor) -> list[int]:
+def _commit(scheduler: _C.Scheduler, sequence: Tensor, position: Tensor, token: Tensor) -> list[int]:
     """Hands the drawn tokens back; the sequences that they finish."""
     try:
         return scheduler.commit(token.numpy())
     except ValueError as e:
-        s = int((token < 0).nonzero()[0])
+        s = next(s for s in (token < 0).nonzero()[:, 0].tolist() if scheduler.finish(int(sequence[s])) is None)
         raise RuntimeError(
-            f"generate: the logits of sequence {int(step.sample_seq[s])} at position {int(step.sample_position[s])} "
-            "hold NaN or infinity; the weights have diverged"
+            f"generate: the logits of sequence {int(sequence[s])} at position {int(position[s])} hold NaN or infinity; "
+            "the weights have diverged"
         ) from e
 
 
@@ -328,25 +334,22 @@ def _book(ledger: Ledger, phase: str | None, model: Model, totals: _C.SchedulerT
 
 
 def _collect(
-    scheduler: _C.Scheduler, asks: Sequence[Ask], drawn: list[tuple[Tensor, ...]], stats: RolloutStats
+    scheduler: _C.Scheduler, asks: Sequence[Ask], drawn: tuple[Tensor, ...], stats: RolloutStats
 ) -> list[RolloutBatch]:
+    """`drawn`: (sequence, position, token, log-prob, entropy) of all answer tokens; () when there are none."""
     prompts = [prompt for ask in asks for prompt in ask.prompts]
-    answers_P = torch.tensor([ask.group_size for ask in asks for _ in ask.prompts], dtype=torch.int64)
-    prompt_len_P = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
+    answers_P = _int64(ask.group_size for ask in asks for _ in ask.prompts)
+    prompt_len_P = _int64(map(len, prompts))
     prompt_len_N = prompt_len_P.repeat_interleave(answers_P)
     N = prompt_len_N.numel()
-    if drawn:
-        seq, position, token, logprob, entropy = (torch.cat(columns) for columns in zip(*drawn, strict=True))
-    else:
-        seq = position = token = torch.empty(0, dtype=torch.int64)
-        logprob = entropy = torch.empty(0)
-    cu_seqlens = torch.zeros(N + 1, dtype=torch.int64)
+    seq, position, token, logprob, entropy = drawn or (*[_int64(())] * 3, *[torch.empty(0, device="cpu")] * 2)
+    cu_seqlens = _int64([0]).repeat(N + 1)
     cu_seqlens[1:] = (prompt_len_N + torch.bincount(seq, minlength=N)).cumsum(0)
     starts, T = cu_seqlens[:-1], int(cu_seqlens[-1])
-    tokens = torch.empty(T, dtype=torch.int64)
-    all_logprob, all_entropy = torch.zeros(T), torch.zeros(T)
+    tokens = torch.empty(T, dtype=torch.int64, device="cpu")
+    all_logprob, all_entropy = torch.zeros(2, T, device="cpu")
     # the prompts, each written once for every answer to it
-    flat = torch.tensor(list(itertools.chain.from_iterable(prompts)), dtype=torch.int64)
+    flat = _int64(itertools.chain.from_iterable(prompts))
     flat_start_N = (prompt_len_P.cumsum(0) - prompt_len_P).repeat_interleave(answers_P)
     within = packed_positions(torch.nn.functional.pad(prompt_len_N.cumsum(0), (1, 0)))
     tokens[starts.repeat_interleave(prompt_len_N) + within] = flat[flat_start_N.repeat_interleave(prompt_len_N) + within]
@@ -372,3 +375,8 @@ def _collect(
         )
         first = last
     return batches
+
+
+def _int64(values: Iterable[int]) -> Tensor:
+    """On the CPU, whatever the default device is."""
+    return torch.tensor(list(values), dtype=torch.int64, device="cpu")

@@ -1,20 +1,29 @@
-"""Rollout: the same answers whatever the batch, the pages or the threads, and log-probs equal to training's."""
+"""Rollout: the same answers whatever the batch, the pages or the threads, and log-probs equal to training's.
+
+On CUDA, and where a test says so, with steps planned ahead and padded decode steps, which CUDA records as graphs.
+"""
+
+import dataclasses
 
 import models
 import pytest
 import torch
+from conftest import NO_CUDA
 
+from grpo_engine import model_runner
 from grpo_engine.batch import minibatches
 from grpo_engine.config import RolloutConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
-from grpo_engine.rollout import Ask, derive_seeds, generate, generate_all
+from grpo_engine.model_runner import padded_pages, padded_rows
+from grpo_engine.rollout import Ask, Engine, derive_seeds, generate, generate_all
 
+pytestmark = pytest.mark.usefixtures("device")
 PLENTY = RolloutConfig(max_new_tokens=24)
 SCARCE = RolloutConfig(max_new_tokens=24, num_pages=6, max_running=4, max_step_tokens=9)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture
+def model(device):
     return models.random_model(scale=4.0)
 
 
@@ -25,9 +34,20 @@ def prompts():
 
 
 def run(model, prompts, config=PLENTY, **kwargs):
+    """`model`: or an engine."""
     kwargs = {"group_size": 4, "stop_ids": [7, 8], **kwargs}
     seeds = kwargs.pop("seeds", derive_seeds(1, 2, count=len(prompts) * kwargs["group_size"]))
+    if isinstance(model, Engine):
+        return model.generate(prompts, seeds=seeds, config=config, **kwargs)
     return generate(model, prompts, seeds=seeds, config=config, **kwargs)
+
+
+def plain(model):
+    return Engine(model, lookahead=False, graphs=False)
+
+
+def vars_of(record):
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def same(a, b):
@@ -60,11 +80,14 @@ def test_an_answer_depends_on_its_own_prompt_and_seed_alone(model, prompts):
 
 @pytest.mark.parametrize("config", [PLENTY, SCARCE])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_equal_the_trainers_bit_for_bit(model, prompts, config, temperature):
+def test_logprobs_equal_the_trainers_bit_for_bit(model, prompts, config, temperature, device):
     rollout = run(model, prompts, config, temperature=temperature)
-    (minibatch,) = minibatches(rollout, torch.zeros(28), count=1, tokens_per_micro_batch=100)
+    with torch.device("cpu"):
+        (minibatch,) = minibatches(rollout, torch.zeros(28), count=1, tokens_per_micro_batch=100)
     assert len(minibatch.micro_batches) > 3
     for micro in minibatch.micro_batches:
+        tensors = {k: v.to(device) for k, v in vars_of(micro).items() if isinstance(v, torch.Tensor)}
+        micro = dataclasses.replace(micro, **tensors)
         logprob, _ = model.logprobs(
             micro.tokens, micro.cu_seqlens, cu_groups=micro.cu_groups, rows=micro.rows, target=micro.target,
             positions_T=micro.positions, temperature=temperature,
@@ -160,6 +183,166 @@ def test_seeds_differ_and_repeat():
     assert derive_seeds(1, 2, count=1000).unique().numel() == 1000
     assert torch.equal(derive_seeds(1, 2, count=5), derive_seeds(1, 2, count=9)[:5])
     assert not torch.equal(derive_seeds(1, 2, count=5), derive_seeds(2, 1, count=5))
+
+
+# ---------------------------------------------------------------- planned ahead, padded
+
+# few tokens, for the emulator's sake; one in eight stops an answer
+BRIEF = RolloutConfig(max_new_tokens=9)
+BRIEF_SCARCE = BRIEF.model_copy(update={"num_pages": 4, "max_running": 4, "max_step_tokens": 9})
+
+
+def brief(engine, prompts, config=BRIEF, **kwargs):
+    return run(engine, prompts[:3], config, **{"group_size": 4, "stop_ids": range(0, 97, 8), **kwargs})
+
+
+@pytest.mark.parametrize("config", [BRIEF, BRIEF_SCARCE])
+def test_planning_ahead_and_padding_change_no_bit(model, prompts, config, device):
+    want = brief(plain(model), prompts, config)
+    assert set(want.finish) == {"stop", "length"} and (want.stats.preemptions > 0) == (config is BRIEF_SCARCE)
+    for lookahead, graphs in ((True, False), (False, True), (True, True)):
+        engine = Engine(model, lookahead=lookahead, graphs=graphs)
+        for _ in range(2 if device == "cuda" else 1):  # the second time, all from graphs
+            got = brief(engine, prompts, config)
+            assert same(got, want) and torch.equal(got.cu_seqlens, want.cu_seqlens)
+        assert not graphs or len(engine.runner.padded_sizes) >= 3
+        assert got.stats.decode_tokens == want.stats.decode_tokens  # rows that were dropped are not counted
+
+
+def test_asks_of_different_kinds_planned_ahead(model, prompts):
+    asks = [
+        Ask(prompts=prompts[:p], group_size=g, seeds=derive_seeds(p, count=p * g), temperature=t, max_new_tokens=n)
+        for p, g, t, n in ((2, 4, 1.0, 8), (3, 1, 0.0, 1), (1, 2, 0.7, 2))
+    ]
+    config = BRIEF.model_copy(update={"top_p": 0.9, "top_k": 20, "max_running": 6})
+    batches = [
+        engine.generate_all(asks, stop_ids=range(0, 97, 8), config=config)
+        for engine in (plain(model), Engine(model, lookahead=True, graphs=True))
+    ]
+    for want, got in zip(*batches, strict=True):
+        assert same(got, want)
+
+
+def test_a_step_is_started_before_the_one_before_is_waited_for(model, prompts, monkeypatch):
+    events = []
+
+    def noted(cls, method, name):
+        original = getattr(cls, method)
+        monkeypatch.setattr(cls, method, lambda self, *args: (events.append(name), original(self, *args))[1])
+
+    noted(model_runner.ModelRunner, "start", "start")
+    noted(model_runner.StartedStep, "finish", "finish")
+    brief(Engine(model, lookahead=True), prompts[:1])
+    steps = events.count("start")
+    assert steps > 5 and events == ["start", *["start", "finish"] * (steps - 1), "finish"]
+
+
+def test_padding_rows_write_nothing(model, prompts, monkeypatch):
+    monkeypatch.setattr(model_runner, "padded_rows", lambda rows: rows + 3)
+    caches = []
+    for engine in (plain(model), Engine(model, lookahead=False, graphs=True)):
+        brief(engine, prompts)
+        cache = engine.runner.cache
+        with torch.inference_mode():
+            for pages in (cache.key, cache.value):
+                pages.fill_(float("nan"))  # and what padding rows read of it does not reach the others
+        assert not brief(engine, prompts).logprob.isnan().any()
+        caches.append([pages.view(torch.int32) for pages in (cache.key, cache.value)])
+    assert engine.runner.padded_sizes
+    for mine, padded in zip(*caches, strict=True):
+        assert torch.equal(mine, padded)
+
+
+class Recorded:
+    """In place of a CUDA graph, where there are none: what it was recorded over must be as it was."""
+
+    def __init__(self, runner, inputs):
+        self.runner, self.inputs, self.over = runner, inputs, self.now(runner, inputs)
+        self.replays = 0
+
+    @staticmethod
+    def now(runner, inputs):
+        tensors = (*runner.model.parameters(), runner.cache.key, runner.cache.value, runner._samples.bytes, *inputs)
+        return [t.data_ptr() for t in tensors], runner._filters
+
+    def replay(self):
+        assert self.now(self.runner, self.inputs) == self.over
+        self.replays += 1
+        self.runner._draw(self.inputs, one_each=True)
+
+
+def test_an_engine_serves_rollouts_of_all_sizes_and_weights_that_move(model, prompts, device, monkeypatch):
+    graphs = []
+
+    def record(runner, inputs):
+        graphs.append(Recorded(runner, inputs))
+        return graphs[-1]
+
+    if device == "cpu":
+        monkeypatch.setattr(model_runner.ModelRunner, "_record", record)
+    engine = Engine(model, lookahead=True, graphs=True)
+    same_pages = BRIEF.model_copy(update={"num_pages": 8})
+    kinds = [
+        (prompts[:1], same_pages),
+        (prompts[1:3], same_pages),  # more samples
+        (prompts[1:3], BRIEF.model_copy(update={"num_pages": 12})),  # more pages
+        (prompts[1:3], BRIEF.model_copy(update={"num_pages": 12, "top_k": 5})),
+        (prompts[:1], BRIEF.model_copy(update={"page_size": 32})),
+    ]
+    for chosen, config in kinds:
+        seen = set()
+        for change in ("nothing", "weights in place", "weights elsewhere"):
+            with torch.no_grad():
+                if change == "weights in place":
+                    model.final_norm.mul_(1.1)
+                elif change == "weights elsewhere":
+                    model.layers[0].out_weight.data = model.layers[0].out_weight * 0.9
+            want = brief(plain(model), chosen, config, group_size=2)
+            assert same(brief(engine, chosen, config, group_size=2), want)
+            seen.add(want.logprob.numpy().tobytes())
+        assert len(seen) == 3
+    engine.release()
+    assert engine.runner.padded_sizes == [] and same(brief(engine, chosen, config, group_size=2), want)
+    assert device != "cpu" or sum(graph.replays for graph in graphs) > len(graphs)
+
+
+def test_an_engine_goes_on_after_an_error(model, prompts):
+    engine = Engine(model, lookahead=True, graphs=True)
+    want = brief(engine, prompts)
+    norm = model.final_norm.detach().clone()
+
+    def spoil(done, wanted):
+        with torch.no_grad():
+            model.final_norm.fill_(float("nan"))
+
+    with pytest.raises(RuntimeError, match="logits of sequence .* hold NaN"):
+        brief(engine, prompts, progress=spoil)
+    with torch.no_grad():
+        model.final_norm.copy_(norm)
+    assert same(brief(engine, prompts), want)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NO_CUDA)], indirect=True)
+def test_the_host_waits_for_nothing_but_its_events(model, prompts):
+    engine = Engine(model)
+    want = brief(engine, prompts)  # records
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert same(brief(engine, prompts), want)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padded_sizes():
+    sizes = sorted({padded_rows(n) for n in range(1, 1025)})
+    assert sizes[:16] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32] and len(sizes) == 36
+    for n in range(1, 1025):
+        assert n <= padded_rows(n) < 1.25 * n and padded_rows(n) in sizes
+    assert [padded_pages(n, 16) for n in (0, 1, 16, 17, 33, 64)] == [16, 16, 16, 32, 64, 64]
+    assert [padded_pages(n, 512) for n in (1, 2, 3)] == [1, 2, 4]
+
+
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

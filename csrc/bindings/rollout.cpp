@@ -58,7 +58,7 @@ int64_t seed_bits(const py::handle& value, size_t index) {
 }
 
 py::array_t<int64_t> to_array(const Sequence& sequence) {
-  py::array_t<int64_t> out(sequence.length());
+  py::array_t<int64_t> out(sequence.known());
   const auto& prompt = sequence.request().prompt;
   std::copy(prompt.begin(), prompt.end(), out.mutable_data());
   std::copy(sequence.answer().begin(), sequence.answer().end(),
@@ -70,7 +70,8 @@ void bind_plan(py::module_& module) {
   py::class_<StepPlan> cls(module, "StepPlan",
                            "One step of the model: T packed tokens of N sequences, from which S "
                            "tokens are drawn. Arrays are views that keep the plan alive.");
-  def_vector(cls, "tokens", &StepPlan::tokens, "[T] int64");
+  def_vector(cls, "tokens", &StepPlan::tokens,
+             "[T] int64, ids; -1 - s: the token that sample s of the plan before draws");
   def_vector(cls, "positions", &StepPlan::positions, "[T] int64, of each token in its sequence");
   def_vector(cls, "slots", &StepPlan::slots,
              "[T] int64, page * page_size + offset where the token's key and value are written");
@@ -111,6 +112,8 @@ void bind_plan(py::module_& module) {
       .def_property_readonly(
           "num_recomputed_tokens", [](const StepPlan& plan) { return plan.counts.recomputed; },
           "Tokens among the T that are computed again after a preemption.")
+      .def_readonly("one_each", &StepPlan::one_each,
+                    "Whether N = T = S: a token of each sequence, and a sample of each token.")
       .def_readonly("preemptions", &StepPlan::preemptions,
                     "Sequences that lost their pages for this step.");
 }
@@ -142,6 +145,8 @@ void bind_totals(py::module_& module) {
                     "Full prompt pages that a sequence took from a sibling.")
       .def_readonly("page_copies", &SchedulerTotals::page_copies,
                     "Partly filled prompt pages copied for an answer.")
+      .def_readonly("dropped_tokens", &SchedulerTotals::dropped_tokens,
+                    "Tokens computed for answers that had stopped when their step was committed.")
       .def_readonly("steps", &SchedulerTotals::steps, "Steps committed.");
 }
 
@@ -149,8 +154,9 @@ void bind_scheduler(py::module_& module) {
   py::class_<Scheduler>(module, "Scheduler",
                         "Decides which tokens of which sequences the model computes in each step, "
                         "and in which KV pages (csrc/rollout/scheduler.h).")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("num_pages"), py::kw_only(),
-           py::arg("page_size") = 16, py::arg("max_running"), py::arg("max_step_tokens"))
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, bool>(), py::arg("num_pages"),
+           py::kw_only(), py::arg("page_size") = 16, py::arg("max_running"),
+           py::arg("max_step_tokens"), py::arg("lookahead") = false)
       .def(
           "add_group",
           [](Scheduler& self, const std::vector<int64_t>& prompt, int64_t group_size,
@@ -166,7 +172,8 @@ void bind_scheduler(py::module_& module) {
           "id, which is also the id of its first answer; answer g has id + g. Raises ValueError "
           "for a request that is malformed or could never fit.")
       .def("schedule", &Scheduler::schedule,
-           "Plans the next step. Raises RuntimeError without work or before the last commit.")
+           "Plans the next step. Raises RuntimeError without work or before the last commit; with "
+           "lookahead, before the one before.")
       .def(
           "commit",
           [](Scheduler& self, const Tokens& tokens) {
@@ -177,16 +184,16 @@ void bind_scheduler(py::module_& module) {
             return self.commit({tokens.data(), static_cast<size_t>(tokens.size())});
           },
           py::arg("tokens"),
-          "Takes the drawn tokens [S] int64 in the plan's order; returns the ids that finished. "
+          "Takes the drawn tokens [S] int64 of the oldest open plan; returns the ids that finished. "
           "Raises ValueError on a negative token, naming its sequence; the step stays open then.")
       .def("cancel", &Scheduler::cancel, py::arg("group"),
            "Ends the unfinished answers of a group as \"cancelled\"; returns how many they were.")
       .def("drop", &Scheduler::drop, py::arg("group"),
            "Forgets a group whose answers are all finished.")
       .def("preempt_all", &Scheduler::preempt_all,
-           "Sends every running sequence back to the queue and forgets an open step: for when the "
+           "Sends every running sequence back to the queue and forgets open steps: for when the "
            "weights changed, or a step failed half-way.")
-      .def("has_work", &Scheduler::has_work)
+      .def("has_work", &Scheduler::has_work, "Whether there is something to schedule.")
       .def("check", &Scheduler::check,
            "Proves every invariant; raises RuntimeError naming what is broken.")
       .def("tokens", [](const Scheduler& self, int64_t id) { return to_array(self.sequence(id)); },
@@ -201,7 +208,8 @@ void bind_scheduler(py::module_& module) {
            py::arg("sequence"), "\"stop\", \"length\", \"cancelled\", or None while unfinished.")
       .def("group_size", &Scheduler::group_size, py::arg("group"))
       .def_property_readonly("step_open", &Scheduler::step_open,
-                             "True between schedule() and commit().")
+                             "Whether a plan awaits its commit.")
+      .def_property_readonly("max_running", &Scheduler::max_running)
       .def_property_readonly("num_pages", &Scheduler::num_pages)
       .def_property_readonly("num_free_pages", &Scheduler::num_free_pages)
       .def_property_readonly("num_running", &Scheduler::num_running,

@@ -42,17 +42,19 @@ void require(bool ok, const Parts&... parts) {
 }  // namespace
 
 Scheduler::Scheduler(int64_t num_pages, int64_t page_size, int64_t max_running,
-                     int64_t max_step_tokens)
+                     int64_t max_step_tokens, bool lookahead)
     : allocator_(static_cast<int32_t>(at_least(1, num_pages, "num_pages"))),
       page_size_(static_cast<int32_t>(at_least(1, page_size, "page_size"))),
       max_running_(at_least(1, max_running, "max_running")),
-      max_step_tokens_(at_least(1, max_step_tokens, "max_step_tokens")) {
+      max_step_tokens_(at_least(1, max_step_tokens, "max_step_tokens")),
+      max_open_(lookahead ? 2 : 1) {
   if (max_step_tokens < max_running) {
     throw std::invalid_argument(
         "Scheduler: max_step_tokens must be at least max_running = " + text(max_running) +
         ", so that every running sequence gets a token in every step, got " +
         text(max_step_tokens));
   }
+  open_.reserve(max_open_);
 }
 
 // ---- requests -------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ const Sequence& Scheduler::sequence(int64_t id) const {
 
 int64_t Scheduler::cancel(int64_t id) {
   group(id, "cancel");
-  require(!step_open_, "cancel() between schedule() and commit(); commit the step first");
+  require(!step_open(), "cancel() between schedule() and commit(); commit the step first");
   int64_t cancelled = 0;
   for (Sequence& sequence : groups_.at(id)) {
     if (sequence.finished()) continue;
@@ -159,6 +161,13 @@ void Scheduler::drop(int64_t id) {
       throw std::invalid_argument("drop: every answer of group " + text(id) +
                                   " must be finished, got " + text(sequence) +
                                   " unfinished; cancel the group first");
+    }
+  }
+  for (const Step& step : open_) {
+    for (const Sequence* sequence : step.samples) {
+      if (sequence->request().id != id) continue;
+      throw std::invalid_argument("drop: an open step has a row of " + text(*sequence) +
+                                  "; commit it first");
     }
   }
   groups_.erase(id);
@@ -186,47 +195,42 @@ void Scheduler::preempt(Queue::iterator entry) {
 
 void Scheduler::preempt_all() {
   while (!running_.empty()) preempt(last_entry(running_));
-  step_open_ = false;
+  totals_.preemptions += static_cast<int64_t>(ending_.size());
+  waiting_.merge(ending_);
+  for (const Step& step : open_) {
+    for (Sequence* sequence : step.samples) sequence->expect_none();
+  }
+  open_.clear();
 }
 
 // ---- schedule -------------------------------------------------------------------------------
 
 StepPlan Scheduler::schedule() {
-  require(!step_open_,
+  require(open_.size() < max_open_,
           "schedule() was called twice; commit() the tokens of the first plan, or call "
           "preempt_all() to give its step up");
   require(has_work(), "schedule() without work; ask has_work() first");
   StepPlan plan;
-  reserve_step(plan);
+  Step step;
+  reserve_step(plan, step);
 
   // From here on nothing allocates memory, so nothing fails.
-  work_.clear();
-  samples_.clear();
   plan.preemptions = preempt_for_pages();
   int64_t budget = max_step_tokens_;
   for (auto entry = running_.begin(); entry != running_.end(); entry = after_entry(entry)) {
-    Sequence& sequence = *entry->second;
-    prepare_pages(sequence, plan);
+    prepare_pages(*entry->second, plan);
     // Only the youngest entry can have more than one token pending, and max_step_tokens >=
     // max_running leaves it at least one.
-    const int64_t count = std::min(sequence.pending(), budget);
-    work_.push_back({&sequence, count});
-    budget -= count;
+    budget -= add_work(*entry->second, budget, step);
   }
-  if (plan.preemptions == 0) admit(budget);  // reserve_step() counts on that
-  write_plan(plan);
-  for (const Work& work : work_) {
-    if (!work.samples()) continue;
-    for (int64_t g = 0; g < entry_size(*work.sequence); ++g) {
-      samples_.push_back(&work.sequence[g]);  // siblings lie side by side in groups_
-    }
-  }
-  step_open_ = true;
+  if (plan.preemptions == 0) admit(budget, step);  // reserve_step() counts on that
+  write_plan(step, plan);
+  begin(std::move(step));
   return plan;
 }
 
 // Reserves the most that the step can need: all that runs and all that could be admitted.
-void Scheduler::reserve_step(StepPlan& plan) {
+void Scheduler::reserve_step(StepPlan& plan, Step& step) {
   size_t entries = 0;
   int64_t sequences = 0, tokens = 0, width = 0;
   const auto count_in = [&](const Sequence& leader) {
@@ -242,8 +246,8 @@ void Scheduler::reserve_step(StepPlan& plan) {
     count_in(*e->second);
   }
   tokens = std::min(tokens, max_step_tokens_);
-  work_.reserve(entries);
-  samples_.reserve(sequences);
+  step.work.reserve(entries);
+  step.samples.reserve(sequences);
   for (auto* v : {&plan.tokens, &plan.positions, &plan.slots}) v->reserve(tokens);
   for (auto* v : {&plan.sample_row, &plan.sample_seq, &plan.sample_seed, &plan.sample_position}) {
     v->reserve(sequences);
@@ -334,8 +338,18 @@ std::pair<const Sequence*, int64_t> Scheduler::shared_prefix(const Sequence& seq
   return {donor, tokens};
 }
 
+// Takes what the budget holds of a sequence's pending tokens into the step; returns how many.
+int64_t Scheduler::add_work(Sequence& sequence, int64_t budget, Step& step) {
+  const int64_t count = std::min(sequence.pending(), budget);
+  const int64_t samples = count == sequence.pending() ? entry_size(sequence) : 0;
+  step.work.push_back({&sequence, sequence.computed(), count, samples});
+  // siblings lie side by side in groups_
+  for (int64_t g = 0; g < samples; ++g) step.samples.push_back(&sequence + g);
+  return count;
+}
+
 // Admits waiting entries in order; the first that does not fit ends it, so none is overtaken.
-void Scheduler::admit(int64_t budget) {
+void Scheduler::admit(int64_t budget, Step& step) {
   int64_t set_aside = 0;  // pages that must stay free for those who run
   for (auto e = running_.begin(); e != running_.end(); e = after_entry(e)) {
     set_aside += growth(*e->second);
@@ -357,23 +371,30 @@ void Scheduler::admit(int64_t budget) {
       totals_.shared_page_hits += shared_tokens / page_size_;
     }
     for (int64_t i = 0; i < pages; ++i) sequence.add_page(allocator_.acquire().value());
-    const int64_t count = std::min(sequence.pending(), budget);
-    work_.push_back({&sequence, count});
-    budget -= count;
+    budget -= add_work(sequence, budget, step);
   }
 }
 
-void Scheduler::write_plan(StepPlan& plan) const {
-  for (const Work& work : work_) {
+void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
+  for (const Work& work : step.work) {
     plan.page_table_width =
         std::max(plan.page_table_width, static_cast<int64_t>(work.sequence->pages().size()));
   }
+  // Expected tokens are drawn by the plan before, and both plans are in the order of ids.
+  size_t drawn = 0;
+  const auto token = [&](const Sequence& sequence, int64_t position) {
+    if (position < sequence.known()) return sequence.token(position);
+    const auto& before = open_.back().samples;
+    while (before.at(drawn) != &sequence) ++drawn;
+    return -1 - static_cast<int64_t>(drawn);
+  };
+  plan.one_each = step.work.size() == step.samples.size();
   plan.cu_query.push_back(0);
-  for (const Work& work : work_) {
+  for (const Work& work : step.work) {
     const Sequence& sequence = *work.sequence;
-    const int64_t end = sequence.computed() + work.count;
-    for (int64_t position = sequence.computed(); position < end; ++position) {
-      plan.tokens.push_back(sequence.token(position));
+    const int64_t end = work.begin + work.count;
+    for (int64_t position = work.begin; position < end; ++position) {
+      plan.tokens.push_back(token(sequence, position));
       plan.positions.push_back(position);
       plan.slots.push_back(sequence.slot(position));
     }
@@ -382,9 +403,9 @@ void Scheduler::write_plan(StepPlan& plan) const {
     plan.page_table.insert(plan.page_table.end(), sequence.pages().begin(),
                            sequence.pages().end());
     plan.page_table.resize(plan.kv_len.size() * plan.page_table_width, -1);
-    plan.counts += sequence.classify(work.count);
-    if (!work.samples()) continue;
-    for (int64_t g = 0; g < entry_size(sequence); ++g) {
+    plan.counts += sequence.classify(work.begin, work.count);
+    plan.one_each = plan.one_each && work.count == 1 && work.samples == 1;
+    for (int64_t g = 0; g < work.samples; ++g) {
       plan.sample_row.push_back(static_cast<int64_t>(plan.tokens.size()) - 1);
       plan.sample_seq.push_back(sequence.id() + g);
       plan.sample_seed.push_back(sequence.request().seeds[sequence.index() + g]);
@@ -393,61 +414,79 @@ void Scheduler::write_plan(StepPlan& plan) const {
   }
 }
 
-// ---- commit ---------------------------------------------------------------------------------
-
-std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
-  require(step_open_, "commit() without schedule(); each plan is committed once");
-  if (tokens.size() != samples_.size()) {
-    throw std::invalid_argument("commit: tokens must hold one token for each of the plan's " +
-                                text(static_cast<int64_t>(samples_.size())) + " samples, got " +
-                                text(static_cast<int64_t>(tokens.size())));
-  }
-  for (size_t s = 0; s < tokens.size(); ++s) {
-    if (tokens[s] < 0) {
-      throw std::invalid_argument(
-          "commit: tokens must be >= 0, got " + text(tokens[s]) + " for " +
-          text(*samples_[s]) + " at position " + text(samples_[s]->length()) +
-          ": its logits held nothing to draw from (NaN, or every token excluded)");
-    }
-  }
-  std::vector<int64_t> finished;
-  finished.reserve(samples_.size());
-  for (Sequence* sequence : samples_) sequence->reserve_token();
-
-  // From here on nothing allocates memory, so nothing fails.
-  for (const Work& work : work_) advance(work);
-  for (size_t s = 0; s < tokens.size(); ++s) samples_[s]->append(tokens[s]);
+// The state after the step, but for what its tokens are: its work is done, and its answers are one
+// token longer.
+void Scheduler::begin(Step&& step) {
+  for (const Work& work : step.work) work.sequence->advance(work.count);
+  for (Sequence* sequence : step.samples) sequence->expect();
   // The answers that a computed prompt starts: all but the first have no pages yet.
-  for (Sequence* sequence : samples_) {
-    if (sequence->finished() || !sequence->pages().empty()) continue;
+  for (Sequence* sequence : step.samples) {
+    if (!sequence->pages().empty()) continue;
     const int64_t prompt_length = sequence->request().prompt_length();
     sequence->share_prefix(*(sequence - sequence->index()), prompt_length, allocator_);
     totals_.shared_page_hits += prompt_length / page_size_;
   }
-  for (Sequence* sequence : samples_) {
-    if (!sequence->finished()) continue;
+  for (Sequence* sequence : step.samples) {
+    if (!sequence->complete()) continue;
     sequence->release_pages(allocator_);
-    running_.erase(sequence->id());
-    finished.push_back(sequence->id());
+    ending_.insert(running_.extract(sequence->id()));
+  }
+  open_.push_back(std::move(step));
+}
+
+// ---- commit ---------------------------------------------------------------------------------
+
+std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
+  require(step_open(), "commit() without schedule(); each plan is committed once");
+  const auto& [work_done, samples] = open_.front();
+  if (tokens.size() != samples.size()) {
+    throw std::invalid_argument("commit: tokens must hold one token for each of the plan's " +
+                                text(static_cast<int64_t>(samples.size())) + " samples, got " +
+                                text(static_cast<int64_t>(tokens.size())));
+  }
+  for (size_t s = 0; s < tokens.size(); ++s) {
+    if (tokens[s] < 0 && !samples[s]->finished()) {
+      throw std::invalid_argument(
+          "commit: tokens must be >= 0, got " + text(tokens[s]) + " for " +
+          text(*samples[s]) + " at position " + text(samples[s]->known()) +
+          ": its logits held nothing to draw from (NaN, or every token excluded)");
+    }
+  }
+  std::vector<int64_t> finished;
+  finished.reserve(samples.size());
+  for (Sequence* sequence : samples) sequence->reserve_token();
+
+  // From here on nothing allocates memory, so nothing fails.
+  for (const Work& work : work_done) count(work);
+  for (size_t s = 0; s < tokens.size(); ++s) {
+    Sequence& sequence = *samples[s];
+    if (sequence.finished()) continue;  // by the step before, when this one was planned already
+    sequence.append(tokens[s]);
+    if (!sequence.finished()) continue;
+    sequence.release_pages(allocator_);
+    for (Queue* queue : {&running_, &waiting_, &ending_}) queue->erase(sequence.id());
+    finished.push_back(sequence.id());
   }
   ++totals_.steps;
-  step_open_ = false;
+  open_.erase(open_.begin());
   return finished;
 }
 
-void Scheduler::advance(const Work& work) {
+void Scheduler::count(const Work& work) {
+  if (work.sequence->finished()) {
+    totals_.dropped_tokens += work.count;
+    return;
+  }
   // each token sees itself and all before it
   const auto pairs = [](int64_t begin, int64_t end) {
     return (end * (end + 1) - begin * (begin + 1)) / 2;
   };
-  const int64_t begin = work.sequence->computed();
-  const int64_t samples = work.samples() ? entry_size(*work.sequence) : 0;
-  const TokenCounts counts = work.sequence->advance(work.count);
-  const int64_t end = work.sequence->computed(), first_decoded = end - counts.decode;
+  const TokenCounts counts = work.sequence->settle(work.begin, work.count);
+  const int64_t end = work.begin + work.count, first_decoded = end - counts.decode;
   totals_.tokens += counts;
-  totals_.prefill_pairs += pairs(begin, first_decoded);
+  totals_.prefill_pairs += pairs(work.begin, first_decoded);
   totals_.decode_pairs += pairs(first_decoded, end);
-  (counts.decode > 0 ? totals_.decode_samples : totals_.prefill_samples) += samples;
+  (counts.decode > 0 ? totals_.decode_samples : totals_.prefill_samples) += work.samples;
 }
 
 // ---- check ----------------------------------------------------------------------------------
@@ -469,24 +508,29 @@ void Scheduler::check_queues() const {
     require(request.id == id && request.group_size() == static_cast<int64_t>(sequences.size()),
             "group ", id, " does not hold its answers");
     // Unless cancelled, either no answer of a group has begun, or all have.
-    const bool begun = !sequences.front().answer().empty();
+    const bool begun = sequences.front().begun();
     for (const Sequence& sequence : sequences) {
       const auto runs = running_.find(sequence.id());
       const auto waits = waiting_.find(sequence.id());
-      const int places = (runs != running_.end()) + (waits != waiting_.end());
+      const auto ends = ending_.find(sequence.id());
+      const int places =
+          (runs != running_.end()) + (waits != waiting_.end()) + (ends != ending_.end());
       require(places == (sequence.finished() ? 0 : 1),
               sequence, " stands in ", places, " queues");
       queued += places;
       require((runs == running_.end() || runs->second == &sequence) &&
-                  (waits == waiting_.end() || waits->second == &sequence),
+                  (waits == waiting_.end() || waits->second == &sequence) &&
+                  (ends == ending_.end() || ends->second == &sequence),
               sequence, " is queued as another");
-      require(begun == !sequence.answer().empty(), sequence, " began apart from its group");
+      require((ends != ending_.end()) == (!sequence.finished() && sequence.complete()), sequence,
+              " is ending, or should be");
+      require(begun == sequence.begun(), sequence, " began apart from its group");
       if (sequence.finished() || begun) continue;
       require((runs == running_.end()) == !running_.contains(id),
               sequence, " left its group before the prompt was computed");
     }
   }
-  require(queued == running_.size() + waiting_.size(), "a queue holds a forgotten sequence");
+  require(queued == running_.size() + waiting_.size() + ending_.size(), "a queue holds a forgotten sequence");
 }
 
 void Scheduler::check_pages() const {
@@ -501,7 +545,7 @@ void Scheduler::check_pages() const {
       const auto& pages = sequence.pages();
       const auto held = static_cast<int64_t>(pages.size());
       const bool leads = running_.contains(sequence.id()) &&
-                         (!sequence.answer().empty() || sequence.index() == 0);
+                         (sequence.begun() || sequence.index() == 0);
       require(leads || (held == 0 && sequence.computed() == 0), sequence,
               " holds pages but is not running");
       if (!leads) continue;
@@ -510,7 +554,7 @@ void Scheduler::check_pages() const {
               sequence, " has computed ", sequence.computed(), " of ", sequence.length(),
               " tokens and holds ", held, " pages");
       const bool youngest = sequence.id() + entry_size(sequence) - 1 == running_.rbegin()->first;
-      require(step_open_ || youngest || sequence.pending() == 1,
+      require(youngest || sequence.pending() == 1,
               sequence, " is not the youngest and has ", sequence.pending(), " tokens pending");
       for (size_t i = 0; i < pages.size(); ++i) {
         Holder& holder = holders.try_emplace(pages[i], Holder{id, i, 0}).first->second;
@@ -532,17 +576,6 @@ void Scheduler::check_pages() const {
   }
   require(in_use + allocator_.num_free() == num_pages(),
           num_pages() - in_use - allocator_.num_free(), " pages are lost");
-  if (!step_open_) return;
-  for (const Work& work : work_) {
-    const Sequence& sequence = *work.sequence;
-    const int64_t end = sequence.computed() + work.count;
-    require(pages_for(end) <= static_cast<int64_t>(sequence.pages().size()),
-            sequence, " has no page for this step's tokens");
-    for (int64_t i = sequence.computed() / page_size_; i * page_size_ < end; ++i) {
-      require(allocator_.refs(sequence.pages()[i]) == 1,
-              sequence, " is to write into shared page ", sequence.pages()[i]);
-    }
-  }
 }
 
 }  // namespace grpo_engine

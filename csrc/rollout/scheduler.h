@@ -18,6 +18,20 @@
 // (all ops being batch-invariant) the answers do too. No deadlock: a request is refused unless one
 // answer of full length fits into the pool, and the oldest is never preempted for another.
 //
+// With lookahead, a step may be planned before the tokens of the one before are known, so that a GPU
+// need not wait for the host:
+//
+//   plan 0 = schedule(); plan 1 = schedule(); commit(tokens of 0); plan 2 = schedule(); commit(1) ...
+//
+// Every answer is taken to go on up to its max_new_tokens, which alone is known beforehand. The inputs
+// that plan t draws are in plan t+1 by the number of their sample (StepPlan::tokens). An answer that
+// commit(t) finds to have stopped has a row in plan t+1 already; it is computed, and dropped at
+// commit(t+1). Answers do not change; steps, preemptions and pages in use may.
+//
+// Steps run in the order of their plans, each after the one before is done (one stream). So a page may
+// be given to another sequence as soon as no later plan is to read it, even while steps that do are
+// under way, and a preemption or a copy needs no waiting.
+//
 // Order is arrival order everywhere: ids grow with arrival, both queues are sorted by id, every
 // running id is below every waiting id, and the youngest is the largest id. The same calls always
 // give the same plans.
@@ -50,7 +64,7 @@ namespace grpo_engine {
 //   tokens [3, 4], positions [2, 2], slots [6, 2], cu_query [0, 1, 2], kv_len [3, 3],
 //   page_table [[1], [0]], page_copies [[0, 1]], sample_row [0, 1], sample_position [3, 3].
 struct StepPlan {
-  std::vector<int64_t> tokens;           // [T]
+  std::vector<int64_t> tokens;           // [T] ids; -1 - s: what sample s of the plan before draws
   std::vector<int64_t> positions;        // [T] of each token in its sequence
   std::vector<int64_t> slots;            // [T] page * page_size + offset of its key and value
   std::vector<int32_t> cu_query;         // [N+1] start of each sequence in tokens
@@ -64,6 +78,7 @@ struct StepPlan {
   std::vector<int64_t> sample_seed;      // [S]
   std::vector<int64_t> sample_position;  // [S] position of the token to be drawn
   TokenCounts counts;                    // of the T tokens
+  bool one_each = false;                 // N = T = S: a token of each sequence, a sample of each token
   int64_t preemptions = 0;               // sequences that lost their pages for this step
 };
 
@@ -79,6 +94,7 @@ struct SchedulerTotals {
   int64_t preemptions = 0;
   int64_t shared_page_hits = 0;  // full prompt pages that a sequence took from a sibling
   int64_t page_copies = 0;
+  int64_t dropped_tokens = 0;    // with lookahead: computed for answers that had stopped
   int64_t steps = 0;
 };
 
@@ -87,7 +103,9 @@ class Scheduler {
   // num_pages   pages of the KV cache; page_size tokens each
   // max_running sequences that decode at a time; a group needs G of them
   // max_step_tokens  limit of T; at least max_running, so that no running sequence misses a step
-  Scheduler(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens);
+  // lookahead   whether a step may be planned before the last one's commit
+  Scheduler(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens,
+            bool lookahead = false);
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
@@ -96,27 +114,30 @@ class Scheduler {
   int64_t add_group(std::span<const int64_t> prompt, int64_t group_size, int64_t max_new_tokens,
                     std::span<const int64_t> seeds, std::span<const int64_t> stop_ids);
 
-  // Plans the next step. Throws std::logic_error without work, or before the last one's commit.
+  // Plans the next step. Throws std::logic_error without work, or before the last one's commit - with
+  // lookahead, that of the one before.
   StepPlan schedule();
 
-  // Takes the drawn tokens [S] of the plan and returns the ids of the sequences that they finished,
-  // in the plan's order. Throws std::invalid_argument on a negative token, naming the sequence: its
-  // row of logits held nothing to draw from. The step then stays open (see preempt_all).
+  // Takes the drawn tokens [S] of the oldest open plan and returns the ids of the sequences that they
+  // finished, in the plan's order. Tokens of answers that had stopped are ignored. Throws
+  // std::invalid_argument on a negative token, naming the sequence: its row of logits held nothing to
+  // draw from. The step then stays open (see preempt_all).
   std::vector<int64_t> commit(std::span<const int64_t> tokens);
 
   // Ends the unfinished answers of a group as "cancelled" and returns how many those were.
-  // Not between schedule and commit.
+  // Not while a step is open.
   int64_t cancel(int64_t group);
 
-  // Forgets a group whose answers are all finished.
+  // Forgets a group whose answers are all finished, and of which no open step has a row.
   void drop(int64_t group);
 
-  // Sends every running sequence back to the queue, and forgets an open step. For use when cached
+  // Sends every running sequence back to the queue, and forgets the open steps. For use when cached
   // keys and values are worthless: the weights changed, or a step failed half-way.
   void preempt_all();
 
-  bool has_work() const { return !running_.empty() || !waiting_.empty(); }
-  bool step_open() const { return step_open_; }
+  bool has_work() const { return !running_.empty() || !waiting_.empty(); }  // something to plan
+  bool step_open() const { return !open_.empty(); }
+  int64_t max_running() const { return max_running_; }
   int64_t num_pages() const { return allocator_.num_pages(); }
   int64_t num_free_pages() const { return allocator_.num_free(); }
   int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
@@ -137,12 +158,16 @@ class Scheduler {
 
   struct Work {
     Sequence* sequence;
-    int64_t count;  // tokens computed in the open step
-    bool samples() const { return count == sequence->pending(); }
+    int64_t begin, count;  // tokens [begin, begin + count) are computed
+    int64_t samples;       // answers that draw a token after the last of them: 0, 1, or a group's G
+  };
+  struct Step {
+    std::vector<Work> work;          // one for each of the plan's N sequences
+    std::vector<Sequence*> samples;  // [S]
   };
 
   static int64_t entry_size(const Sequence& leader) {
-    return leader.answer().empty() ? leader.request().group_size() : 1;
+    return leader.begun() ? 1 : leader.request().group_size();
   }
   template <typename Iterator>
   static Iterator after_entry(Iterator entry) {
@@ -160,12 +185,14 @@ class Scheduler {
   std::pair<const Sequence*, int64_t> shared_prefix(const Sequence& sequence) const;
   void move_entry(Queue& from, Queue::iterator entry, Queue& to);
   void preempt(Queue::iterator entry);
-  void reserve_step(StepPlan& plan);
+  void reserve_step(StepPlan& plan, Step& step);
   int64_t preempt_for_pages();
   void prepare_pages(Sequence& sequence, StepPlan& plan);
-  void admit(int64_t budget);
-  void write_plan(StepPlan& plan) const;
-  void advance(const Work& work);
+  static int64_t add_work(Sequence& sequence, int64_t budget, Step& step);
+  void admit(int64_t budget, Step& step);
+  void write_plan(const Step& step, StepPlan& plan) const;
+  void begin(Step&& step);
+  void count(const Work& work);
   void check_pages() const;
   void check_queues() const;
 
@@ -173,13 +200,13 @@ class Scheduler {
   int32_t page_size_;
   int64_t max_running_;
   int64_t max_step_tokens_;
+  size_t max_open_;
   int64_t next_id_ = 0;
   std::map<int64_t, std::vector<Sequence>> groups_;  // by group id
   Queue running_;
   Queue waiting_;
-  bool step_open_ = false;
-  std::vector<Work> work_;          // of the open step, one for each of the plan's N sequences
-  std::vector<Sequence*> samples_;  // of the open step, [S]
+  Queue ending_;            // whose last token an open step draws: without pages
+  std::vector<Step> open_;  // planned and not committed, oldest first
   SchedulerTotals totals_;
 };
 

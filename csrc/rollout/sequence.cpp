@@ -46,24 +46,32 @@ int64_t Sequence::slot(int64_t position) const {
   return static_cast<int64_t>(pages_[position / page_size_]) * page_size_ + position % page_size_;
 }
 
-TokenCounts Sequence::classify(int64_t count) const {
-  const int64_t end = computed_ + count;
+TokenCounts Sequence::classify(int64_t begin, int64_t count) const {
+  const int64_t end = begin + count;
   TokenCounts counts;
-  counts.recomputed = std::clamp<int64_t>(ever_computed_ - computed_, 0, count);
-  const int64_t first_new = computed_ + counts.recomputed;
+  counts.recomputed = std::clamp<int64_t>(ever_computed_ - begin, 0, count);
+  const int64_t first_new = begin + counts.recomputed;
   counts.prefill = std::clamp<int64_t>(request_->prompt_length() - first_new, 0, end - first_new);
   counts.decode = count - counts.recomputed - counts.prefill;
   return counts;
 }
 
-TokenCounts Sequence::advance(int64_t count) {
+void Sequence::advance(int64_t count) {
   require(count > 0 && count <= pending(), *this, "advance() past its last token");
   require(computed_ + count <= static_cast<int64_t>(pages_.size()) * page_size_, *this,
           "advance() past its last page");
-  const TokenCounts counts = classify(count);
   computed_ += count;
-  ever_computed_ = std::max(ever_computed_, computed_);
+}
+
+TokenCounts Sequence::settle(int64_t begin, int64_t count) {
+  const TokenCounts counts = classify(begin, count);
+  ever_computed_ = std::max(ever_computed_, begin + count);
   return counts;
+}
+
+void Sequence::expect() {
+  require(!finished() && !complete(), *this, "expect() past its last token");
+  ++expected_;
 }
 
 void Sequence::reserve_token() {
@@ -76,12 +84,14 @@ void Sequence::reserve_token() {
 void Sequence::append(int64_t token) {
   require(!finished(), *this, "append() to a finished answer");
   answer_.push_back(token);
+  expected_ = std::max<int64_t>(expected_ - 1, 0);
   const auto& stop_ids = request_->stop_ids;
   if (std::find(stop_ids.begin(), stop_ids.end(), token) != stop_ids.end()) {
     finish_ = Finish::stop;
   } else if (static_cast<int64_t>(answer_.size()) == request_->max_new_tokens) {
     finish_ = Finish::length;
   }
+  if (finished()) expected_ = 0;
 }
 
 void Sequence::cancel() {

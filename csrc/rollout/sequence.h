@@ -7,7 +7,10 @@
 //              key and value in pages | still to be computed       | the token to be drawn next
 //
 //   The key and value of position p lie in pages()[p / page_size] at offset p % page_size.
-//   invariants: computed < length while unfinished; pages cover computed; no pages when finished.
+//   The last tokens may be expected ones: a step that is under way draws them, and what they are is
+//   not known here until it is committed.
+//   invariants: computed < length while another token is to be drawn; pages cover computed; no pages
+//   when finished.
 //
 // A page is shared only for prompt positions. Sharing never writes: whoever is to write into a page
 // with refs > 1 takes a copy of it first (Scheduler).
@@ -60,26 +63,39 @@ class Sequence {
   Finish finish() const { return finish_; }
   bool finished() const { return finish_ != Finish::none; }
 
-  int64_t length() const {
+  int64_t known() const {  // tokens but the expected ones
     return request_->prompt_length() + static_cast<int64_t>(answer_.size());
   }
-  int64_t token(int64_t position) const;  // position in [0, length)
-  const std::vector<int64_t>& answer() const { return answer_; }
+  int64_t length() const { return known() + expected_; }
+  int64_t token(int64_t position) const;  // position in [0, known)
+  const std::vector<int64_t>& answer() const { return answer_; }  // its known tokens
+
+  bool begun() const { return length() > request_->prompt_length(); }
+  // Whether every token is drawn or expected: max_new_tokens of them, stop or not.
+  bool complete() const {
+    return length() == request_->prompt_length() + request_->max_new_tokens;
+  }
 
   int64_t computed() const { return computed_; }
   int64_t pending() const { return length() - computed_; }  // tokens still to be computed
   const std::vector<int32_t>& pages() const { return pages_; }
   int64_t slot(int64_t position) const;   // page * page_size + offset, of a position within pages
 
-  // How the next `count` pending tokens will be counted.
-  TokenCounts classify(int64_t count) const;
+  // How `count` tokens from position `begin` on are counted.
+  TokenCounts classify(int64_t begin, int64_t count) const;
   // Marks the next `count` pending tokens as computed; throws std::logic_error past the pages.
-  TokenCounts advance(int64_t count);
+  void advance(int64_t count);
+  // Counts them once their step is committed; from then on they count as recomputed.
+  TokenCounts settle(int64_t begin, int64_t count);
 
+  // One more token is being drawn. Throws std::logic_error past max_new_tokens.
+  void expect();
+  // Those tokens will not come.
+  void expect_none() { expected_ = 0; }
   // Makes room for one more token, so that append() needs no memory.
   void reserve_token();
-  // Adds a drawn token and finishes the answer on a stop id or at max_new_tokens.
-  // Throws std::logic_error when it is finished already.
+  // Adds a drawn token, the first of those expected if any, and finishes the answer on a stop id, when
+  // no more is expected, or at max_new_tokens. Throws std::logic_error when it is finished already.
   void append(int64_t token);
   void cancel();
 
@@ -98,8 +114,9 @@ class Sequence {
   int64_t index_;
   int32_t page_size_;
   Finish finish_ = Finish::none;
+  int64_t expected_ = 0;
   int64_t computed_ = 0;
-  int64_t ever_computed_ = 0;    // largest computed_ so far: below it, tokens are recomputed
+  int64_t ever_computed_ = 0;    // largest settled or shared position so far: below it, tokens are recomputed
   std::vector<int64_t> answer_;
   std::vector<int32_t> pages_;
 };

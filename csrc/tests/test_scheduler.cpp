@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <new>
 #include <random>
@@ -64,14 +65,19 @@ Tokens expected_answer(const Ask& ask, size_t g) {
 
 // A model whose hidden state at position p is a hash of tokens 0..p, kept in KV slots as a real one
 // keeps keys and values. It reads the past only through the page table, so a wrong page, a missing
-// copy, or a slot that two sequences write changes what it draws, and verify() names it.
+// copy, or a slot that two sequences write changes what it draws, and verify() names it. Plans are run
+// as soon as they are made, one after another, as a stream would.
 class FakeModel {
  public:
   FakeModel(int64_t num_pages, int64_t page_size)
       : page_size_(page_size), cells_(num_pages * page_size) {}
 
-  // The drawn tokens of a plan; `truth` holds what each sequence consists of so far.
-  Tokens step(const StepPlan& plan, const std::map<int64_t, Tokens>& truth) {
+  // The drawn tokens of a plan; `truth` holds what each sequence consists of so far, and `before` what
+  // the plan before drew.
+  Tokens step(StepPlan plan, const std::map<int64_t, Tokens>& truth, const Tokens& before) {
+    for (int64_t& token : plan.tokens) {
+      if (token < 0) token = before.at(-1 - token);
+    }
     const size_t N = plan.kv_len.size();
     EXPECT_EQ(plan.cu_query.size(), N + 1);
     EXPECT_EQ(plan.page_table.size(), N * plan.page_table_width);
@@ -132,11 +138,14 @@ class FakeModel {
 
   void write(const StepPlan& plan) {
     std::set<int64_t> written;
+    std::map<int64_t, int64_t> holders;
+    for (int32_t page : plan.page_table) ++holders[page];
     for (size_t n = 0; n < plan.kv_len.size(); ++n) {
       for (int32_t t = plan.cu_query[n]; t < plan.cu_query[n + 1]; ++t) {
         const int64_t position = plan.positions[t];
         EXPECT_EQ(position, plan.kv_len[n] - plan.cu_query[n + 1] + t);
         EXPECT_TRUE(written.insert(plan.slots[t]).second) << "slot written twice";
+        EXPECT_EQ(holders[plan.slots[t] / page_size_], 1) << "a shared page is written";
         const uint64_t before = position == 0 ? kEmptyPrefix : cell(plan, n, position - 1).prefix;
         cells_.at(plan.slots[t]) = {plan.tokens[t], position, mix(before, plan.tokens[t])};
         EXPECT_EQ(&cell(plan, n, position), &cells_.at(plan.slots[t])) << "slot not in the table";
@@ -167,9 +176,11 @@ class FakeModel {
 // A scheduler with its model and the book that both are checked against.
 class Engine {
  public:
-  Engine(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens)
-      : scheduler(num_pages, page_size, max_running, max_step_tokens),
-        model_(num_pages, page_size) {}
+  Engine(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens,
+         bool lookahead = false)
+      : scheduler(num_pages, page_size, max_running, max_step_tokens, lookahead),
+        model_(num_pages, page_size),
+        lookahead_(lookahead) {}
 
   int64_t add(const Ask& ask) {
     const int64_t id = scheduler.add_group(ask.prompt, ask.seeds.size(), ask.max_new_tokens,
@@ -181,20 +192,31 @@ class Engine {
 
   StepPlan schedule() {
     StepPlan plan = scheduler.schedule();
-    drawn_ = model_.step(plan, truth_);
-    sampled_ = plan.sample_seq;
+    EXPECT_EQ(plan.one_each, plan.tokens.size() == plan.kv_len.size() &&
+                                 plan.sample_row.size() == plan.tokens.size() &&
+                                 std::adjacent_find(plan.sample_row.begin(), plan.sample_row.end(),
+                                                    std::greater_equal<>()) == plan.sample_row.end());
+    const Tokens before = open_.empty() ? Tokens{} : open_.back().drawn;
+    open_.push_back({model_.step(plan, truth_, before), plan.sample_seq});
+    const auto& [drawn, sampled] = open_.back();
+    for (size_t s = 0; s < drawn.size(); ++s) truth_[sampled[s]].push_back(drawn[s]);
     return plan;
   }
 
   Tokens commit() {
-    const Tokens finished = scheduler.commit(drawn_);
-    for (size_t s = 0; s < drawn_.size(); ++s) truth_[sampled_[s]].push_back(drawn_[s]);
+    const Tokens finished = scheduler.commit(open_.front().drawn);
+    open_.erase(open_.begin());
     for (int64_t id : finished) {
       const Sequence& sequence = scheduler.sequence(id);
       const Ask& ask = asks.at(sequence.request().id);
       EXPECT_EQ(sequence.answer(), expected_answer(ask, sequence.index())) << "answer " << id;
     }
     return finished;
+  }
+
+  // Whether another step may be planned.
+  bool can_schedule() const {
+    return scheduler.has_work() && open_.size() <= static_cast<size_t>(lookahead_);
   }
 
   StepPlan step() {
@@ -205,9 +227,24 @@ class Engine {
     return plan;
   }
 
-  // Runs to the end and checks every answer.
+  void preempt_all() {
+    scheduler.preempt_all();
+    for (const Step& step : open_) {
+      for (int64_t id : step.sampled) truth_[id].resize(scheduler.sequence(id).length());
+    }
+    open_.clear();
+  }
+
+  // Runs to the end, as far ahead as allowed, and checks every answer.
   void finish() {
-    while (scheduler.has_work() && !testing::Test::HasFatalFailure()) step();
+    while ((scheduler.has_work() || scheduler.step_open()) && !testing::Test::HasFatalFailure()) {
+      if (can_schedule()) {
+        schedule();
+      } else {
+        commit();
+      }
+      scheduler.check();
+    }
     EXPECT_EQ(scheduler.num_free_pages(), scheduler.num_pages());
     for (const auto& [id, ask] : asks) {
       for (size_t g = 0; g < ask.seeds.size(); ++g) {
@@ -223,9 +260,14 @@ class Engine {
   std::map<int64_t, Ask> asks;
 
  private:
+  struct Step {
+    Tokens drawn, sampled;
+  };
+
   FakeModel model_;
-  std::map<int64_t, Tokens> truth_;
-  Tokens drawn_, sampled_;
+  bool lookahead_;
+  std::map<int64_t, Tokens> truth_;  // those of open steps included
+  std::vector<Step> open_;           // oldest first
 };
 
 // Seeds and prompts differ by `salt`, so that no two requests look alike.
@@ -252,7 +294,8 @@ bool same(const StepPlan& a, const StepPlan& b) {
          a.cu_query == b.cu_query && a.kv_len == b.kv_len && a.page_table == b.page_table &&
          a.page_copies == b.page_copies && a.sample_row == b.sample_row &&
          a.sample_seq == b.sample_seq && a.sample_seed == b.sample_seed &&
-         a.sample_position == b.sample_position && a.preemptions == b.preemptions;
+         a.sample_position == b.sample_position && a.preemptions == b.preemptions &&
+         a.one_each == b.one_each;
 }
 
 // ---- plans ------------------------------------------------------------------------------------
@@ -470,13 +513,16 @@ TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoAnswer) {
     const int64_t smallest = (19 + 23 + page_size - 1) / page_size;  // the largest single request
     int64_t preempted_when_scarce = 0;
     for (int64_t num_pages : {smallest, smallest + 2, 2 * smallest, 20 * smallest}) {
-      for (int64_t max_step_tokens : {4, 7, 256}) {
+      for (const auto& [max_step_tokens, lookahead] : std::vector<std::pair<int64_t, bool>>{
+               {4, false}, {7, false}, {256, false}, {4, true}, {7, true}, {256, true}}) {
         SCOPED_TRACE("page_size " + std::to_string(page_size) + " num_pages " +
-                     std::to_string(num_pages) + " budget " + std::to_string(max_step_tokens));
+                     std::to_string(num_pages) + " budget " + std::to_string(max_step_tokens) +
+                     (lookahead ? " ahead" : ""));
         const int64_t max_running = std::min<int64_t>(max_step_tokens, 24);
-        Engine engine(num_pages, page_size, max_running, max_step_tokens);
+        Engine engine(num_pages, page_size, max_running, max_step_tokens, lookahead);
         for (const Ask& ask : asks) engine.add(ask);
         engine.finish();
+        EXPECT_EQ(engine.scheduler.totals().dropped_tokens > 0, lookahead);
         if (num_pages == smallest) {
           preempted_when_scarce += engine.scheduler.totals().preemptions;
         } else if (num_pages == 20 * smallest) {
@@ -489,22 +535,29 @@ TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoAnswer) {
 }
 
 TEST(Scheduler, PreemptAllRecomputesTheSameAnswers) {
-  Engine engine(32, 4, 8, 12);
-  engine.add(ask_of(9, 3, 12, 1));
-  engine.add(ask_of(17, 2, 12, 2));
-  for (int step = 0; engine.scheduler.has_work(); ++step) {
-    if (step % 3 == 1) engine.schedule();  // given up half-way
-    if (step % 3 != 0) {
-      engine.scheduler.preempt_all();
-      engine.scheduler.check();
-      EXPECT_EQ(engine.scheduler.num_free_pages(), 32);
-      EXPECT_EQ(engine.scheduler.num_running(), 0);
+  for (const bool lookahead : {false, true}) {
+    SCOPED_TRACE(lookahead ? "ahead" : "in step");
+    Engine engine(32, 4, 8, 12, lookahead);
+    engine.add(ask_of(9, 3, 12, 1));
+    engine.add(ask_of(17, 2, 12, 2));
+    for (int step = 0; engine.scheduler.has_work(); ++step) {
+      for (int given_up = 0; given_up < step % 3 && engine.can_schedule(); ++given_up) {
+        engine.schedule();
+      }
+      if (step % 4 != 0) {
+        engine.preempt_all();
+        engine.scheduler.check();
+        EXPECT_EQ(engine.scheduler.num_free_pages(), 32);
+        EXPECT_EQ(engine.scheduler.num_running(), 0);
+        EXPECT_FALSE(engine.scheduler.step_open());
+      }
+      while (engine.scheduler.step_open()) engine.commit();
+      for (int i = 0; i < 4 && engine.scheduler.has_work(); ++i) engine.step();
     }
-    for (int i = 0; i < 4 && engine.scheduler.has_work(); ++i) engine.step();
+    engine.finish();
+    EXPECT_GT(engine.scheduler.totals().tokens.recomputed, 0);
+    EXPECT_EQ(engine.scheduler.totals().tokens.prefill, 26);
   }
-  engine.finish();
-  EXPECT_GT(engine.scheduler.totals().tokens.recomputed, 0);
-  EXPECT_EQ(engine.scheduler.totals().tokens.prefill, 26);
 }
 
 // Each call is made to fail at its first, second, third ... allocation before it is let through;
@@ -533,34 +586,40 @@ TEST(Scheduler, RunningOutOfMemoryChangesNothing) {
       }
     }
   };
-  Scheduler twin(10, 4, 8, 16), scheduler(10, 4, 8, 16);
-  int64_t failures[3] = {0, 0, 0};
-  int64_t token = 1;
-  for (int step = 0; step < 60; ++step) {
-    if (step % 12 == 0) {
-      const Ask ask = ask_of(1 + step % 17, 1 + step / 12 % 4, 16, step);
-      const auto add = [&](Scheduler& to) {
-        return to.add_group(ask.prompt, ask.seeds.size(), 16, ask.seeds, ask.stop_ids);
-      };
-      int64_t id = -1;
-      failures[0] += until_it_succeeds(scheduler, [&] { id = add(scheduler); });
-      EXPECT_EQ(id, add(twin));
+  for (const bool lookahead : {false, true}) {
+    Scheduler twin(10, 4, 8, 16, lookahead), scheduler(10, 4, 8, 16, lookahead);
+    std::vector<Tokens> open;
+    int64_t failures[3] = {0, 0, 0};
+    int64_t token = 1;
+    for (int step = 0; step < 60; ++step) {
+      if (step % 12 == 0) {
+        const Ask ask = ask_of(1 + step % 17, 1 + step / 12 % 4, 16, step);
+        const auto add = [&](Scheduler& to) {
+          return to.add_group(ask.prompt, ask.seeds.size(), 16, ask.seeds, ask.stop_ids);
+        };
+        int64_t id = -1;
+        failures[0] += until_it_succeeds(scheduler, [&] { id = add(scheduler); });
+        EXPECT_EQ(id, add(twin));
+      }
+      if (twin.has_work()) {
+        const StepPlan want = twin.schedule();
+        StepPlan plan;
+        failures[1] += until_it_succeeds(scheduler, [&] { plan = scheduler.schedule(); });
+        ASSERT_TRUE(same(plan, want)) << "step " << step;
+        open.emplace_back();
+        for (size_t s = 0; s < plan.sample_seq.size(); ++s) open.back().push_back(token++ % 50);
+      }
+      if (open.empty() || (lookahead && open.size() == 1 && twin.has_work())) continue;
+      const Tokens finished = twin.commit(open.front());
+      Tokens also;
+      failures[2] += until_it_succeeds(scheduler, [&] { also = scheduler.commit(open.front()); });
+      ASSERT_EQ(also, finished);
+      open.erase(open.begin());
+      scheduler.check();
     }
-    if (!twin.has_work()) continue;
-    const StepPlan want = twin.schedule();
-    StepPlan plan;
-    failures[1] += until_it_succeeds(scheduler, [&] { plan = scheduler.schedule(); });
-    ASSERT_TRUE(same(plan, want)) << "step " << step;
-    Tokens drawn;
-    for (size_t s = 0; s < plan.sample_seq.size(); ++s) drawn.push_back(token++ % 50);
-    const Tokens finished = twin.commit(drawn);
-    Tokens also;
-    failures[2] += until_it_succeeds(scheduler, [&] { also = scheduler.commit(drawn); });
-    ASSERT_EQ(also, finished);
-    scheduler.check();
+    EXPECT_GT(twin.totals().preemptions, 0);
+    for (int64_t count : failures) EXPECT_GT(count, 10);
   }
-  EXPECT_GT(twin.totals().preemptions, 0);
-  for (int64_t count : failures) EXPECT_GT(count, 10);
 }
 
 TEST(Scheduler, AnInvalidTokenNamesItsSequenceAndLeavesTheStepOpen) {
@@ -575,7 +634,7 @@ TEST(Scheduler, AnInvalidTokenNamesItsSequenceAndLeavesTheStepOpen) {
             "commit: tokens must hold one token for each of the plan's 4 samples, got 1");
   scheduler.check();
   EXPECT_TRUE(scheduler.step_open());
-  EXPECT_EQ(scheduler.sequence(0).length(), 3);
+  EXPECT_EQ(scheduler.sequence(0).known(), 3);
   EXPECT_TRUE(scheduler.commit(Tokens{1, 1, 1, 1}).empty());
   scheduler.check();
 }
@@ -666,6 +725,94 @@ TEST(Scheduler, BadSizesAreRefused) {
             "sequence gets a token in every step, got 7");
 }
 
+// ---- lookahead --------------------------------------------------------------------------------
+
+TEST(Scheduler, AheadTheInputsAreTheSamplesOfThePlanBefore) {
+  Scheduler scheduler(16, 4, 8, 64, /*lookahead=*/true);
+  scheduler.add_group(Tokens{5, 9}, 3, 4, Tokens{70, 71, 72}, Tokens{6});
+  EXPECT_FALSE(scheduler.schedule().one_each);
+  StepPlan plan = scheduler.schedule();
+  scheduler.check();
+  EXPECT_TRUE(plan.one_each);
+  EXPECT_EQ(plan.tokens, (Tokens{-1, -2, -3}));
+  EXPECT_EQ(plan.positions, (Tokens{2, 2, 2}));
+  EXPECT_EQ(plan.kv_len, (std::vector<int32_t>{3, 3, 3}));
+  EXPECT_EQ(plan.sample_seq, (Tokens{0, 1, 2}));
+  EXPECT_EQ(plan.sample_position, (Tokens{3, 3, 3}));
+  EXPECT_EQ(plan.page_copies.size(), 4u);
+  EXPECT_EQ(scheduler.num_free_pages(), 13);
+  EXPECT_EQ(scheduler.commit(Tokens{3, 6, 4}), Tokens{1});  // its row of the open plan is dropped
+  scheduler.check();
+  EXPECT_EQ(scheduler.num_free_pages(), 14);
+  plan = scheduler.schedule();
+  EXPECT_EQ(plan.tokens, (Tokens{-1, -3}));  // the first and the third sample of the plan before
+  EXPECT_EQ(plan.sample_seq, (Tokens{0, 2}));
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.commit(Tokens{7, 7}); }),
+            "commit: tokens must hold one token for each of the plan's 3 samples, got 2");
+  EXPECT_TRUE(scheduler.commit(Tokens{7, -1, 8}).empty());
+  EXPECT_EQ(scheduler.commit(Tokens{6, 9}), Tokens{0});
+  EXPECT_EQ(scheduler.schedule().tokens, Tokens{9});  // known by now
+  EXPECT_EQ(scheduler.commit(Tokens{1}), Tokens{2});  // its last token: nothing ahead of it
+  EXPECT_FALSE(scheduler.has_work());
+  EXPECT_FALSE(scheduler.step_open());
+  EXPECT_EQ(scheduler.sequence(0).answer(), (Tokens{3, 7, 6}));
+  EXPECT_EQ(scheduler.sequence(1).answer(), (Tokens{6}));
+  EXPECT_EQ(scheduler.sequence(2).answer(), (Tokens{4, 8, 9, 1}));
+  EXPECT_EQ(scheduler.totals().tokens.decode, 5);
+  EXPECT_EQ(scheduler.totals().dropped_tokens, 1);
+  EXPECT_EQ(scheduler.num_free_pages(), 16);
+}
+
+TEST(Scheduler, AheadAFullAnswerIsNotPlannedOnAndItsPagesServeTheNext) {
+  Scheduler scheduler(1, 4, 4, 4, /*lookahead=*/true);
+  scheduler.add_group(Tokens{1, 2}, 1, 2, Tokens{1}, Tokens{});
+  scheduler.add_group(Tokens{3, 4}, 1, 2, Tokens{2}, Tokens{});
+  scheduler.schedule();
+  EXPECT_EQ(scheduler.schedule().tokens, Tokens{-1});  // its second token is its last
+  scheduler.check();
+  EXPECT_EQ(scheduler.num_free_pages(), 1);
+  EXPECT_TRUE(scheduler.commit(Tokens{7}).empty());
+  EXPECT_EQ(scheduler.schedule().tokens, (Tokens{3, 4}));
+  EXPECT_EQ(scheduler.commit(Tokens{8}), Tokens{0});
+  EXPECT_STREQ(finish_name(scheduler.sequence(0).finish()), "length");
+}
+
+TEST(Scheduler, AheadThereIsOnePlanInFlightAndNothingIsTakenFromUnderIt) {
+  Scheduler scheduler(16, 4, 8, 64, /*lookahead=*/true);
+  const int64_t group = scheduler.add_group(Tokens{5, 9}, 1, 4, Tokens{70}, Tokens{6});
+  scheduler.schedule();
+  scheduler.schedule();
+  EXPECT_THROW(scheduler.schedule(), std::logic_error);
+  EXPECT_EQ(scheduler.commit(Tokens{6}), Tokens{0});
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.drop(group); }),
+            "drop: an open step has a row of sequence 0 (group 0, answer 0); commit it first");
+  EXPECT_THROW(scheduler.cancel(group), std::logic_error);
+  EXPECT_FALSE(scheduler.has_work());
+  EXPECT_TRUE(scheduler.commit(Tokens{3}).empty());
+  EXPECT_EQ(scheduler.sequence(0).answer(), Tokens{6});
+  scheduler.drop(group);
+  scheduler.check();
+}
+
+TEST(Scheduler, AheadAPreemptedAnswerMayTurnOutToHaveStopped) {
+  // The prompt's token and three of each answer fill both pages; the next token needs a third.
+  Scheduler scheduler(2, 4, 2, 8, /*lookahead=*/true);
+  scheduler.add_group(Tokens{1}, 2, 7, Tokens{1, 2}, Tokens{9});
+  StepPlan plan = scheduler.schedule();
+  while (plan.preemptions == 0) {
+    plan = scheduler.schedule();
+    if (plan.preemptions == 0) scheduler.commit(Tokens(2, 5));
+  }
+  EXPECT_EQ(plan.tokens, Tokens{-1});
+  EXPECT_EQ(scheduler.num_waiting(), 1);
+  scheduler.check();
+  EXPECT_EQ(scheduler.commit(Tokens{5, 9}), Tokens{1});  // drawn before it was preempted
+  scheduler.check();
+  EXPECT_EQ(scheduler.num_waiting(), 0);
+  EXPECT_EQ(scheduler.sequence(1).answer(), (Tokens{5, 5, 5, 9}));
+  EXPECT_EQ(scheduler.totals().dropped_tokens, 0);
+}
+
 // ---- random operations ------------------------------------------------------------------------
 
 TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
@@ -673,12 +820,12 @@ TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
   const auto pick = [&](int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(random);
   };
-  int64_t operations = 0, preemptions = 0, shared = 0, copies = 0, cancelled = 0, finished = 0;
+  int64_t operations = 0, preemptions = 0, shared = 0, copies = 0, cancelled = 0, finished = 0, dropped = 0;
   for (int round = 0; operations < 10000; ++round) {
     const int64_t page_size = pick(1, 6), max_running = pick(1, 12);
     const int64_t num_pages = pick(4, 40), max_step_tokens = pick(max_running, max_running + 30);
     SCOPED_TRACE("round " + std::to_string(round));
-    Engine engine(num_pages, page_size, max_running, max_step_tokens);
+    Engine engine(num_pages, page_size, max_running, max_step_tokens, round % 2 == 1);
     Scheduler& scheduler = engine.scheduler;
     for (int i = 0; i < 250; ++i, ++operations) {
       const int64_t what = pick(0, 99);
@@ -698,18 +845,18 @@ TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
         scheduler.drop(it->first);
         engine.asks.erase(it);
       } else if (what < 17) {
-        scheduler.preempt_all();
+        engine.preempt_all();
+      } else if (engine.can_schedule() && (what % 4 != 0 || !scheduler.step_open())) {
+        engine.schedule();
       } else if (scheduler.step_open()) {
         finished += engine.commit().size();
-      } else if (scheduler.has_work()) {
-        engine.schedule();
       }
       scheduler.check();
       if (HasFailure()) return;
     }
-    if (scheduler.step_open()) engine.commit();
     engine.finish();
     if (HasFailure()) return;
+    dropped += scheduler.totals().dropped_tokens;
     preemptions += scheduler.totals().preemptions;
     shared += scheduler.totals().shared_page_hits;
     copies += scheduler.totals().page_copies;
@@ -720,6 +867,7 @@ TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
   EXPECT_GT(copies, 100);
   EXPECT_GT(cancelled, 30);
   EXPECT_GT(finished, 300);
+  EXPECT_GT(dropped, 100);
 }
 
 }  // namespace

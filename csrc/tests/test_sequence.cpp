@@ -90,24 +90,60 @@ TEST(Sequence, EachTokenIsCountedAsNewOnceAndAsRecomputedAfterwards) {
     for (int i = 0; i < n; ++i) sequence.add_page(*allocator.acquire());
   };
   take(2);
-  TokenCounts counts = sequence.advance(3);
+  const auto compute = [&](int64_t count) {
+    sequence.advance(count);
+    return sequence.settle(sequence.computed() - count, count);
+  };
+  TokenCounts counts = compute(3);
   EXPECT_EQ(counts.prefill, 3);
   sequence.release_pages(allocator);  // preempted in the middle of the prompt
   EXPECT_EQ(sequence.computed(), 0);
   take(2);
-  counts = sequence.advance(5);
+  counts = compute(5);
   EXPECT_EQ(counts.recomputed, 3);
   EXPECT_EQ(counts.prefill, 2);
   sequence.append(50);
-  sequence.advance(1);
+  compute(1);
   sequence.append(51);
   sequence.release_pages(allocator);
   take(2);
-  counts = sequence.advance(7);
+  counts = compute(7);
   EXPECT_EQ(counts.recomputed, 6);
   EXPECT_EQ(counts.prefill, 0);
   EXPECT_EQ(counts.decode, 1);
   EXPECT_EQ(counts.total(), 7);
+}
+
+TEST(Sequence, WhatWasNotSettledIsNotRecomputed) {
+  BlockAllocator allocator(8);
+  Sequence sequence(request_of(3, 4), 0, kPageSize);
+  for (int i = 0; i < 2; ++i) {
+    sequence.add_page(*allocator.acquire());
+    sequence.advance(3);
+    EXPECT_EQ(sequence.classify(0, 3).prefill, 3);
+    sequence.release_pages(allocator);
+  }
+}
+
+TEST(Sequence, ExpectedTokensCountInItsLengthUntilTheyAreKnown) {
+  Sequence sequence(request_of(3, 3), 0, kPageSize);
+  EXPECT_FALSE(sequence.begun());
+  sequence.expect();
+  sequence.expect();
+  EXPECT_TRUE(sequence.begun());
+  EXPECT_EQ(sequence.known(), 3);
+  EXPECT_EQ(sequence.length(), 5);
+  sequence.append(50);
+  EXPECT_EQ(sequence.known(), 4);
+  EXPECT_EQ(sequence.length(), 5);
+  EXPECT_EQ(sequence.token(3), 50);
+  sequence.expect();
+  EXPECT_TRUE(sequence.complete());
+  EXPECT_THROW(sequence.expect(), std::logic_error);
+  sequence.append(2);  // a stop token: the last one will not come
+  EXPECT_STREQ(finish_name(sequence.finish()), "stop");
+  EXPECT_EQ(sequence.length(), 5);
+  EXPECT_FALSE(sequence.complete());
 }
 
 TEST(Sequence, SharesAndForksWithoutLosingPages) {
