@@ -69,7 +69,7 @@ def grpo_step(
 
     Raises:
         RuntimeError: the sampler's and the trainer's log-probs differ before any update (the sequence and
-            position are named), or the weights have diverged.
+            position are named) although the policy is batch-invariant, or the weights have diverged.
     """
     P, G = len(problems), config.batch.group_size
     chat = config.model.kind == "instruct"
@@ -98,7 +98,7 @@ def grpo_step(
                 logprob = logprobs(policy, micro, config)
                 result = policy_loss(logprob, micro, minibatch, config)
             if index == 0:
-                mismatch = max(mismatch, _assert_on_policy(logprob.detach(), micro))
+                mismatch = max(mismatch, _on_policy_mismatch(logprob.detach(), micro, policy.batch_invariant))
             with ledger.timed("backward", tokens=T, flops=2 * flops):
                 result.loss.backward()
             loss += result.loss.item()
@@ -190,12 +190,14 @@ def _with_reference(micro: TrainBatch, reference: Model, config: RunConfig, ledg
         return dataclasses.replace(micro, ref_logprob=logprobs(reference, micro, config))
 
 
-def _assert_on_policy(logprob: Tensor, micro: TrainBatch) -> float:
-    """The weights have not moved since the rollout, so both sides must have computed the same bits."""
+def _on_policy_mismatch(logprob: Tensor, micro: TrainBatch, batch_invariant: bool) -> float:
+    """The weights have not moved since the rollout, so batch-invariant products must have given the same bits."""
     if torch.equal(logprob, micro.old_logprob):
         return 0.0
-    difference = (logprob - micro.old_logprob).abs()
-    row = int(difference.nan_to_num(nan=float("inf")).argmax())
+    difference = (logprob - micro.old_logprob).abs().nan_to_num(nan=float("inf"))
+    if not batch_invariant:
+        return float(difference.max())
+    row = int(difference.argmax())
     sequence = int(torch.searchsorted(micro.cu_answers, row, right=True)) - 1
     raise RuntimeError(
         f"rollout and trainer disagree: sequence {sequence} of a micro-batch, answer token "

@@ -10,6 +10,8 @@
 // On CUDA likewise, in ascending order and with subnormals, but for bfloat16: there an element is one chain of the tensor
 // cores' products of 16 terms, and a float32 dy counts as the sum of two bfloat16. Its bits depend neither on the batch
 // nor on the size of the tiles.
+// batch_invariant = false hands the products on CUDA to torch's library (cuBLAS), whose sums change with the shape; a
+// float32 dy is rounded to the dtype of x first.
 //
 //   x, dx [T, I]   weight, dweight [O, I]   bias, dbias [O]   y, dy [T, O]      T, I = 0 are allowed
 #pragma once

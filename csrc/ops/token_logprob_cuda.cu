@@ -53,7 +53,24 @@ __global__ void __launch_bounds__(kRowThreads) token_logprob_join_kernel(TokenLo
 
 constexpr int kPacks = 4;  // of a thread
 
-// A stretch of one row of the window: its logits become their gradient, in place or, for bfloat16, in two parts.
+struct alignas(8) Four {
+  bfloat16 v[4];
+};
+
+// values[0 .. n) to p; `aligned`: four may be written at once.
+__device__ inline void store_four(const Four& values, bfloat16* p, int64_t n, bool aligned) {
+  if (aligned && n >= 4) {
+    *reinterpret_cast<Four*>(p) = values;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < n) p[i] = values.v[i];
+  }
+}
+
+// A stretch of one row of the window: its logits become their gradient, in place or, for bfloat16, rounded or in two
+// parts.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     token_logprob_dlogits_kernel(TokenLogprobArgs a, unsigned blocks_of_row, bool aligned) {
@@ -71,11 +88,20 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kPack<A>; ++i) {
       pack.v[i] = gradient(pack.v[i], a.first_id + v + i == target);
-      if constexpr (sizeof(A) == sizeof(float)) {
-        if (a.high && i < n) split_in_two(pack.v[i], a.high + at + v + i, a.low + at + v + i);
+    }
+    if constexpr (sizeof(A) == sizeof(float)) {
+      if (a.high) {
+        Four high, low;
+#pragma unroll
+        for (int i = 0; i < kPack<A>; ++i) {
+          a.low ? split_in_two(pack.v[i], high.v + i, low.v + i) : from_arith(pack.v[i], high.v + i);
+        }
+        store_four(high, a.high + at + v, n, aligned);
+        if (a.low) store_four(low, a.low + at + v, n, aligned);
+        continue;
       }
     }
-    if (!a.high) store_pack(pack, x + v, n, aligned);
+    store_pack(pack, x + v, n, aligned);
   }
 }
 
