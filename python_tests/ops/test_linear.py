@@ -187,6 +187,35 @@ def test_a_product_of_many_tiles_has_the_bits_of_a_small_one(narrow, dtype):
     torch.testing.assert_close(dweight.double(), exact, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
+# CUDA has tiles for up to 16 and up to 64 rows, of few and of many columns, whose warps share k, in one round or more;
+# the last of these beside the largest tile
+@pytest.mark.parametrize(
+    "T,I,O,few",
+    [
+        (300, 900, 70, (1, 3, 16, 33, 64, 200)),
+        (70, 2500, 37, (1, 17)),
+        (65, 270, 3600, (9,)),
+        (65, 1100, 3600, (20,)),
+        (1450, 270, 1500, (5,)),
+    ],
+)
+def test_a_few_rows_have_the_bits_of_many(T, I, O, few):
+    x, weight, bias, _ = make(T, I, O, torch.bfloat16)
+    whole = linear(x, weight, bias)
+    for n in few:
+        assert torch.equal(linear(x[-n:], weight, bias), whole[-n:])
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("T", [2, 50, 80])
+def test_on_cuda_a_sum_of_bfloat16_is_one_of_chunks_in_order(T):
+    x, weight, bias, _ = make(T, 700, 90, torch.bfloat16)
+    total = torch.zeros(T, 90)
+    for a, b in zip(x.split(256, dim=1), weight.split(256, dim=1), strict=True):
+        total += linear(a, b.contiguous(), out_dtype=torch.float32)
+    assert torch.equal(linear(x, weight, bias, out_dtype=torch.float32), total + bias.float())
+
+
 def test_a_permutation_of_rows_permutes_the_result():
     x, weight, bias, _ = make(100, 97, 61, torch.float32)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
