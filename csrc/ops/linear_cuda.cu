@@ -343,7 +343,7 @@ void run_few_rows(const GemmArgs& a, CudaStream stream) {
 
 // Not for every product: rows of A and columns of B with k adjacent, into a fresh C.
 bool has_few_rows(const GemmArgs& a) {
-  return a.M <= kFewRows && a.K > 0 && a.a_col == 1 && a.b_row == 1 && !a.a_low && !a.accumulate;
+  return a.M > 0 && a.M <= kFewRows && a.K > 0 && a.a_col == 1 && a.b_row == 1 && !a.a_low && !a.accumulate;
 }
 
 void run_few_rows_for(const GemmArgs& a, CudaStream stream) {

@@ -24,27 +24,16 @@ __global__ void __launch_bounds__(kThreads) token_logprob_blocks_kernel(TokenLog
   const BlockStats<A> b = block_stats(x, n, inverse<A>(a.temperature), aligned);
   if (threadIdx.x % kWarpSize != 0) return;
   const int64_t num_blocks = (a.V + kRowBlock - 1) / kRowBlock, column = a.target[t] - a.first_id - first;
-  A* to = static_cast<A*>(a.blocks) + (t * num_blocks + (a.first_id + first) / kRowBlock) * 3;
-  to[0] = b.max;
-  to[1] = b.sum;
-  to[2] = b.weighted;
+  b.write(static_cast<A*>(a.blocks) + (t * num_blocks + (a.first_id + first) / kRowBlock) * 3);
   if (column >= 0 && column < n) static_cast<A*>(a.target_logit)[t] = x[column];
 }
 
-// One block, one row: its blocks join as in row_stats.
+// One block, one row.
 template <typename A>
 __global__ void __launch_bounds__(kRowThreads) token_logprob_join_kernel(TokenLogprobArgs a) {
   const int64_t t = blockIdx.x, target = a.target[t], num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
-  RowStats r{-infinity<double>(), 0.0, 0.0};
-  for (int64_t first = 0; first < num_blocks; first += kRowThreads) {
-    const int64_t block = first + block_of_thread();
-    BlockStats<A> mine;
-    if (block < num_blocks) {
-      const A* b = static_cast<const A*>(a.blocks) + (t * num_blocks + block) * 3;
-      mine = {b[0], b[1], b[2]};
-    }
-    r = join_blocks(mine, r);
-  }
+  const A* const blocks = static_cast<const A*>(a.blocks) + t * num_blocks * 3;
+  const RowStats r = join_row<A>(num_blocks, [&](int64_t block) { return BlockStats<A>::read(blocks + block * 3); });
   if (threadIdx.x != 0) return;
   const bool known = target >= 0 && target < a.V;
   const A z = known ? static_cast<const A*>(a.target_logit)[t] * inverse<A>(a.temperature) : not_a_number<A>();
