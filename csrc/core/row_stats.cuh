@@ -4,10 +4,11 @@
 //   M = max z,  S = sum exp(z_i - M),  W = sum (z_i - M) exp(z_i - M)
 //   log-prob of i = (z_i - M) - log S,      entropy = log S - W / S
 //
-// A row is cut into blocks of kRowBlock logits. A warp reduces one block in the arithmetic type of the logits, in a kernel
-// of its own, so that a single row has work for many multiprocessors; the blocks of a row join in float64 by one tree. The log-prob ops all reduce a row by the functions of this
-// header, so the log-prob of a sampled token has the same bits in all of them. The bits differ from the CPU's
-// in the last place. A NaN or +inf anywhere in the row makes S NaN; -inf entries count as probability 0.
+// A row is cut into blocks of kRowBlock logits. A warp reduces one block in the arithmetic type of the logits,
+// in a kernel of its own, so that a single row has work for many multiprocessors; the blocks of a row join in
+// float64 by one tree. The log-prob ops all reduce a row by the functions of this header, so the log-prob of a
+// sampled token has the same bits in all of them. The bits differ from the CPU's in the last place. A NaN or
+// +inf anywhere in the row makes S NaN; -inf entries count as probability 0.
 #pragma once
 #include "core/cuda_values.cuh"
 #include "core/reduce.cuh"
