@@ -36,6 +36,7 @@ class ModelSource(Config):
     kind: Literal["base", "instruct"] = "base"  # instruct models get their prompts through the chat template
     params_nominal: float | None = None  # what the model's name says, for instance 0.5e9; only recorded
     dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_invariant: bool = True  # False: products on CUDA by cuBLAS; sampling and training differ in bits
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelSource:

@@ -62,8 +62,9 @@ class Sequences(Protocol):
 class Layer(nn.Module):
     """The weights of one decoder layer, under the names of `ops.LayerWeights`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, batch_invariant: bool) -> None:
         super().__init__()
+        self.batch_invariant = batch_invariant
         H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         D, F = config.hidden_size, config.intermediate_size
         self.kv_heads, self.head_dim = K, E
@@ -108,19 +109,24 @@ class Packed:
         return ops.decoder_layer(
             x_TD, layer.weights, positions_T, self.cu_seqlens, cu_groups=self.cu_groups,
             num_kv_heads=layer.kv_heads, head_dim=layer.head_dim, theta=layer.theta, eps=layer.eps,
+            batch_invariant=layer.batch_invariant,
         )  # fmt: skip
 
 
 class Model(nn.Module):
-    """The decoder and its head. Parameter names and their Hugging Face counterparts: `grpo_engine.weights`."""
+    """The decoder and its head. Parameter names and their Hugging Face counterparts: `grpo_engine.weights`.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    batch_invariant=False lets products on CUDA use cuBLAS (`ops.linear`): sampling and training then differ in bits.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, batch_invariant: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.batch_invariant = batch_invariant
         # a weight that is given is not drawn
         weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
-        self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, dtype, batch_invariant) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         tied = config.tie_word_embeddings
         self.head = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
@@ -198,7 +204,7 @@ class Model(nn.Module):
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V] float32 logits of some hidden states; the log-probs of training never hold these for all tokens."""
-        return ops.linear(hidden_BD, self.head_weight, out_dtype=torch.float32)
+        return ops.linear(hidden_BD, self.head_weight, out_dtype=torch.float32, batch_invariant=self.batch_invariant)
 
     def logprobs(
         self,
@@ -241,7 +247,9 @@ class Model(nn.Module):
             rows = keep.nonzero().squeeze(1)
             target = tokens_T[rows + 1]
         hidden_RD = _select_rows(hidden_TD, rows)
-        return ops.token_logprob(hidden_RD, self.head_weight, target, temperature=temperature)
+        return ops.token_logprob(
+            hidden_RD, self.head_weight, target, temperature=temperature, batch_invariant=self.batch_invariant
+        )
 
 
 def _select_rows(x_TD: Tensor, rows: Tensor) -> Tensor:

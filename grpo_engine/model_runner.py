@@ -118,6 +118,7 @@ class PagedSequences:
         return ops.decoder_layer_paged(
             x_TD, layer.weights, positions_T, self.cache.key[index], self.cache.value[index], s.slots,
             s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,
+            batch_invariant=layer.batch_invariant,
         )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 Importing this module loads the native extension and needs torch and nothing else. Every op is
 deterministic and batch-invariant: the bits of a row depend on that row alone, not on the batch, its
-order or the number of threads. float64 tensors are accepted where a docstring says so, for gradcheck.
+order or the number of threads. Those with matrix products have ``batch_invariant=False`` for users who
+prefer cuBLAS's speed on CUDA to equal bits; on the CPU it changes nothing. float64 tensors are accepted
+where a docstring says so, for gradcheck.
 
 Letters: P prompts, G answers per prompt, N sequences, T packed tokens, R answer tokens, B rows,
 V vocabulary, D width, F feed-forward width, H query heads, K key/value heads, E head width.
@@ -199,7 +201,7 @@ _gather_logprob = _differentiable("gather_logprob", _gather_logprob_setup, _gath
 
 
 def token_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0
+    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = 1.0, batch_invariant: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of one token and entropy of each row, from hidden states and the head's weight.
 
@@ -214,6 +216,10 @@ def token_logprob(
         weight: [V, D], dtype of ``hidden``, contiguous; V >= 1.
         target: [T] int64 in [0, V).
         temperature: divides the logits; finite, > 0.
+        batch_invariant: False takes the products on CUDA from torch's library (cuBLAS), over windows of
+            the logits of at most 64 MiB of float32 (twice for float64).  Then no equality of bits is
+            promised, and for bfloat16 the gradient of the logits is rounded to bfloat16 once; logits,
+            log-probs and all sums stay float32.  On the CPU it changes nothing.
 
     Returns:
         (logprob [T], entropy [T]), float32 (float64 for float64), natural log and nats; both
@@ -230,20 +236,20 @@ def token_logprob(
         Shao et al. 2024, arXiv:2402.03300, eq. 3 (the log-probs of the policy ratio); Wijmans et al.
         2024, arXiv:2411.09009 (the recomputation, here without its gradient filter).
     """
-    return _token_logprob(hidden, weight, target, temperature)
+    return _token_logprob(hidden, weight, target, temperature, batch_invariant)
 
 
 def _token_logprob_setup(ctx, inputs, output):
-    hidden, weight, target, ctx.temperature = inputs
+    hidden, weight, target, ctx.temperature, ctx.batch_invariant = inputs
     ctx.save_for_backward(hidden, weight, target, output[2])
 
 
 def _token_logprob_backward(ctx, g_logprob, g_entropy, _g_saved=None):
     need = ctx.needs_input_grad[:2]
     grads = _ops.token_logprob_backward(
-        g_logprob.contiguous(), g_entropy.contiguous(), *ctx.saved_tensors, ctx.temperature, *need
+        g_logprob.contiguous(), g_entropy.contiguous(), *ctx.saved_tensors, ctx.temperature, *need, ctx.batch_invariant
     )
-    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None
+    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None
 
 
 _token_logprob = _differentiable("token_logprob", _token_logprob_setup, _token_logprob_backward, visible=2)
@@ -563,7 +569,12 @@ _swiglu = _differentiable("swiglu", _swiglu_setup, _swiglu_backward)
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = True,
 ) -> Tensor:
     """Matrix product of each row with the rows of ``weight``: ``y = x @ weight.T + bias``.
 
@@ -579,6 +590,10 @@ def linear(
         bias: [O], dtype of ``x``, or None.
         out_dtype: dtype of the result; that of ``x`` by default.  float32 is allowed for bfloat16
             ``x`` (unrounded logits).
+        batch_invariant: False takes the products on CUDA, gradients too, from torch's library (cuBLAS),
+            whose bits change with the shape: bfloat16 with sums in float32, float32 under torch's switch
+            for TF32.  A float32 gradient of bfloat16 ``x`` is rounded to bfloat16 first.  On the CPU,
+            which is invariant at full speed, it changes nothing.
 
     Returns:
         [T, O] of ``out_dtype`` on the device of ``x``.  Differentiable in ``x``, ``weight`` and
@@ -592,18 +607,18 @@ def linear(
         Goto and van de Geijn 2008, ACM TOMS 34(3):12 (the blocking); the fixed order of each sum is
         that of He et al. 2025, "Defeating Nondeterminism in LLM Inference", Thinking Machines Lab.
     """
-    return _linear(x, weight, bias, out_dtype)
+    return _linear(x, weight, bias, out_dtype, batch_invariant)
 
 
 def _linear_setup(ctx, inputs, output):
-    x, weight, _, _ = inputs
+    x, weight, _, _, ctx.batch_invariant = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _linear_backward(ctx, dy):
     need = ctx.needs_input_grad[:3]
-    grads = _ops.linear_backward(dy.contiguous(), *ctx.saved_tensors, *need)
-    return *(g if n else None for g, n in zip(grads, need, strict=True)), None
+    grads = _ops.linear_backward(dy.contiguous(), *ctx.saved_tensors, *need, ctx.batch_invariant)
+    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None
 
 
 _linear = _differentiable("linear", _linear_setup, _linear_backward)
@@ -774,6 +789,7 @@ def decoder_layer(
     theta: float,
     eps: float,
     cu_groups: Tensor | None = None,
+    batch_invariant: bool = True,
 ) -> Tensor:
     """One layer of the Qwen2.5 decoder over N packed sequences, for training: ten ops in one call.
 
@@ -792,6 +808,7 @@ def decoder_layer(
         theta: base of the rotary frequencies; finite and > 0.
         eps: of both norms; finite and >= 0.
         cu_groups: [M + 1] int32, groups of sequences that share a prompt; see `ragged_attention`.
+        batch_invariant: False takes the products on CUDA from cuBLAS; see `linear`.
 
     Returns:
         [T, D], dtype of ``x``; differentiable in ``x`` and the weights.  A row depends on its own sequence
@@ -806,12 +823,13 @@ def decoder_layer(
     """
     save = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
     return _decoder_layer(
-        x, *weights, position, cu_seqlens, cu_groups, num_kv_heads, head_dim, theta, eps, save
+        x, *weights, position, cu_seqlens, cu_groups, num_kv_heads, head_dim, theta, eps, save, batch_invariant
     )
 
 
 def _decoder_layer_setup(ctx, inputs, output):
-    x_weights_position, (cu_seqlens, cu_groups, *ctx.numbers, _save) = inputs[:9], inputs[9:]
+    x_weights_position, (cu_seqlens, cu_groups, *numbers, _save, batch_invariant) = inputs[:9], inputs[9:]
+    ctx.numbers = *numbers, batch_invariant
     ctx.save_for_backward(*x_weights_position, cu_seqlens, *output[1:])
     ctx.cu_groups = cu_groups
 
@@ -819,7 +837,7 @@ def _decoder_layer_setup(ctx, inputs, output):
 def _decoder_layer_backward(ctx, dy, *_):
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no second time
     grads = _ops.decoder_layer_backward(dy.contiguous(), *saved[:10], ctx.cu_groups, *saved[10:], *ctx.numbers)
-    return *grads, *([None] * 8)
+    return *grads, *([None] * 9)
 
 
 _decoder_layer = _differentiable("decoder_layer", _decoder_layer_setup, _decoder_layer_backward)
@@ -838,6 +856,7 @@ def decoder_layer_paged(
     *,
     theta: float,
     eps: float,
+    batch_invariant: bool = True,
 ) -> Tensor:
     """The same layer over a paged cache: decoding and chunked prefill. No gradient.
 
@@ -853,9 +872,10 @@ def decoder_layer_paged(
         kv_len: [N] int32.
         theta: base of the rotary frequencies.
         eps: of both norms.
+        batch_invariant: False takes the products on CUDA from cuBLAS; see `linear`.
 
     Returns:
-        [T, D], dtype of ``x``: bit for bit what `decoder_layer` gives the same tokens.
+        [T, D], dtype of ``x``: bit for bit what `decoder_layer` gives the same tokens, if batch-invariant.
 
     Raises:
         ValueError: wrong shape or value, the argument named; pages may have been written.
@@ -865,8 +885,9 @@ def decoder_layer_paged(
         Kwon et al. 2023, arXiv:2309.06180.
     """
     return _ops.decoder_layer_paged(
-        x, *weights, position, key_pages, value_pages, slot, page_table, cu_query, kv_len, theta, eps
-    )
+        x, *weights, position, key_pages, value_pages, slot, page_table, cu_query, kv_len, theta, eps,
+        batch_invariant,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- adamw

@@ -90,7 +90,7 @@ class StepRecord:
     ratio_max: float | None = None
     grad_norm: float | None = None  # before clipping, mean over minibatches
     lr: float | None = None
-    logprob_mismatch_max: float | None = None  # max |sampler's - trainer's log-prob|; 0.0 on CPU
+    logprob_mismatch_max: float | None = None  # max |sampler's - trainer's log-prob|; 0.0 if batch-invariant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

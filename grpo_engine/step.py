@@ -72,7 +72,7 @@ def grpo_step(
 
     Raises:
         RuntimeError: the sampler's and the trainer's log-probs differ before any update (the sequence and
-            position are named), or the weights have diverged.
+            position are named) although the policy is batch-invariant, or the weights have diverged.
     """
     P, G = len(problems), config.batch.group_size
     chat = config.model.kind == "instruct"
@@ -114,7 +114,7 @@ def grpo_step(
             scored.append((logprob.detach(), micro))
         # only from here on does the host wait for the device
         if index == 0 and not _same_bits(scored):
-            mismatch = max(_assert_on_policy(logprob, micro) for logprob, micro in scored)
+            mismatch = max(_on_policy_mismatch(logprob, micro, policy.batch_invariant) for logprob, micro in scored)
         with ledger.timed("optimizer"):
             lr = learning_rate(config, step)
             norms.append(update(optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
@@ -196,12 +196,14 @@ def _same_bits(scored: Sequence[tuple[Tensor, TrainBatch]]) -> bool:
     return torch.equal(torch.cat(trained), torch.cat(sampled))  # one comparison, hence one wait, for all micro-batches
 
 
-def _assert_on_policy(logprob: Tensor, micro: TrainBatch) -> float:
-    """The weights have not moved since the rollout, so both sides must have computed the same bits."""
+def _on_policy_mismatch(logprob: Tensor, micro: TrainBatch, batch_invariant: bool) -> float:
+    """The weights have not moved since the rollout, so batch-invariant products must have given the same bits."""
     if torch.equal(logprob, micro.old_logprob):
         return 0.0
-    difference = (logprob - micro.old_logprob).abs()
-    row = int(difference.nan_to_num(nan=float("inf")).argmax())
+    difference = (logprob - micro.old_logprob).abs().nan_to_num(nan=float("inf"))
+    if not batch_invariant:
+        return float(difference.max())
+    row = int(difference.argmax())
     sequence = int(torch.searchsorted(micro.cu_answers, row, right=True)) - 1
     raise RuntimeError(
         f"rollout and trainer disagree: sequence {sequence} of a micro-batch, answer token "

@@ -89,7 +89,9 @@ def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
     m = config.model
     folder = Path(m.path) if m.path else pretrain.ensure_model(m.size, m.kind)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)
-    model = weights.load_model(folder, dtype=DTYPES[m.dtype], device=config.device)
+    model = weights.load_model(
+        folder, dtype=DTYPES[m.dtype], device=config.device, batch_invariant=m.batch_invariant
+    )
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"

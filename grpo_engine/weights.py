@@ -256,8 +256,9 @@ def split_parameters(model: Model) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_model(
-    folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Model:
+    folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    batch_invariant: bool = True,
+) -> Model:  # fmt: skip
     """A model with the weights of a Hugging Face folder.
 
     Memory: the model, where it is to live, and one tensor of the file at a time: files are mapped, not read, and each
@@ -267,6 +268,7 @@ def load_model(
         folder: config.json and either model.safetensors or shards with model.safetensors.index.json.
         dtype: of the model; weights of another are converted (to bfloat16: rounded to nearest even).
         device: where the model is to live.
+        batch_invariant: of its products on CUDA; see `Model`.
 
     Returns:
         A `Model` whose parameters require gradients.
@@ -281,7 +283,7 @@ def load_model(
     config = read_config(folder)
     checked = _checked_tensors(Path(folder), config)  # before the memory is taken
     with torch.device(device):  # by way of the meta device, torch would import its compiler
-        model = Model(config, dtype)
+        model = Model(config, dtype, batch_invariant)
     _fill(model, checked)
     return model
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import DEVICES
 
+from grpo_engine import ops, weights
 from grpo_engine.config import RolloutConfig
 from grpo_engine.model import Model, ModelConfig, Packed, packed_positions
 from grpo_engine.rollout import derive_seeds, generate
@@ -51,6 +52,31 @@ def test_greedy_generation_equals_transformers_for_64_tokens(heads, kv_heads, ti
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=96, pad_token_id=0
         )[0, len(prompt) :].tolist()
         assert answer == want
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_the_choice_of_batch_invariance_reaches_every_product(batch_invariant, monkeypatch, tmp_path):
+    weights.save_checkpoint(models.random_model(), tmp_path)
+    model = weights.load_model(tmp_path, batch_invariant=batch_invariant)
+    seen = []
+
+    def watched(name, op):
+        def call(*args, **kwargs):
+            seen.append((name, kwargs["batch_invariant"]))
+            return op(*args, **kwargs)
+
+        return call
+
+    names = {"linear", "token_logprob", "decoder_layer", "decoder_layer_paged"}
+    for name in names:
+        monkeypatch.setattr(ops, name, watched(name, getattr(ops, name)))
+    rollout = generate(model, [[1, 2, 3]], group_size=1, seeds=derive_seeds(0, count=1), stop_ids=[],
+                       config=RolloutConfig(max_new_tokens=4))  # fmt: skip
+    tokens = torch.tensor([1, 2, 3, *rollout.answers()[0]])
+    logprob, _ = model.logprobs(tokens, lengths_to_cu([7]))
+    assert set(seen) == {(name, batch_invariant) for name in names}
+    # logits of up to 30 in magnitude, sums in another order at most
+    torch.testing.assert_close(logprob[2:], rollout.logprob[3:], rtol=0, atol=0 if batch_invariant else 1e-4)
 
 
 def test_gradients_equal_transformers(tmp_path):

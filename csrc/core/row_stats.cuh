@@ -4,10 +4,11 @@
 //   M = max z,  S = sum exp(z_i - M),  W = sum (z_i - M) exp(z_i - M)
 //   log-prob of i = (z_i - M) - log S,      entropy = log S - W / S
 //
-// A row is cut into blocks of kRowBlock logits. A warp reduces one block in the arithmetic type of the logits;
-// the blocks of a row join in float64 by one tree. The log-prob ops all reduce a row by the functions of this
-// header, so the log-prob of a sampled token has the same bits in all of them. The bits differ from the CPU's
-// in the last place. A NaN or +inf anywhere in the row makes S NaN; -inf entries count as probability 0.
+// A row is cut into blocks of kRowBlock logits. A warp reduces one block in the arithmetic type of the logits,
+// in a kernel of its own, so that a single row has work for many multiprocessors; the blocks of a row join in
+// float64 by one tree. The log-prob ops all reduce a row by the functions of this header, so the log-prob of a
+// sampled token has the same bits in all of them. The bits differ from the CPU's in the last place. A NaN or
+// +inf anywhere in the row makes S NaN; -inf entries count as probability 0.
 #pragma once
 #include "core/cuda_values.cuh"
 #include "core/reduce.cuh"
@@ -20,6 +21,13 @@ inline constexpr int kRowThreads = 512;  // of the block that joins a row
 template <typename A>
 struct BlockStats {
   A max = -infinity<A>(), sum = 0, weighted = 0;  // relative to the block's own max
+
+  __device__ void write(A* to) const {
+    to[0] = max;
+    to[1] = sum;
+    to[2] = weighted;
+  }
+  __device__ static BlockStats read(const A* from) { return {from[0], from[1], from[2]}; }
 };
 
 // exp is 0 from here on; it keeps (-inf) * 0 out of the weighted sum.
@@ -98,32 +106,16 @@ __device__ inline int64_t block_of_thread() {
   return threadIdx.x % kWarpSize * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
 }
 
-// The stats of a row of n logits, by a block of kRowThreads threads; every thread gets them. Rounds of kRowThreads
-// blocks. One thread calls keep(block, its stats) for each block.
-template <typename S, typename Keep>
-__device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned, Keep keep) {
-  constexpr int kWarps = kRowThreads / kWarpSize;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+// The stats of a row, by a block of kRowThreads threads, from those of its blocks: of(block). Rounds of kRowThreads
+// blocks; every thread gets the result.
+template <typename A, typename Of>
+__device__ inline RowStats join_row(int64_t num_blocks, Of of) {
   RowStats r{-infinity<double>(), 0.0, 0.0};
-  for (int64_t first = 0; first < n; first += kRowThreads * kRowBlock) {
-    BlockStats<Arith<S>> mine;
-    for (int k = 0; k < kWarpSize; ++k) {
-      const int64_t i = first + (k * kWarps + warp) * kRowBlock;
-      if (i >= n) break;  // the same for the whole warp
-      const BlockStats<Arith<S>> b = block_stats(x + i, n - i, inv_temperature, aligned);
-      if (lane == k) {
-        mine = b;
-        keep(i / kRowBlock, b);
-      }
-    }
-    r = join_blocks(mine, r);
+  for (int64_t first = 0; first < num_blocks; first += kRowThreads) {
+    const int64_t block = first + block_of_thread();
+    r = join_blocks(block < num_blocks ? of(block) : BlockStats<A>{}, r);
   }
   return r;
-}
-
-template <typename S>
-__device__ inline RowStats row_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned) {
-  return row_stats(x, n, inv_temperature, aligned, [](int64_t, const BlockStats<Arith<S>>&) {});
 }
 
 // What the log-prob ops give for row t and save for its gradient; z as RowStats::logprob has it, NaN for no target.

@@ -45,15 +45,15 @@ __device__ inline void copies_landed() {
 #endif
 }
 
-// A block of kThreads fills a tile from rows `stride` apart; what is behind `rows` and `columns` becomes 0. `aligned`:
-// rows_aligned(from, stride).
+// kThreads threads, a block if `thread` is not given, fill a tile from rows `stride` apart; what is behind `rows` and
+// `columns` becomes 0. `aligned`: rows_aligned(from, stride).
 template <typename T, int kThreads>
 __device__ inline void load_tile(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, bool aligned,
-                                 bfloat16* tile) {
+                                 bfloat16* tile, int thread = static_cast<int>(threadIdx.x)) {
   static_assert(T::kRows * T::kChunks % kThreads == 0);
 #pragma unroll
   for (int k = 0; k < T::kRows * T::kChunks / kThreads; ++k) {
-    const int i = k * kThreads + threadIdx.x, row = i / T::kChunks, chunk = i % T::kChunks;
+    const int i = k * kThreads + thread, row = i / T::kChunks, chunk = i % T::kChunks;
     const int64_t left = columns - chunk * T::kChunk;
     const int n = row < rows && left > 0 ? (left < T::kChunk ? static_cast<int>(left) : T::kChunk) : 0;
     bfloat16* to = tile + T::place(row, chunk);

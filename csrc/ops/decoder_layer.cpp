@@ -15,7 +15,7 @@ using namespace layer;
 Forward forward_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
                      const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                      const Tensor& down_weight, const Tensor& position, const Tensor&, const std::optional<Tensor>&,
-                     int64_t num_kv_heads, int64_t head_dim, double theta, double eps, bool save) {
+                     int64_t num_kv_heads, int64_t head_dim, double theta, double eps, bool save, bool) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   const Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
   const auto T = x.sym_size(0);
@@ -32,7 +32,7 @@ Backward backward_meta(const Tensor&, const Tensor& x, const Tensor& attn_norm, 
                        const Tensor& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
                        const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor&, const Tensor&,
                        const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                       const Tensor&, const Tensor&, int64_t, int64_t, double, double) {
+                       const Tensor&, const Tensor&, int64_t, int64_t, double, double, bool) {
   return {at::empty_like(x),          at::empty_like(attn_norm), at::empty_like(qkv_weight),
           at::empty_like(qkv_bias),   at::empty_like(out_weight), at::empty_like(mlp_norm),
           at::empty_like(gate_up_weight), at::empty_like(down_weight)};
@@ -41,7 +41,7 @@ Backward backward_meta(const Tensor&, const Tensor& x, const Tensor& attn_norm, 
 Tensor paged_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
                   const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                   const Tensor& down_weight, const Tensor& position, Tensor& key_pages, Tensor&, const Tensor&,
-                  const Tensor&, const Tensor&, const Tensor&, double theta, double eps) {
+                  const Tensor&, const Tensor&, const Tensor&, double theta, double eps, bool) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   check_paged(x, w, position, key_pages, theta, eps);
   return at::empty_like(x);
@@ -54,16 +54,17 @@ Tensor paged_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_we
   "Tensor gate_up_weight, Tensor down_weight, Tensor position, "
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def("decoder_layer(Tensor x, " GE_LAYER_WEIGHTS
-        "Tensor cu_seqlens, Tensor? cu_groups, int num_kv_heads, int head_dim, float theta, float eps, bool save)"
+        "Tensor cu_seqlens, Tensor? cu_groups, int num_kv_heads, int head_dim, float theta, float eps, bool save,"
+        " bool batch_invariant=True)"
         " -> (Tensor y, Tensor qkv, Tensor attn, Tensor attn_stats, Tensor s, Tensor rstd, Tensor gate_up)");
   m.def("decoder_layer_backward(Tensor dy, Tensor x, " GE_LAYER_WEIGHTS
         "Tensor cu_seqlens, Tensor? cu_groups, Tensor qkv, Tensor attn, Tensor attn_stats, Tensor s, Tensor rstd,"
-        " Tensor gate_up, int num_kv_heads, int head_dim, float theta, float eps)"
+        " Tensor gate_up, int num_kv_heads, int head_dim, float theta, float eps, bool batch_invariant=True)"
         " -> (Tensor dx, Tensor dattn_norm, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dout_weight,"
         " Tensor dmlp_norm, Tensor dgate_up_weight, Tensor ddown_weight)");
   m.def("decoder_layer_paged(Tensor x, " GE_LAYER_WEIGHTS
         "Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor slot, Tensor page_table, Tensor cu_query,"
-        " Tensor kv_len, float theta, float eps) -> Tensor");
+        " Tensor kv_len, float theta, float eps, bool batch_invariant=True) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) {
   m.impl("decoder_layer", &forward_meta);

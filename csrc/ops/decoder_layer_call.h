@@ -27,6 +27,7 @@ struct Layer {
   DType dtype;
   int64_t D, F, H, K, E;
   double theta, eps;
+  bool batch_invariant = true;  // of the products on CUDA
 
   int64_t qkv_width() const { return (H + 2 * K) * E; }
 };

@@ -40,16 +40,17 @@ Two rms_norm_backward(const Tensor& dy, const Tensor& dsum, const Tensor& x, con
   return call.call(dy, dsum, x, weight, rstd);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = std::nullopt) {
-  static const auto call = op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::optional<at::ScalarType>)>(
-      "grpo_engine::linear");
-  return call.call(x, weight, bias, std::nullopt);
+Tensor linear(const Layer& l, const Tensor& x, const Tensor& weight, const OptionalTensor& bias = std::nullopt) {
+  static const auto call =
+      op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::optional<at::ScalarType>, bool)>(
+          "grpo_engine::linear");
+  return call.call(x, weight, bias, std::nullopt, l.batch_invariant);
 }
 
-Three linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_bias) {
-  static const auto call =
-      op<Three(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool)>("grpo_engine::linear_backward");
-  return call.call(dy, x, weight, true, true, need_bias);
+Three linear_backward(const Layer& l, const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_bias) {
+  static const auto call = op<Three(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool, bool)>(
+      "grpo_engine::linear_backward");
+  return call.call(dy, x, weight, true, true, need_bias, l.batch_invariant);
 }
 
 Tensor swiglu(const Tensor& gate_up) {
@@ -81,7 +82,7 @@ struct Qkv {
 };
 Qkv qkv_stage(const Layer& l, const Tensor& x, const Tensor& position) {
   const auto [h, rstd] = single::rms_norm(x, l.w.attn_norm, l.eps);
-  const Tensor qkv = single::linear(h, l.w.qkv, l.w.qkv_bias), turned = heads_of(l, qkv, 0, l.H + l.K);
+  const Tensor qkv = single::linear(l, h, l.w.qkv, l.w.qkv_bias), turned = heads_of(l, qkv, 0, l.H + l.K);
   turned.copy_(single::rope(turned, position, l.theta, /*inverse=*/false));
   return {qkv, rstd};
 }
@@ -90,9 +91,9 @@ struct Mlp {
   Tensor y, s, rstd, gate_up;
 };
 Mlp mlp_stage(const Layer& l, const Tensor& x, const Tensor& attn) {
-  const auto [h, s, rstd] = single::rms_norm_residual(single::linear(attn, l.w.out), x, l.w.mlp_norm, l.eps);
-  const Tensor gate_up = single::linear(h, l.w.gate_up);
-  return {single::linear(single::swiglu(gate_up), l.w.down).add_(s), s, rstd, gate_up};
+  const auto [h, s, rstd] = single::rms_norm_residual(single::linear(l, attn, l.w.out), x, l.w.mlp_norm, l.eps);
+  const Tensor gate_up = single::linear(l, h, l.w.gate_up);
+  return {single::linear(l, single::swiglu(gate_up), l.w.down).add_(s), s, rstd, gate_up};
 }
 
 // ---------------------------------------------------------------- forward
@@ -101,9 +102,10 @@ Forward forward(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weig
                 const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                 const Tensor& down_weight, const Tensor& position, const Tensor& cu_seqlens,
                 const OptionalTensor& cu_groups, int64_t num_kv_heads, int64_t head_dim, double theta, double eps,
-                bool save) {
+                bool save, bool batch_invariant) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
-  const Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
+  Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
+  l.batch_invariant = batch_invariant;
   static const auto attend = op<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                     double)>("grpo_engine::ragged_attention");
   const auto [qkv, attn_rstd] = qkv_stage(l, x, position);
@@ -123,21 +125,22 @@ Backward backward(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, co
                   const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
                   const Tensor& cu_seqlens, const OptionalTensor& cu_groups, const Tensor& qkv, const Tensor& attn,
                   const Tensor& stats, const Tensor& s, const Tensor& rstd, const Tensor& gate_up,
-                  int64_t num_kv_heads, int64_t head_dim, double theta, double eps) {
+                  int64_t num_kv_heads, int64_t head_dim, double theta, double eps, bool batch_invariant) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
-  const Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
+  Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
+  l.batch_invariant = batch_invariant;
   check_backward(dy, x, gate_up);
   const int64_t T = x.size(0);
 
   // from the end to s; the norms and the activation are computed again
-  const auto [dactivation, ddown, no_bias] = single::linear_backward(dy, single::swiglu(gate_up), w.down, false);
+  const auto [dactivation, ddown, no_bias] = single::linear_backward(l, dy, single::swiglu(gate_up), w.down, false);
   const Tensor dgate_up = single::swiglu_backward(dactivation, gate_up);
   const auto [dh_mlp, dgate_up_weight, no_bias2] =
-      single::linear_backward(dgate_up, std::get<0>(single::rms_norm(s, w.mlp_norm, eps)), w.gate_up, false);
+      single::linear_backward(l, dgate_up, std::get<0>(single::rms_norm(s, w.mlp_norm, eps)), w.gate_up, false);
   const auto [ds, dmlp_norm] = single::rms_norm_backward(dh_mlp, dy, s, w.mlp_norm, rstd.select(0, 1));
 
   // through attention
-  const auto [dattn, dout, no_bias3] = single::linear_backward(ds, attn, w.out, false);
+  const auto [dattn, dout, no_bias3] = single::linear_backward(l, ds, attn, w.out, false);
   static const auto attention_backward =
       op<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                const Tensor&, const Tensor&, double)>("grpo_engine::ragged_attention_backward");
@@ -151,7 +154,7 @@ Backward backward(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, co
   heads_of(l, dqkv, l.H, l.K).copy_(single::rope(dk, position, theta, /*inverse=*/true));
   heads_of(l, dqkv, l.H + l.K, l.K).copy_(dv);
   const auto [dh_attn, dqkv_weight, dqkv_bias] =
-      single::linear_backward(dqkv, std::get<0>(single::rms_norm(x, w.attn_norm, eps)), w.qkv, true);
+      single::linear_backward(l, dqkv, std::get<0>(single::rms_norm(x, w.attn_norm, eps)), w.qkv, true);
   const auto [dx, dattn_norm] = single::rms_norm_backward(dh_attn, ds, x, w.attn_norm, rstd.select(0, 0));
   return {dx, dattn_norm, dqkv_weight, dqkv_bias, dout, dmlp_norm, dgate_up_weight, ddown};
 }
@@ -161,9 +164,11 @@ Backward backward(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, co
 Tensor paged(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
              const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight, const Tensor& down_weight,
              const Tensor& position, Tensor& key_pages, Tensor& value_pages, const Tensor& slot,
-             const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len, double theta, double eps) {
+             const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len, double theta, double eps,
+             bool batch_invariant) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
-  const Layer l = check_paged(x, w, position, key_pages, theta, eps);
+  Layer l = check_paged(x, w, position, key_pages, theta, eps);
+  l.batch_invariant = batch_invariant;
   static const auto write =
       op<void(const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&)>("grpo_engine::kv_write");
   static const auto attend = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,

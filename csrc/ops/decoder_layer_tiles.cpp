@@ -219,7 +219,7 @@ Forward forward_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_
                     const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                     const Tensor& down_weight, const Tensor& position, const Tensor& cu_seqlens,
                     const std::optional<Tensor>& cu_groups, int64_t num_kv_heads, int64_t head_dim, double theta,
-                    double eps, bool save) {
+                    double eps, bool save, bool /*batch_invariant*/) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   const Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
   const int64_t T = x.size(0);
@@ -247,7 +247,8 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
                       const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
                       const Tensor& cu_seqlens, const std::optional<Tensor>& cu_groups, const Tensor& qkv,
                       const Tensor& attn, const Tensor& stats, const Tensor& s, const Tensor& rstd,
-                      const Tensor& gate_up, int64_t num_kv_heads, int64_t head_dim, double theta, double eps) {
+                      const Tensor& gate_up, int64_t num_kv_heads, int64_t head_dim, double theta, double eps,
+                      bool /*batch_invariant*/) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   const Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
   check_backward(dy, x, gate_up);
@@ -324,7 +325,7 @@ Tensor paged_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_wei
                  const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                  const Tensor& down_weight, const Tensor& position, Tensor& key_pages, Tensor& value_pages,
                  const Tensor& slot, const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len,
-                 double theta, double eps) {
+                 double theta, double eps, bool /*batch_invariant*/) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   const Layer l = check_paged(x, w, position, key_pages, theta, eps);
   const int64_t T = x.size(0);

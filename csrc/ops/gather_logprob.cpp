@@ -60,7 +60,10 @@ Three forward(const at::Tensor& logits, const at::Tensor& target, double tempera
   args.logprob = logprob.mutable_data_ptr();
   args.entropy = entropy.mutable_data_ptr();
   args.saved = saved.mutable_data_ptr<double>();
-  if (cuda_call(logits, [&](auto stream) { gather_logprob_forward_cuda(args, stream); })) {
+  if (on_cuda(logits)) {
+    const at::Tensor blocks = at::empty({args.T, (args.V + kGatherBlock - 1) / kGatherBlock, 3}, logprob.options());
+    args.blocks = blocks.mutable_data_ptr();
+    cuda_call(logits, [&](auto stream) { gather_logprob_forward_cuda(args, stream); });
     return {logprob, entropy, saved};
   }
   parallel_items(gather_logprob_forward_cpu, args, args.T, kCost * args.V);

@@ -18,6 +18,8 @@
 
 namespace grpo_engine {
 
+inline constexpr int64_t kGatherBlock = 512;  // kRowBlock of row_stats.h and row_stats.cuh
+
 struct GatherLogprobArgs {
   DType dtype;
   int64_t T, V;
@@ -30,6 +32,7 @@ struct GatherLogprobArgs {
   void* entropy;           // [T]; forward only
   double* saved;           // [T, 3]; written by forward, read by backward
   void* dlogits;           // [T, V]; backward only
+  void* blocks;            // [T, blocks of V, 3] of logprob's dtype; scratch of CUDA, forward only
 };
 
 GE_CPU_KERNEL(gather_logprob_forward, GatherLogprobArgs)   // items: rows

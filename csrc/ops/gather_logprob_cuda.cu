@@ -5,17 +5,34 @@
 namespace grpo_engine {
 namespace {
 
+static_assert(kGatherBlock == kRowBlock);
+
+constexpr int kBlocksThreads = 128;
+
+// One warp, one block of one row.
+template <typename S>
+__global__ void __launch_bounds__(kBlocksThreads) gather_logprob_blocks_kernel(GatherLogprobArgs a, bool aligned) {
+  using A = Arith<S>;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * (kBlocksThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  const int64_t num_blocks = (a.V + kRowBlock - 1) / kRowBlock, t = item / num_blocks, first = item % num_blocks * kRowBlock;
+  if (t >= a.T) return;
+  const S* x = static_cast<const S*>(a.logits) + t * a.V + first;
+  const BlockStats<A> b = block_stats(x, a.V - first, static_cast<A>(a.inv_temperature), aligned);
+  if (threadIdx.x % kWarpSize == 0) b.write(static_cast<A*>(a.blocks) + item * 3);
+}
+
 // One block, one row. A target outside [0, V) gives NaN.
 template <typename S>
-__global__ void __launch_bounds__(kRowThreads) gather_logprob_forward_kernel(GatherLogprobArgs a, bool aligned) {
+__global__ void __launch_bounds__(kRowThreads) gather_logprob_forward_kernel(GatherLogprobArgs a) {
   using A = Arith<S>;
-  const int64_t t = blockIdx.x, target = a.target[t];
-  const S* x = static_cast<const S*>(a.logits) + t * a.V;
-  const A scale = static_cast<A>(a.inv_temperature);
-  const RowStats r = row_stats(x, a.V, scale, aligned);
+  const int64_t t = blockIdx.x, target = a.target[t], num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
+  const A* const blocks = static_cast<const A*>(a.blocks) + t * num_blocks * 3;
+  const RowStats r = join_row<A>(num_blocks, [&](int64_t block) { return BlockStats<A>::read(blocks + block * 3); });
   if (threadIdx.x != 0) return;
+  const S* x = static_cast<const S*>(a.logits) + t * a.V;
   const bool known = target >= 0 && target < a.V;
-  write_row(r, known ? to_arith(x[target]) * scale : not_a_number<A>(), t, a.logprob, a.entropy, a.saved);
+  write_row(r, known ? to_arith(x[target]) * static_cast<A>(a.inv_temperature) : not_a_number<A>(), t, a.logprob, a.entropy,
+            a.saved);
 }
 
 constexpr int kBackwardThreads = 256;
@@ -48,8 +65,10 @@ __global__ void __launch_bounds__(kBackwardThreads)
 
 void gather_logprob_forward_cuda(const GatherLogprobArgs& args, CudaStream stream) {
   for_dtype(args.dtype, [&]<typename S>() {
-    launch({"gather_logprob_forward", args.T, kRowThreads, stream}, gather_logprob_forward_kernel<S>, args,
-           rows_aligned<S>(args.logits, args.V));
+    const int64_t blocks = args.T * ceil_div(args.V, kRowBlock);
+    launch({"gather_logprob_blocks", ceil_div(blocks, kBlocksThreads / kWarpSize), kBlocksThreads, stream},
+           gather_logprob_blocks_kernel<S>, args, rows_aligned<S>(args.logits, args.V));
+    launch({"gather_logprob_forward", args.T, kRowThreads, stream}, gather_logprob_forward_kernel<S>, args);
   });
 }
 

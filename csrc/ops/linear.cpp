@@ -60,15 +60,20 @@ at::ScalarType output_dtype(const at::Tensor& x, std::optional<at::ScalarType> o
 
 at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias,
-                        std::optional<at::ScalarType> out_dtype) {
+                        std::optional<at::ScalarType> out_dtype, bool /*batch_invariant*/) {
   check(x, weight);
   if (bias) require_tensor(kOp, "bias", *bias, {weight.size(0)}, "[O]", x.scalar_type(), x);
   return at::empty({x.size(0), weight.size(0)}, x.options().dtype(output_dtype(x, out_dtype)));
 }
 
 at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                   std::optional<at::ScalarType> out_dtype) {
-  at::Tensor y = forward_meta(x, weight, bias, out_dtype);
+                   std::optional<at::ScalarType> out_dtype, bool batch_invariant) {
+  at::Tensor y = forward_meta(x, weight, bias, out_dtype, batch_invariant);
+  if (by_library(x, batch_invariant)) {
+    const bool wide = y.scalar_type() != x.scalar_type();
+    library_product(x, weight.t(), y, bias && !wide ? *bias : at::Tensor());
+    return bias && wide ? y.add_(*bias) : y;
+  }
   GemmArgs args{};
   args.a_dtype = args.b_dtype = dtype_of(x);
   args.c_dtype = dtype_of(y);
@@ -89,7 +94,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::opt
 }
 
 Three backward_meta(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                    bool need_x, bool need_weight, bool need_bias) {
+                    bool need_x, bool need_weight, bool need_bias, bool /*batch_invariant*/) {
   check(x, weight);
   require_shape(kOp, "dy", dy, {x.size(0), weight.size(0)}, "[T, O]");
   TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() ||
@@ -106,9 +111,21 @@ Three backward_meta(const at::Tensor& dy, const at::Tensor& x, const at::Tensor&
 }
 
 Three backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool need_x, bool need_weight,
-               bool need_bias) {
-  auto [dx, dweight, dbias] = backward_meta(dy, x, weight, need_x, need_weight, need_bias);
+               bool need_bias, bool batch_invariant) {
+  auto [dx, dweight, dbias] = backward_meta(dy, x, weight, need_x, need_weight, need_bias, batch_invariant);
   const int64_t T = x.size(0), O = weight.size(0), I = x.size(1);
+  if (need_bias) {
+    at::Tensor sums = at::empty({on_cuda(dy) ? column_sum_chunks(T) : 1, O}, arithmetic(dy));
+    const ColumnSumArgs columns{dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr()};
+    if (!cuda_call(dy, [&](auto stream) { column_sum_cuda(columns, stream); })) column_sum(columns);
+    dbias = sums.select(0, 0).to(x.scalar_type());
+  }
+  if (by_library(dy, batch_invariant)) {
+    const at::Tensor factor = dy.to(x.scalar_type());
+    if (need_x) library_product(factor, weight, dx);
+    if (need_weight) library_product(factor.t(), x, dweight);
+    return {dx, dweight, dbias};
+  }
   GemmArgs args{};
   args.a_dtype = dtype_of(dy);
   args.a = dy.const_data_ptr();
@@ -142,22 +159,17 @@ Three backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weig
     args.c = dweight.mutable_data_ptr();
     gemm_on(x, args);
   }
-  if (need_bias) {
-    at::Tensor sums = at::empty({on_cuda(dy) ? column_sum_chunks(T) : 1, O}, arithmetic(dy));
-    const ColumnSumArgs columns{dtype_of(dy), T, O, dy.const_data_ptr(), sums.mutable_data_ptr()};
-    if (!cuda_call(dy, [&](auto stream) { column_sum_cuda(columns, stream); })) column_sum(columns);
-    dbias = sums.select(0, 0).to(x.scalar_type());
-  }
   return {dx, dweight, dbias};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? out_dtype) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? out_dtype, bool batch_invariant=True) -> Tensor");
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight,"
-      " bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      " bool need_bias, bool batch_invariant=True) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 GE_DEVICE_IMPL(m) {
   m.impl("linear", &forward);

@@ -7,9 +7,11 @@
 // float32 and bfloat16, so that a row of y has the same bits in a batch of any size, on any number of threads.
 // The index of the sum ascends for float32, where subnormals are kept, and descends for bfloat16, where they
 // count as 0. Results are rounded once, to nearest even. NaN and inf travel as IEEE arithmetic has it.
-// On CUDA likewise, in ascending order and with subnormals, but for bfloat16: there an element is one chain of the tensor
-// cores' products of 16 terms, and a float32 dy counts as the sum of two bfloat16. Its bits depend neither on the batch
-// nor on the size of the tiles.
+// On CUDA likewise, in ascending order and with subnormals, but for bfloat16: there each 256 terms are one chain of the
+// tensor cores' products of 16 terms, these sums are added in ascending order, and a float32 dy counts as the sum of two
+// bfloat16. The bits depend neither on the batch nor on the size of the tiles.
+// batch_invariant = false hands the products on CUDA to torch's library (cuBLAS), whose sums change with the shape; a
+// float32 dy is rounded to the dtype of x first.
 //
 //   x, dx [T, I]   weight, dweight [O, I]   bias, dbias [O]   y, dy [T, O]      T, I = 0 are allowed
 #pragma once

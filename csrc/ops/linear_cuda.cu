@@ -23,7 +23,9 @@ struct Place {
   }
 };
 
-// The tile's shape decides which elements a block has and nothing about their bits: each is one chain over k.
+// The tile's shape decides which elements a block has and nothing about their bits: each is one sum over k. In float32 and
+// float64 it is a chain; in bfloat16 one chain for each chunk of k, from zero, and the chunks in ascending order, so that
+// a few rows can have warps that share k.
 template <typename Shape>
 int64_t tiles_of(const GemmArgs& a) { return ceil_div(a.M, Shape::kM) * ceil_div(a.N, Shape::kN); }
 
@@ -33,17 +35,20 @@ constexpr int64_t kFill = 128;  // blocks: fewer than that leave multiprocessors
 
 constexpr int kK = 32;      // of a stage
 constexpr int kStages = 4;  // of shared memory: while one is multiplied the others are on their way
+constexpr int kChunk = 256;
+static_assert(kChunk % kK == 0);
 
-template <int kM_, int kN_, int kWarpsM_, int kWarpsN_>
+template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kResident_>
 struct MmaShape {
+  static constexpr int kResident = kResident_;                // blocks of a multiprocessor, at least
   static constexpr int kM = kM_, kN = kN_;                    // of a block
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   static constexpr int kRows = kM / kWarpsM / 16, kColumns = kN / kWarpsN / 8;  // of a warp, in products of mma.cuh
   static_assert(kColumns % 2 == 0);
 };
-using LargeMma = MmaShape<128, 128, 2, 4>;
-using SmallMma = MmaShape<32, 64, 2, 2>;
+using LargeMma = MmaShape<128, 128, 2, 4, 1>;
+using SmallMma = MmaShape<32, 64, 2, 2, 4>;
 
 // kAcrossA: A is stored with m adjacent, else k; kAcrossB: B with n adjacent, else k.
 template <typename Shape, bool kAcrossA, bool kAcrossB>
@@ -100,8 +105,12 @@ __device__ inline void store_two(const GemmArgs& a, int64_t m, int64_t n, float 
   }
 }
 
+__device__ inline float bias_of(const GemmArgs& a, int64_t n) {
+  return a.bias && n < a.N ? to_arith(static_cast<const bfloat16*>(a.bias)[n]) : 0.f;
+}
+
 template <typename Shape, bool kAcrossA, bool kAcrossB>
-__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     gemm_mma_kernel(GemmArgs a, bool a_aligned, bool b_aligned, bool pairs) {
   using Tiles = MmaTiles<Shape, kAcrossA, kAcrossB>;
   bfloat16* const shared = dynamic_shared<bfloat16>();
@@ -137,8 +146,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int warp_m = warp / Shape::kWarpsN * Shape::kRows * 16, warp_n = warp % Shape::kWarpsN * Shape::kColumns * 8;
   const int64_t first_m = place.m + warp_m + lane / 4, first_n = place.n + warp_n + lane % 4 * 2;
-  float d[Shape::kRows][Shape::kColumns][4] = {};
-  if (a.accumulate) {  // the chains go on from there
+  float total[Shape::kRows][Shape::kColumns][4] = {}, d[Shape::kRows][Shape::kColumns][4] = {};
+  if (a.accumulate) {
 #pragma unroll
     for (int i = 0; i < Shape::kRows; ++i) {
 #pragma unroll
@@ -146,7 +155,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int64_t m = first_m + i * 16 + e / 2 * 8, n = first_n + j * 8 + e % 2;
-          if (m < a.M && n < a.N) d[i][j][e] = static_cast<const float*>(a.c)[m * a.c_row + n];
+          if (m < a.M && n < a.N) total[i][j][e] = static_cast<const float*>(a.c)[m * a.c_row + n];
         }
       }
     }
@@ -175,18 +184,36 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
         }
       }
     }
+    const int64_t done = (stage < slices ? stage : stage - slices) + 1;  // slices of this part of A
+    if (done % (kChunk / kK) != 0 && done != slices) continue;
+#pragma unroll
+    for (int i = 0; i < Shape::kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < Shape::kColumns; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          total[i][j][e] = total[i][j][e] + d[i][j][e];
+          d[i][j][e] = 0.f;
+        }
+      }
+    }
   }
-  const auto* bias = static_cast<const bfloat16*>(a.bias);
 #pragma unroll
   for (int j = 0; j < Shape::kColumns; ++j) {
     const int64_t n = first_n + j * 8;
-    const float one = bias && n < a.N ? to_arith(bias[n]) : 0.f, two = bias && n + 1 < a.N ? to_arith(bias[n + 1]) : 0.f;
+    const float one = bias_of(a, n), two = bias_of(a, n + 1);
 #pragma unroll
     for (int i = 0; i < Shape::kRows; ++i) {
-      store_two(a, first_m + i * 16, n, d[i][j][0] + one, d[i][j][1] + two, pairs);
-      store_two(a, first_m + i * 16 + 8, n, d[i][j][2] + one, d[i][j][3] + two, pairs);
+      store_two(a, first_m + i * 16, n, total[i][j][0] + one, total[i][j][1] + two, pairs);
+      store_two(a, first_m + i * 16 + 8, n, total[i][j][2] + one, total[i][j][3] + two, pairs);
     }
   }
+}
+
+// Whether two neighbours of C, the first of them at an even place, may be written at once.
+bool pairs_aligned(const GemmArgs& a) {
+  const int64_t size = a.c_dtype == DType::f32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(a.c) % (2 * size) == 0 && a.c_row % 2 == 0;
 }
 
 template <typename Shape, bool kAcrossA, bool kAcrossB>
@@ -194,17 +221,137 @@ void run_mma(const GemmArgs& a, CudaStream stream) {
   const int64_t stride_a = kAcrossA ? a.a_col : a.a_row, stride_b = kAcrossB ? a.b_row : a.b_col;
   const bool a_aligned =
       rows_aligned<bfloat16>(a.a, stride_a) && (!a.a_low || rows_aligned<bfloat16>(a.a_low, stride_a));
-  const int64_t size = a.c_dtype == DType::f32 ? 4 : 2;
-  const bool pairs = reinterpret_cast<uintptr_t>(a.c) % (2 * size) == 0 && a.c_row % 2 == 0;
   const int64_t bytes = int64_t{kStages} * MmaTiles<Shape, kAcrossA, kAcrossB>::kStage * 2;
   launch({"gemm_bf16", tiles_of<Shape>(a), Shape::kThreads, stream, bytes}, gemm_mma_kernel<Shape, kAcrossA, kAcrossB>, a,
-         a_aligned, rows_aligned<bfloat16>(a.b, stride_b), pairs);
+         a_aligned, rows_aligned<bfloat16>(a.b, stride_b), pairs_aligned(a));
 }
 
 template <typename Shape>
 void run_mma_for(const GemmArgs& a, CudaStream stream) {
   if (a.a_col != 1) return run_mma<Shape, true, true>(a, stream);
   a.b_row != 1 ? run_mma<Shape, false, true>(a, stream) : run_mma<Shape, false, false>(a, stream);
+}
+
+// ---------------------------------------------------------------- bfloat16: a few rows
+
+// Decoding reads the weights once for a few rows, and what counts is how many loads are under way. A block has all rows and
+// a few columns; its warps take the chunks of k in turn, each with tiles of its own and without a barrier, and after each
+// round the chunks' sums meet in shared memory.
+template <int kM_, int kN_, int kStages_, int kWarps_>
+struct FewRowsShape {
+  static constexpr int kM = kM_, kN = kN_;                 // of a block, and of each of its warps
+  static constexpr int kStages = kStages_, kWarps = kWarps_;  // warps at most
+  static constexpr int kRows = kM / 16, kColumns = kN / 8;    // in products of mma.cuh
+  using A = Tile<kM, kK>;
+  using B = Tile<kN, kK>;
+  static constexpr int kStage = (kM + kN) * kK;  // elements
+  static constexpr int kOfWarp = kStages * kStage * static_cast<int>(sizeof(bfloat16));  // bytes
+  static constexpr int kSums = kM * kN * static_cast<int>(sizeof(float));                // bytes
+  static_assert(kSums <= kOfWarp, "the sums of a warp's chunk take the place of its tiles");
+};
+constexpr int64_t kFewRows = 64;   // more rows have the tiles above
+constexpr int64_t kFewBlocks = 56;  // that keep the memory busy: with fewer, a block gets fewer columns
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kWarps * kWarpSize)
+    gemm_few_rows_kernel(GemmArgs a, bool a_aligned, bool b_aligned, bool pairs) {
+  unsigned char* const shared = dynamic_shared<unsigned char>();
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
+  const auto sums_of = [&](int w) { return reinterpret_cast<Two*>(shared + Shape::kSums + w * Shape::kOfWarp); };
+  Two* const totals = reinterpret_cast<Two*>(shared);
+  bfloat16* const tiles = reinterpret_cast<bfloat16*>(sums_of(warp));
+  const int64_t first_n = static_cast<int64_t>(blockIdx.x) * Shape::kN, chunks = (a.K + kChunk - 1) / kChunk;
+  for (int64_t first = 0; first < chunks; first += warps) {
+    if (first + warp < chunks) {
+      const int64_t begin = (first + warp) * kChunk, length = a.K - begin < kChunk ? a.K - begin : kChunk;
+      const int steps = static_cast<int>((length + kK - 1) / kK);
+      const auto load = [&](int step) {
+        if (step < steps) {
+          const int64_t k = begin + step * kK;
+          bfloat16* const to = tiles + step % Shape::kStages * Shape::kStage;
+          load_tile<typename Shape::A, kWarpSize>(static_cast<const bfloat16*>(a.a) + k, a.a_row, a.M, a.K - k, a_aligned, to,
+                                                  lane);
+          load_tile<typename Shape::B, kWarpSize>(static_cast<const bfloat16*>(a.b) + first_n * a.b_col + k, a.b_col,
+                                                  a.N - first_n, a.K - k, b_aligned, to + Shape::kM * kK, lane);
+        }
+        end_copies();  // an empty group keeps the count
+      };
+      float d[Shape::kRows][Shape::kColumns][4] = {};
+#pragma unroll
+      for (int step = 0; step < Shape::kStages - 1; ++step) load(step);
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        copies_landed<Shape::kStages - 2>();
+        __syncwarp();  // all lanes' copies of this step are there, and the step before is read
+        load(step + Shape::kStages - 1);
+        const bfloat16* const tile_a = tiles + step % Shape::kStages * Shape::kStage;
+        const bfloat16* const tile_b = tile_a + Shape::kM * kK;
+#pragma unroll
+        for (int k = 0; k < kK; k += 16) {
+          uint32_t of_a[Shape::kRows][4];
+#pragma unroll
+          for (int i = 0; i < Shape::kRows; ++i) load_a<typename Shape::A, false>(tile_a, i * 16, k, of_a[i]);
+#pragma unroll
+          for (int j = 0; j < Shape::kColumns; j += 2) {
+            uint32_t b[4];
+            load_two_b<typename Shape::B, false>(tile_b, j * 8, k, b);
+#pragma unroll
+            for (int i = 0; i < Shape::kRows; ++i) {
+              mma_bf16_16x8x16(d[i][j], of_a[i], {b[0], b[1]});
+              mma_bf16_16x8x16(d[i][j + 1], of_a[i], {b[2], b[3]});
+            }
+          }
+        }
+      }
+      __syncwarp();  // the last tiles are read
+      Two* const mine = sums_of(warp);
+#pragma unroll
+      for (int i = 0; i < Shape::kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < Shape::kColumns; ++j) {
+          const int at = ((i * 16 + lane / 4) * Shape::kN + j * 8) / 2 + lane % 4;
+          mine[at] = Two{d[i][j][0], d[i][j][1]};
+          mine[at + 8 * Shape::kN / 2] = Two{d[i][j][2], d[i][j][3]};
+        }
+      }
+    }
+    __syncthreads();
+    const int here = static_cast<int>(chunks - first < warps ? chunks - first : warps);
+    for (int i = threadIdx.x; i < static_cast<int>(a.M) * Shape::kN / 2; i += blockDim.x) {
+      Two total = first == 0 ? Two{0.f, 0.f} : totals[i];
+      for (int w = 0; w < here; ++w) {
+        const Two part = sums_of(w)[i];
+        total = Two{total.first + part.first, total.second + part.second};
+      }
+      totals[i] = total;
+      if (first + warps < chunks) continue;
+      const int64_t n = first_n + i * 2 % Shape::kN;
+      store_two(a, i * 2 / Shape::kN, n, total.first + bias_of(a, n), total.second + bias_of(a, n + 1), pairs);
+    }
+    __syncthreads();  // the sums are read: the next round's tiles take their place
+  }
+}
+
+template <typename Shape>
+void run_few_rows(const GemmArgs& a, CudaStream stream) {
+  const int64_t chunks = ceil_div(a.K, kChunk), rounds = ceil_div(chunks, Shape::kWarps), warps = ceil_div(chunks, rounds);
+  launch({"gemm_few_rows", ceil_div(a.N, Shape::kN), static_cast<int>(warps) * kWarpSize, stream,
+          Shape::kSums + warps * Shape::kOfWarp},
+         gemm_few_rows_kernel<Shape>, a, rows_aligned<bfloat16>(a.a, a.a_row), rows_aligned<bfloat16>(a.b, a.b_col),
+         pairs_aligned(a));
+}
+
+// Not for every product: rows of A and columns of B with k adjacent, into a fresh C.
+bool has_few_rows(const GemmArgs& a) {
+  return a.M > 0 && a.M <= kFewRows && a.K > 0 && a.a_col == 1 && a.b_row == 1 && !a.a_low && !a.accumulate;
+}
+
+void run_few_rows_for(const GemmArgs& a, CudaStream stream) {
+  const bool wide = ceil_div(a.N, 64) >= kFewBlocks;
+  if (a.M <= 16) {
+    return wide ? run_few_rows<FewRowsShape<16, 64, 3, 8>>(a, stream) : run_few_rows<FewRowsShape<16, 16, 8, 8>>(a, stream);
+  }
+  wide ? run_few_rows<FewRowsShape<64, 64, 3, 4>>(a, stream) : run_few_rows<FewRowsShape<64, 16, 3, 8>>(a, stream);
 }
 
 // ---------------------------------------------------------------- float32 and float64: fused multiply-adds
@@ -370,6 +517,7 @@ void gemm_cuda(const GemmArgs& a, CudaStream stream) {
   if (a.b_dtype == DType::f32) {
     return tiles_of<LargeFma>(a) < kFill ? run_fma<SmallFma>(a, stream) : run_fma<LargeFma>(a, stream);
   }
+  if (has_few_rows(a)) return run_few_rows_for(a, stream);
   tiles_of<LargeMma>(a) < kFill ? run_mma_for<SmallMma>(a, stream) : run_mma_for<LargeMma>(a, stream);
 }
 

@@ -78,10 +78,11 @@ Four forward(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor&
   args.entropy = entropy.mutable_data_ptr<float>();
   if (on_cuda(logits)) {
     const int64_t blocks = (args.V + kSampleBlock - 1) / kSampleBlock;
-    const at::Tensor block_max = at::empty({B, blocks}, logprob.options());
+    const at::Tensor block_max = at::empty({B, blocks}, logprob.options()), block_weighted = at::empty_like(block_max);
     const at::Tensor block_mass = at::empty({B, blocks}, logprob.options().dtype(at::kDouble));
     args.block_max = block_max.mutable_data_ptr<float>();
     args.block_mass = block_mass.mutable_data_ptr<double>();
+    args.block_weighted = block_weighted.mutable_data_ptr<float>();
     cuda_call(logits, [&](auto stream) { sample_token_cuda(args, stream); });
     return {token, logprob, full_logprob, entropy};
   }

@@ -11,8 +11,8 @@
 // tail (count or mass) at 16 thresholds a pass, each pass inside the interval that the one before left;
 // blocks whose largest z is below are skipped. exp is float32; sums are float32 within a block and
 // float64 across blocks, in order. The draw depends on the row, its seed and its position alone.
-// CUDA has the same steps, rows reduced by core/row_stats.cuh; masses that are compared with top_p are integers,
-// whose sum has no order.
+// CUDA has the same steps, rows reduced by core/row_stats.cuh: a warp a block of logits, over as many multiprocessors as
+// there are, and then a block of threads a row. Masses that are compared with top_p are integers, whose sum has no order.
 //   temperature 0   the lowest id among the largest logits; log-prob 0; entropy and full log-prob are
 //                   those of temperature 1
 //   a row whose z holds NaN or +inf, or -inf only: token -1, NaN everywhere else; other rows are
@@ -43,8 +43,9 @@ struct SampleTokenArgs {
   float* logprob;             // [B]
   float* full_logprob;        // [B]
   float* entropy;             // [B]
-  float* block_max;           // [B, blocks of V]; scratch of CUDA, as the next one
+  float* block_max;           // [B, blocks of V]; scratch of CUDA, as the next two
   double* block_mass;         // [B, blocks of V]
+  float* block_weighted;      // [B, blocks of V]
 };
 
 GE_CPU_KERNEL(sample_token, SampleTokenArgs)  // items: rows

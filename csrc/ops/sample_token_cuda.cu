@@ -318,6 +318,36 @@ __device__ Kept apply_filters(const Row<S>& row, int64_t top_k, double top_p, do
   return kept;
 }
 
+template <typename S>
+__device__ Row<S> row_of(const SampleTokenArgs& a, int64_t b, bool aligned) {
+  Row<S> row{};
+  row.x = static_cast<const S*>(a.logits) + b * a.row_stride;
+  row.V = a.V;
+  row.num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
+  row.inv_temperature = a.temperature[b] > 0.f ? 1.f / a.temperature[b] : 1.f;
+  row.aligned = aligned;
+  row.block_max = a.block_max + b * row.num_blocks;
+  row.block_mass = a.block_mass + b * row.num_blocks;
+  return row;
+}
+
+constexpr int kBlocksThreads = 128;  // few, so that one row has work for many multiprocessors
+
+// One warp, one block of logits of one row.
+template <typename S>
+__global__ void __launch_bounds__(kBlocksThreads) sample_token_blocks_kernel(SampleTokenArgs a, bool aligned) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * (kBlocksThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  const int64_t num_blocks = (a.V + kRowBlock - 1) / kRowBlock, b = item / num_blocks, block = item % num_blocks;
+  if (b >= a.B) return;
+  const Row<S> row = row_of<S>(a, b, aligned);
+  const int64_t first = block * kRowBlock;
+  const BlockStats<float> s = block_stats(row.x + first, a.V - first, row.inv_temperature, aligned);
+  if (threadIdx.x % kWarpSize != 0) return;
+  row.block_max[block] = s.max;
+  row.block_mass[block] = static_cast<double>(s.sum);
+  a.block_weighted[item] = s.weighted;
+}
+
 // One block, one row.
 template <typename S>
 __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenArgs a, bool aligned) {
@@ -326,19 +356,11 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
   const double top_p = a.top_p ? a.top_p[b] : 1.0, min_p = a.min_p ? a.min_p[b] : 0.0;
   const bool valid = temperature >= 0.f && temperature < infinity<float>() && top_p >= 0.0 && top_p <= 1.0 &&
                      min_p >= 0.0 && min_p <= 1.0;
-  Row<S> row{};
-  row.x = static_cast<const S*>(a.logits) + b * a.row_stride;
-  row.V = a.V;
-  row.num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
-  row.inv_temperature = temperature > 0.f ? 1.f / temperature : 1.f;
-  row.aligned = aligned;
-  row.block_max = a.block_max + b * row.num_blocks;
-  row.block_mass = a.block_mass + b * row.num_blocks;
-  const RowStats stats =
-      row_stats(row.x, a.V, row.inv_temperature, aligned, [&](int64_t block, const BlockStats<float>& s) {
-        row.block_max[block] = s.max;
-        row.block_mass[block] = static_cast<double>(s.sum);
-      });
+  Row<S> row = row_of<S>(a, b, aligned);
+  const RowStats stats = join_row<float>(row.num_blocks, [&](int64_t block) {
+    return BlockStats<float>{row.block_max[block], static_cast<float>(row.block_mass[block]),
+                             a.block_weighted[b * row.num_blocks + block]};
+  });
   // NaN, +inf or nothing to draw: the same for all threads
   if (!valid || !(stats.sum > 0.0) || !(stats.max >= kLowest) || stats.max == infinity<double>()) {
     if (threadIdx.x != 0) return;
@@ -346,7 +368,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
     a.logprob[b] = a.full_logprob[b] = a.entropy[b] = not_a_number<float>();
     return;
   }
-  __syncthreads();  // the blocks' numbers are there
+  __syncthreads();  // the blocks' masses are read
   row.max = static_cast<float>(stats.max);
   const int64_t top_k = a.top_k && a.top_k[b] > 0 && a.top_k[b] < a.V ? a.top_k[b] : a.V;
   const bool filtered = top_k < a.V || top_p < 1.0 || min_p > 0.0;
@@ -380,8 +402,11 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
 
 template <typename S>
 void run(const SampleTokenArgs& args, CudaStream stream) {
-  launch({"sample_token", args.B, kRowThreads, stream}, sample_token_kernel<S>, args,
-         rows_aligned<S>(args.logits, args.row_stride));
+  const bool aligned = rows_aligned<S>(args.logits, args.row_stride);
+  const int64_t blocks = args.B * ceil_div(args.V, kRowBlock);
+  launch({"sample_token_blocks", ceil_div(blocks, kBlocksThreads / kWarpSize), kBlocksThreads, stream},
+         sample_token_blocks_kernel<S>, args, aligned);
+  launch({"sample_token", args.B, kRowThreads, stream}, sample_token_kernel<S>, args, aligned);
 }
 
 }  // namespace

@@ -16,8 +16,24 @@ constexpr const char* kOp = "token_logprob";
 // Rows of a tile and of the window of dlogits that backward holds. The window has one block of kVocabBlock
 // ids for each thread: 512 KiB of float32, which stays in the second-level cache for both products.
 constexpr int64_t kWave = 256;
-// The same of CUDA, whose multiprocessors need more at once: 16 MiB of float32, which the second-level cache holds.
-constexpr int64_t kCudaRows = 2048, kCudaIds = 2048;
+
+struct Window {
+  int64_t rows, ids;
+};
+// The window that CUDA holds in either pass, whose multiprocessors need more at once: 16 MiB of float32, which the
+// second-level cache holds. By the library, whose best products are larger: 64 MiB, and rows rather than ids, for each
+// window of ids reads and writes the sums of all rows.
+Window cuda_window(int64_t T, int64_t V, bool library) {
+  constexpr int64_t kSide = 2048;
+#ifdef GE_CUDA_EMULATED
+  constexpr int64_t kLibrarySide = 1024;  // so that a test has more than one window in a second
+#else
+  constexpr int64_t kLibrarySide = 4096;
+#endif
+  if (!library) return {std::min(T, kSide), std::min(V, kSide)};
+  const int64_t rows = std::min(T, kLibrarySide), ids = kLibrarySide * kLibrarySide / std::max<int64_t>(rows, 1);
+  return {rows, std::min(V, ids / kVocabBlock * kVocabBlock)};
+}
 
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
@@ -68,39 +84,48 @@ TokenLogprobArgs arguments(const at::Tensor& hidden, const at::Tensor& weight,
 }
 
 Three forward_meta(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
-                   double temperature) {
+                   double temperature, bool /*batch_invariant*/) {
   check(hidden, weight, target, temperature);
   const int64_t T = hidden.size(0);
   const auto out = hidden.options().dtype(arithmetic(hidden));
   return {at::empty({T}, out), at::empty({T}, out), at::empty({T, 3}, out.dtype(at::kDouble))};
 }
 
-// CUDA: the logits of the window, in args.dlogits.
-void logits_of_window(const at::Tensor& hidden, const TokenLogprobArgs& args) {
-  const int64_t size = static_cast<int64_t>(hidden.element_size());
-  GemmArgs product = linear_product(
-      args.dtype, args.num_rows, args.D, args.num_ids, static_cast<const char*>(args.hidden) + args.first_row * args.D * size,
-      static_cast<const char*>(args.weight) + args.first_id * args.D * size, nullptr, args.dlogits);
+// [rows of the window, ids of the window] at the start of a buffer.
+at::Tensor view_of(const at::Tensor& buffer, const TokenLogprobArgs& args) {
+  return buffer.as_strided({args.num_rows, args.num_ids}, {args.num_ids, 1});
+}
+
+// CUDA: the logits of the window, in args.dlogits, the memory of `window`.
+void logits_of_window(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& window,
+                      const TokenLogprobArgs& args, bool library) {
+  const at::Tensor rows = hidden.narrow(0, args.first_row, args.num_rows), ids = weight.narrow(0, args.first_id, args.num_ids);
+  if (library) return library_product(rows, ids.t(), view_of(window, args));
+  GemmArgs product = linear_product(args.dtype, args.num_rows, args.D, args.num_ids, rows.const_data_ptr(),
+                                    ids.const_data_ptr(), nullptr, args.dlogits);
   product.c_dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
   gemm_on(hidden, product);
 }
 
-void forward_on_cuda(const at::Tensor& hidden, const at::Tensor& logprob, TokenLogprobArgs& args) {
-  at::Tensor window = at::empty({std::min(args.T, kCudaRows), std::min(args.V, kCudaIds)}, logprob.options());
+void forward_on_cuda(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& logprob, TokenLogprobArgs& args,
+                     bool library) {
+  const auto [rows, ids] = cuda_window(args.T, args.V, library);
+  const at::Tensor window = at::empty({rows, ids}, logprob.options());
   args.dlogits = window.mutable_data_ptr();
-  for (args.first_id = 0; args.first_id < args.V; args.first_id += kCudaIds) {
-    args.num_ids = std::min(kCudaIds, args.V - args.first_id);
-    for (args.first_row = 0; args.first_row < args.T; args.first_row += kCudaRows) {
-      args.num_rows = std::min(kCudaRows, args.T - args.first_row);
-      logits_of_window(hidden, args);
+  for (args.first_id = 0; args.first_id < args.V; args.first_id += ids) {
+    args.num_ids = std::min(ids, args.V - args.first_id);
+    for (args.first_row = 0; args.first_row < args.T; args.first_row += rows) {
+      args.num_rows = std::min(rows, args.T - args.first_row);
+      logits_of_window(hidden, weight, window, args, library);
       cuda_call(hidden, [&](auto stream) { token_logprob_blocks_cuda(args, stream); });
     }
   }
   cuda_call(hidden, [&](auto stream) { token_logprob_join_cuda(args, stream); });
 }
 
-Three forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, double temperature) {
-  auto [logprob, entropy, saved] = forward_meta(hidden, weight, target, temperature);
+Three forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, double temperature,
+              bool batch_invariant) {
+  auto [logprob, entropy, saved] = forward_meta(hidden, weight, target, temperature, batch_invariant);
   TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
   for (int64_t t = 0; t < args.T && !on_cuda(target); ++t) {
     TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp,
@@ -117,7 +142,7 @@ Three forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tens
   args.entropy = entropy.mutable_data_ptr();
   args.saved = saved.mutable_data_ptr<double>();
   if (on_cuda(hidden)) {
-    forward_on_cuda(hidden, logprob, args);
+    forward_on_cuda(hidden, weight, logprob, args, by_library(hidden, batch_invariant));
     return {logprob, entropy, saved};
   }
   parallel_items(token_logprob_blocks_cpu, args, count_of(args.T, args.wave) * num_blocks,
@@ -129,7 +154,7 @@ Three forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tens
 std::tuple<at::Tensor, at::Tensor> backward_meta(
     const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& hidden,
     const at::Tensor& weight, const at::Tensor& target, const at::Tensor& saved, double temperature,
-    bool need_hidden, bool need_weight) {
+    bool need_hidden, bool need_weight, bool /*batch_invariant*/) {
   check(hidden, weight, target, temperature);
   const int64_t T = hidden.size(0);
   require_tensor(kOp, "g_logprob", g_logprob, {T}, "[T]", arithmetic(hidden), hidden);
@@ -144,16 +169,17 @@ std::tuple<at::Tensor, at::Tensor> backward_meta(
 std::tuple<at::Tensor, at::Tensor> backward(
     const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& hidden,
     const at::Tensor& weight, const at::Tensor& target, const at::Tensor& saved, double temperature,
-    bool need_hidden, bool need_weight) {
+    bool need_hidden, bool need_weight, bool batch_invariant) {
   auto [dhidden, dweight] = backward_meta(g_logprob, g_entropy, hidden, weight, target, saved,
-                                          temperature, need_hidden, need_weight);
+                                          temperature, need_hidden, need_weight, batch_invariant);
   TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
   const auto sums = g_logprob.options();  // both gradients are summed in arithmetic type
   const int64_t T = args.T, D = args.D, V = args.V;
   if (T == 0) return {dhidden, dweight.zero_()};
-  const bool cuda = on_cuda(hidden), split = cuda && hidden.scalar_type() == at::kBFloat16;
-  const int64_t window_rows = std::min(T, cuda ? kCudaRows : kWave);
-  const int64_t window_ids = std::min(V, cuda ? kCudaIds : kVocabBlock * at::get_num_threads());
+  const bool cuda = on_cuda(hidden), library = by_library(hidden, batch_invariant);
+  const bool split = cuda && hidden.scalar_type() == at::kBFloat16;
+  const auto [window_rows, window_ids] =
+      cuda ? cuda_window(T, V, library) : Window{std::min(T, kWave), std::min(V, kVocabBlock * at::get_num_threads())};
   const int64_t size = static_cast<int64_t>(g_logprob.element_size());
   const int64_t stored = static_cast<int64_t>(hidden.element_size());
 
@@ -169,9 +195,9 @@ std::tuple<at::Tensor, at::Tensor> backward(
   args.dlogits = window.mutable_data_ptr();
   at::Tensor halves;
   if (split) {
-    halves = at::empty({2, window_rows, window_ids}, hidden.options());
+    halves = at::empty({library ? 1 : 2, window_rows, window_ids}, hidden.options());
     args.high = static_cast<bfloat16*>(halves.mutable_data_ptr());
-    args.low = args.high + window_rows * window_ids;
+    args.low = library ? nullptr : args.high + window_rows * window_ids;
   }
 
   GemmArgs product{};
@@ -191,12 +217,26 @@ std::tuple<at::Tensor, at::Tensor> backward(
     for (args.first_row = 0; args.first_row < T; args.first_row += window_rows) {
       args.num_rows = std::min(window_rows, T - args.first_row);
       if (cuda) {
-        logits_of_window(hidden, args);
+        logits_of_window(hidden, weight, window, args, library);
         cuda_call(hidden, [&](auto stream) { token_logprob_dlogits_cuda(args, stream); });
       } else {
         args.wave = wave_for(args.num_rows, args.num_ids);
         parallel_items(token_logprob_dlogits_cpu, args,
                        count_of(args.num_rows, args.wave) * count_of(args.num_ids, kVocabBlock), tile_cost(args));
+      }
+      if (library) {
+        const at::Tensor dlogits = view_of(split ? halves : window, args);
+        if (need_hidden) {
+          const at::Tensor sums_of_rows = hidden_sums.narrow(0, args.first_row, args.num_rows);
+          library_product(dlogits, weight.narrow(0, args.first_id, args.num_ids), sums_of_rows,
+                          args.first_id > 0 ? sums_of_rows : at::Tensor());
+        }
+        if (need_weight) {
+          const at::Tensor sums_of_ids = weight_sums.narrow(0, sum_row, args.num_ids);
+          library_product(dlogits.t(), hidden.narrow(0, args.first_row, args.num_rows), sums_of_ids,
+                          args.first_row > 0 ? sums_of_ids : at::Tensor());
+        }
+        continue;
       }
       if (need_hidden) {
         product.M = args.num_rows;
@@ -228,11 +268,11 @@ std::tuple<at::Tensor, at::Tensor> backward(
 
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def(
-      "token_logprob(Tensor hidden, Tensor weight, Tensor target, float temperature)"
-      " -> (Tensor logprob, Tensor entropy, Tensor saved)");
+      "token_logprob(Tensor hidden, Tensor weight, Tensor target, float temperature,"
+      " bool batch_invariant=True) -> (Tensor logprob, Tensor entropy, Tensor saved)");
   m.def(
       "token_logprob_backward(Tensor g_logprob, Tensor g_entropy, Tensor hidden, Tensor weight,"
-      " Tensor target, Tensor saved, float temperature, bool need_hidden, bool need_weight)"
+      " Tensor target, Tensor saved, float temperature, bool need_hidden, bool need_weight, bool batch_invariant=True)"
       " -> (Tensor dhidden, Tensor dweight)");
 }
 GE_DEVICE_IMPL(m) {

@@ -15,6 +15,8 @@
 // CUDA has the same windows for both passes: a product (linear.h) of a wave of rows and a window of the vocabulary, and
 // kernels that reduce or turn it as core/row_stats.cuh does, so with the bits of gather_logprob on linear's logits. For
 // bfloat16 the gradient of the logits is the sum of two bfloat16. A target outside [0, V) makes its row NaN.
+// batch_invariant = false on CUDA: larger windows, whose products are those of torch's library (cuBLAS) in float32 sums;
+// for bfloat16 the gradient of the logits is rounded once.
 //
 //   hidden, dhidden [T, D]   weight, dweight [V, D]   target [T] int64 in [0, V)
 //   logprob, entropy, g_logprob, g_entropy [T] float32 (float64 for float64)
@@ -51,7 +53,7 @@ struct TokenLogprobArgs {
   int64_t first_row, num_rows;    // the rows and
   int64_t first_id, num_ids;      // vocabulary ids of the window whose gradient is wanted
   void* dlogits;             // [num_rows, num_ids] A; CUDA: first the logits, in both passes
-  bfloat16 *high, *low;      // [num_rows, num_ids], CUDA: dlogits for bfloat16, or null
+  bfloat16 *high, *low;      // [num_rows, num_ids], CUDA: dlogits for bfloat16, or null; low null: high is rounded
 };
 
 GE_CPU_PRODUCT_KERNEL(token_logprob_blocks, TokenLogprobArgs)   // items: tiles, down the rows first

@@ -24,27 +24,16 @@ __global__ void __launch_bounds__(kThreads) token_logprob_blocks_kernel(TokenLog
   const BlockStats<A> b = block_stats(x, n, inverse<A>(a.temperature), aligned);
   if (threadIdx.x % kWarpSize != 0) return;
   const int64_t num_blocks = (a.V + kRowBlock - 1) / kRowBlock, column = a.target[t] - a.first_id - first;
-  A* to = static_cast<A*>(a.blocks) + (t * num_blocks + (a.first_id + first) / kRowBlock) * 3;
-  to[0] = b.max;
-  to[1] = b.sum;
-  to[2] = b.weighted;
+  b.write(static_cast<A*>(a.blocks) + (t * num_blocks + (a.first_id + first) / kRowBlock) * 3);
   if (column >= 0 && column < n) static_cast<A*>(a.target_logit)[t] = x[column];
 }
 
-// One block, one row: its blocks join as in row_stats.
+// One block, one row.
 template <typename A>
 __global__ void __launch_bounds__(kRowThreads) token_logprob_join_kernel(TokenLogprobArgs a) {
   const int64_t t = blockIdx.x, target = a.target[t], num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
-  RowStats r{-infinity<double>(), 0.0, 0.0};
-  for (int64_t first = 0; first < num_blocks; first += kRowThreads) {
-    const int64_t block = first + block_of_thread();
-    BlockStats<A> mine;
-    if (block < num_blocks) {
-      const A* b = static_cast<const A*>(a.blocks) + (t * num_blocks + block) * 3;
-      mine = {b[0], b[1], b[2]};
-    }
-    r = join_blocks(mine, r);
-  }
+  const A* const blocks = static_cast<const A*>(a.blocks) + t * num_blocks * 3;
+  const RowStats r = join_row<A>(num_blocks, [&](int64_t block) { return BlockStats<A>::read(blocks + block * 3); });
   if (threadIdx.x != 0) return;
   const bool known = target >= 0 && target < a.V;
   const A z = known ? static_cast<const A*>(a.target_logit)[t] * inverse<A>(a.temperature) : not_a_number<A>();
@@ -53,7 +42,24 @@ __global__ void __launch_bounds__(kRowThreads) token_logprob_join_kernel(TokenLo
 
 constexpr int kPacks = 4;  // of a thread
 
-// A stretch of one row of the window: its logits become their gradient, in place or, for bfloat16, in two parts.
+struct alignas(8) Four {
+  bfloat16 v[4];
+};
+
+// values[0 .. n) to p; `aligned`: four may be written at once.
+__device__ inline void store_four(const Four& values, bfloat16* p, int64_t n, bool aligned) {
+  if (aligned && n >= 4) {
+    *reinterpret_cast<Four*>(p) = values;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < n) p[i] = values.v[i];
+  }
+}
+
+// A stretch of one row of the window: its logits become their gradient, in place or, for bfloat16, rounded or in two
+// parts.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     token_logprob_dlogits_kernel(TokenLogprobArgs a, unsigned blocks_of_row, bool aligned) {
@@ -71,11 +77,20 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kPack<A>; ++i) {
       pack.v[i] = gradient(pack.v[i], a.first_id + v + i == target);
-      if constexpr (sizeof(A) == sizeof(float)) {
-        if (a.high && i < n) split_in_two(pack.v[i], a.high + at + v + i, a.low + at + v + i);
+    }
+    if constexpr (sizeof(A) == sizeof(float)) {
+      if (a.high) {
+        Four high, low;
+#pragma unroll
+        for (int i = 0; i < kPack<A>; ++i) {
+          a.low ? split_in_two(pack.v[i], high.v + i, low.v + i) : from_arith(pack.v[i], high.v + i);
+        }
+        store_four(high, a.high + at + v, n, aligned);
+        if (a.low) store_four(low, a.low + at + v, n, aligned);
+        continue;
       }
     }
-    if (!a.high) store_pack(pack, x + v, n, aligned);
+    store_pack(pack, x + v, n, aligned);
   }
 }
 

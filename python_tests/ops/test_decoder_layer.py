@@ -1,5 +1,6 @@
 """decoder_layer and decoder_layer_paged: the ops they are made of, float64, gradients, invariance, contract."""
 
+import functools
 import math
 
 import pytest
@@ -37,16 +38,17 @@ def make(D, F, H, K, E, T, dtype=torch.float32, seed=0):
     return torch.randn(T, D, generator=g).to(dtype), weights
 
 
-def composed(x, w, position, cu_seqlens, *, num_kv_heads, head_dim, theta, eps, cu_groups=None):
+def composed(x, w, position, cu_seqlens, *, num_kv_heads, head_dim, theta, eps, cu_groups=None, batch_invariant=True):
     """The layer written with the single ops."""
+    linear = functools.partial(ops.linear, batch_invariant=batch_invariant)
     K, E = num_kv_heads, head_dim
     H = w.out_weight.shape[1] // E
-    qkv = ops.linear(ops.rms_norm(x, w.attn_norm, eps=eps), w.qkv_weight, w.qkv_bias).view(-1, H + 2 * K, E)
+    qkv = linear(ops.rms_norm(x, w.attn_norm, eps=eps), w.qkv_weight, w.qkv_bias).view(-1, H + 2 * K, E)
     qk, v = qkv.split((H + K, K), dim=1)
     q, k = ops.rope(qk, position, theta=theta).split((H, K), dim=1)
     o = ops.ragged_attention(q, k, v, cu_seqlens, scale=1 / math.sqrt(E), cu_groups=cu_groups)
-    s = x + ops.linear(o.reshape(-1, H * E), w.out_weight)
-    return s + ops.linear(ops.swiglu(ops.linear(ops.rms_norm(s, w.mlp_norm, eps=eps), w.gate_up_weight)), w.down_weight)
+    s = x + linear(o.reshape(-1, H * E), w.out_weight)
+    return s + linear(ops.swiglu(linear(ops.rms_norm(s, w.mlp_norm, eps=eps), w.gate_up_weight)), w.down_weight)
 
 
 def value_and_gradients(layer, x, weights, *args, **numbers):
@@ -56,12 +58,15 @@ def value_and_gradients(layer, x, weights, *args, **numbers):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype,batch_invariant",
+    [(torch.float32, True), (torch.bfloat16, True), (torch.float64, True), (torch.float32, False), (torch.bfloat16, False)],
+)
 @pytest.mark.parametrize("D,F,H,K,E", SIZES)
-def test_forward_has_the_bits_of_the_single_ops_and_backward_their_values(D, F, H, K, E, dtype):
+def test_forward_has_the_bits_of_the_single_ops_and_backward_their_values(D, F, H, K, E, dtype, batch_invariant):
     x, weights = make(D, F, H, K, E, sum(LENGTHS), dtype)
     args = (positions(LENGTHS), offsets(LENGTHS))
-    numbers = dict(num_kv_heads=K, head_dim=E, **NUMBERS)
+    numbers = dict(num_kv_heads=K, head_dim=E, batch_invariant=batch_invariant, **NUMBERS)
     ours = value_and_gradients(decoder_layer, x, weights, *args, **numbers)
     theirs = value_and_gradients(composed, x, weights, *args, **numbers)
     assert torch.equal(ours[0], theirs[0])
@@ -209,7 +214,7 @@ def test_opcheck(dtype):
     inputs = [t.requires_grad_() for t in (x, *weights)]
     torch.library.opcheck(
         torch.ops.grpo_engine.decoder_layer,
-        (*inputs, positions([2, 4]), offsets([2, 4]), None, K, E, 1e4, 1e-6, True),
+        (*inputs, positions([2, 4]), offsets([2, 4]), None, K, E, 1e4, 1e-6, True, False),
     )
     torch.library.opcheck(
         torch.ops.grpo_engine.decoder_layer_paged,

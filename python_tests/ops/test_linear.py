@@ -1,5 +1,6 @@
 """linear: float64 reference, gradients, the one chain per element, contract, registration."""
 
+import functools
 import math
 import os
 import subprocess
@@ -40,13 +41,14 @@ def make(T, in_features, out_features, dtype, seed=0):
     ]
 
 
+@pytest.mark.parametrize("batch_invariant", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T,I,O", SHAPES)
-def test_forward_and_backward_are_as_good_as_torch(T, I, O, dtype):
+def test_forward_and_backward_are_as_good_as_torch(T, I, O, dtype, batch_invariant):
     x, weight, bias, dy = make(T, I, O, dtype)
     results = []
     for fn, exact in (
-        (linear, False),
+        (functools.partial(linear, batch_invariant=batch_invariant), False),
         (torch.nn.functional.linear, False),
         (reference.linear, True),
     ):
@@ -80,6 +82,44 @@ def test_float32_output_of_bfloat16_is_not_rounded(device):
         grads, (dy.float() @ weight.float(), dy.float().T @ x.float()), strict=True
     ):
         torch.testing.assert_close(got.float(), want, rtol=2.0**-7, atol=1e-4)
+
+
+def test_without_batch_invariance_a_wide_output_and_its_gradients():
+    x, weight, bias, dy = make(20, 70, 50, torch.bfloat16)
+    x.requires_grad_(), weight.requires_grad_()
+    y = linear(x, weight, bias, out_dtype=torch.float32, batch_invariant=False)
+    wide = [t.detach().double() for t in (x, weight, bias)]
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), reference.linear(*wide), rtol=2.0**-20, atol=2.0**-18)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy.float() * (1 + 2.0**-10))
+    d = dy.double() * (1 + 2.0**-10)
+    for got, a, b in ((dx, d, wide[1]), (dweight, d.T, wide[0])):
+        # dy is rounded to bfloat16, and so is the result; float32 sums between
+        bar = 2.0**-9 * (a.abs() @ b.abs()) + 2.0**-8 * (a @ b).abs() + 1e-6
+        assert ((got.double() - a @ b).abs() <= bar).all()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_cpu_batch_invariance_is_not_a_choice(dtype):
+    x, weight, bias, dy = make(33, 191, 112, dtype)
+    assert torch.equal(linear(x, weight, bias, batch_invariant=False), linear(x, weight, bias))
+    grads = [torch.ops.grpo_engine.linear_backward(dy, x, weight, True, True, True, b) for b in (False, True)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sums", [(True, True), (False, True), (False, False)])
+def test_torchs_switch_for_sums_in_bfloat16_is_left_as_it_was(sums, monkeypatch):
+    switch = torch.backends.cuda.matmul
+    before = switch.allow_bf16_reduced_precision_reduction
+    try:
+        switch.allow_bf16_reduced_precision_reduction = sums
+        was = switch.allow_bf16_reduced_precision_reduction
+        linear(*make(3, 4, 5, torch.bfloat16)[:2], batch_invariant=False)
+        assert switch.allow_bf16_reduced_precision_reduction == was
+    finally:
+        switch.allow_bf16_reduced_precision_reduction = before
 
 
 def chain(x, weight, bias):
@@ -145,6 +185,35 @@ def test_a_product_of_many_tiles_has_the_bits_of_a_small_one(narrow, dtype):
     assert torch.equal(few, dweight[:5])
     exact = dy.double().T @ x.double()
     torch.testing.assert_close(dweight.double(), exact, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+# CUDA has tiles for up to 16 and up to 64 rows, of few and of many columns, whose warps share k, in one round or more;
+# the last of these beside the largest tile
+@pytest.mark.parametrize(
+    "T,I,O,few",
+    [
+        (300, 900, 70, (1, 3, 16, 33, 64, 200)),
+        (70, 2500, 37, (1, 17)),
+        (65, 270, 3600, (9,)),
+        (65, 1100, 3600, (20,)),
+        (1450, 270, 1500, (5,)),
+    ],
+)
+def test_a_few_rows_have_the_bits_of_many(T, I, O, few):
+    x, weight, bias, _ = make(T, I, O, torch.bfloat16)
+    whole = linear(x, weight, bias)
+    for n in few:
+        assert torch.equal(linear(x[-n:], weight, bias), whole[-n:])
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("T", [2, 50, 80])
+def test_on_cuda_a_sum_of_bfloat16_is_one_of_chunks_in_order(T):
+    x, weight, bias, _ = make(T, 700, 90, torch.bfloat16)
+    total = torch.zeros(T, 90)
+    for a, b in zip(x.split(256, dim=1), weight.split(256, dim=1), strict=True):
+        total += linear(a, b.contiguous(), out_dtype=torch.float32)
+    assert torch.equal(linear(x, weight, bias, out_dtype=torch.float32), total + bias.float())
 
 
 def test_a_permutation_of_rows_permutes_the_result():
@@ -333,13 +402,14 @@ def test_a_bad_input_is_told_what_was_wanted_and_what_came(
         linear(*tensors, out_dtype=out)
 
 
+@pytest.mark.parametrize("batch_invariant", [(), (False,)])
 @pytest.mark.parametrize("dtype,out", [(torch.float32, None), (torch.bfloat16, torch.float32)])
-def test_registration(dtype, out):
+def test_registration(dtype, out, batch_invariant):
     x, weight, bias, dy = make(3, 19, 18, dtype)
     for t in (x, weight, bias):
         t.requires_grad_()
-    torch.library.opcheck(torch.ops.grpo_engine.linear.default, (x, weight, bias, out))
+    torch.library.opcheck(torch.ops.grpo_engine.linear.default, (x, weight, bias, out, *batch_invariant))
     torch.library.opcheck(
         torch.ops.grpo_engine.linear_backward.default,
-        (dy, x.detach(), weight.detach(), True, False, True),
+        (dy, x.detach(), weight.detach(), True, False, True, *batch_invariant),
     )

@@ -1,5 +1,6 @@
 """token_logprob: float64 reference, both gradients, equality with materialised logits, memory."""
 
+import functools
 import math
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import reference
 import torch
 from bars import assert_as_good_as_torch
+from conftest import EMULATED
 
 from grpo_engine.ops import linear, token_logprob
 
@@ -63,6 +65,35 @@ def test_values_and_both_gradients_are_as_good_as_torch(T, D, V, dtype, temperat
     for got, torchs, exact in zip(ours, theirs, truth, strict=True):
         # logits of D roundings each, weighted sums of V or T terms of either sign
         assert_as_good_as_torch(got, torchs, exact, floor=2.0**-22 * math.sqrt(max(D, 4)))
+
+
+def exact_dlogits(hidden, weight, target, temperature, grads):
+    z = reference.linear(hidden.double(), weight.double()).requires_grad_()
+    log_p = torch.log_softmax(z / temperature, dim=-1)
+    outputs = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(dim=-1)
+    torch.autograd.backward(outputs, [g.double() for g in grads])
+    return z.grad
+
+
+# SHAPES, and two windows each way of the library's: on the emulator, on a GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T,D,V", [*SHAPES, (1030, 3, 1100), (4100, 3, 4200)])
+def test_without_batch_invariance(T, D, V, dtype, device):
+    if T > 1000 and device != "cuda" and not (EMULATED and T < 4000):
+        pytest.skip("of CUDA")
+    inputs, grads = (*make(T, D, V, dtype), 0.7), upstream(T)
+    ours = run(functools.partial(token_logprob, batch_invariant=False), *inputs, grads)
+    theirs = run(plain, *inputs, grads)
+    truth = run(reference.token_logprob, *inputs, grads, exact=True)
+    for got, torchs, exact in zip(ours[:2], theirs[:2], truth[:2], strict=True):  # logits are float32
+        assert_as_good_as_torch(got, torchs, exact, floor=2.0**-22 * math.sqrt(max(D, 4)))
+    hidden, weight, *_ = inputs
+    dlogits = exact_dlogits(*inputs, grads)
+    for got, a, b, exact in ((ours[2], dlogits, weight, truth[2]), (ours[3], dlogits.T, hidden, truth[3])):
+        # the gradient of the logits is rounded, or off by the rounding of its exponent, and so is the result
+        rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20 * math.sqrt(max(D, 4))
+        bar = 1.1 * rounding * (a.abs() @ b.double().abs() + exact.abs()) + 1e-6
+        assert got.dtype == dtype and ((got.double() - exact).abs() <= bar).all()
 
 
 def test_the_upstream_gradient_of_entropy_is_honoured():
@@ -301,14 +332,15 @@ def test_a_strided_hidden_is_rejected():
         token_logprob(hidden.repeat(1, 2)[:, :8], weight, target)
 
 
-def test_registration():
+@pytest.mark.parametrize("batch_invariant", [(), (False,)])
+def test_registration(batch_invariant):
     hidden, weight, target = make(3, 7, 40, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
     torch.library.opcheck(
-        torch.ops.grpo_engine.token_logprob.default, (hidden, weight, target, 0.9)
+        torch.ops.grpo_engine.token_logprob.default, (hidden, weight, target, 0.9, *batch_invariant)
     )
     saved = torch.ops.grpo_engine.token_logprob(hidden, weight, target, 0.9)[2].detach()
     torch.library.opcheck(
         torch.ops.grpo_engine.token_logprob_backward.default,
-        (*upstream(3), hidden.detach(), weight.detach(), target, saved, 0.9, True, False),
+        (*upstream(3), hidden.detach(), weight.detach(), target, saved, 0.9, True, False, *batch_invariant),
     )

@@ -1,0 +1,23 @@
+"""step: what happens when sampling and training disagree about a log-prob."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_engine.step import _on_policy_mismatch
+
+SAMPLED = torch.tensor([-1.0, -2.0, -3.0])
+MICRO = SimpleNamespace(old_logprob=SAMPLED, cu_answers=torch.tensor([0, 1, 3]))
+
+
+def test_equal_bits_are_no_mismatch():
+    assert _on_policy_mismatch(SAMPLED.clone(), MICRO, True) == _on_policy_mismatch(SAMPLED.clone(), MICRO, False) == 0.0
+
+
+@pytest.mark.parametrize("wrong,by", [(-2.5, 0.5), (float("nan"), float("inf"))])
+def test_a_mismatch_is_an_error_that_names_its_token_or_is_measured(wrong, by):
+    trained = torch.tensor([-1.0, wrong, -3.0])
+    with pytest.raises(RuntimeError, match=r"disagree: sequence 1 .*answer token 0: sampled with log-prob -2\.0"):
+        _on_policy_mismatch(trained, MICRO, True)
+    assert _on_policy_mismatch(trained, MICRO, False) == by  # products by cuBLAS may differ
