@@ -15,15 +15,14 @@ from benchmarks.table import Case, main, same_bits  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8 + 1e-5}  # of the largest element; bfloat16 rounds once, by 2^-8
-LIBRARY = peers.library_products(ops.linear)
 
 
 def forward(name, M, O, I, dtype, *, compiled):
     x, weight = torch.randn(M, I).to(dtype), (torch.randn(O, I) / I**0.5).to(dtype)
     F = torch.nn.functional.linear
     rivals = dict(peers.plain(F, x, weight, compiled=compiled))
-    if x.is_cuda and LIBRARY:
-        rivals[peers.LIBRARY] = lambda: ops.linear(x, weight, **LIBRARY)
+    if x.is_cuda:
+        rivals[peers.LIBRARY] = lambda: ops.linear(x, weight, batch_invariant=False)
     return Case(
         name=f"{name} [{M}, {I}] x [{O}, {I}] {str(dtype)[6:]}",
         ours=lambda: ops.linear(x, weight),
@@ -42,8 +41,8 @@ def training(name, M, O, I, dtype=torch.float32, *, compiled):
     upstream = [torch.randn(M, O).to(dtype)]
     F = torch.nn.functional.linear
     rivals = dict(peers.plain_with_gradients(F, leaves, upstream, compiled=compiled))
-    if upstream[0].is_cuda and LIBRARY:
-        rivals[peers.LIBRARY] = lambda: peers.with_gradients(partial(ops.linear, **LIBRARY), leaves, upstream)
+    if upstream[0].is_cuda:
+        rivals[peers.LIBRARY] = lambda: peers.with_gradients(partial(ops.linear, batch_invariant=False), leaves, upstream)
     return Case(
         name=f"{name} [{M}, {I}] x [{O}, {I}] {str(dtype)[6:]}, with gradients",
         ours=lambda: peers.with_gradients(ops.linear, leaves, upstream),

@@ -20,12 +20,11 @@ from benchmarks.shapes import (  # noqa: E402
     random_model,
 )
 from benchmarks.table import OURS, Case, WrongAnswer, main, same_bits  # noqa: E402
-from grpo_engine import rollout  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
 from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
 from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
-from grpo_engine.rollout import derive_seeds  # noqa: E402
+from grpo_engine.rollout import Engine, derive_seeds  # noqa: E402
 
 PROMPT, NEW = 8, 16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats; bfloat16 rounds through 24 layers
@@ -39,7 +38,7 @@ class Rollout:
         self.seeds = derive_seeds(7, count=len(prompts) * group_size)
         self.config = RolloutConfig(max_new_tokens=max(lengths))
         # an engine keeps its pages and graphs from one rollout to the next, as a run's does
-        self.generate = rollout.Engine(model).generate if hasattr(rollout, "Engine") else partial(rollout.generate, model)
+        self.generate = Engine(model).generate
 
     def run(self, count=None):
         """A `RolloutBatch` of the first `count` prompts, or of all."""

@@ -28,7 +28,7 @@ from grpo_engine.ledger import Ledger  # noqa: E402
 from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
 from grpo_engine.rewards.pool import RewardPool  # noqa: E402
-from grpo_engine.rollout import derive_seeds, generate  # noqa: E402
+from grpo_engine.rollout import Engine, derive_seeds, generate  # noqa: E402
 from grpo_engine.step import grpo_step  # noqa: E402
 from grpo_engine.types import Problem  # noqa: E402
 
@@ -60,6 +60,7 @@ class Steps:
     def __init__(self, model, problems, lengths, *, group_size=GROUP, kl_coef=KL_COEF, tokens_per_micro_batch=4096):
         self.policy, self.problems, self.lengths = copy.deepcopy(model), problems, lengths
         self.reference = copy.deepcopy(model).requires_grad_(False) if kl_coef else None
+        self.engine = Engine(self.policy)
         self.optimizer = optimizer_of(self.policy, LR)
         self.config = RunConfig(
             rollout=RolloutConfig(max_new_tokens=max(lengths)),
@@ -79,7 +80,7 @@ class Steps:
         ledger = Ledger()
         with answer_lengths(self.lengths):
             outcome = grpo_step(
-                self.policy, self.reference, self.optimizer, self.problems, tokenizer=Words(), pool=self.pool,
+                self.engine, self.reference, self.optimizer, self.problems, tokenizer=Words(), pool=self.pool,
                 config=self.config, step=self.number, ledger=ledger,
             )  # fmt: skip
         self.flops = ledger.flops_without_evaluation

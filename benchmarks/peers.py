@@ -89,11 +89,6 @@ def plain_with_gradients(
     return runs
 
 
-def library_products(function: Callable) -> Mapping[str, Any]:
-    """What asks an op or a model for torch's own products on CUDA, without batch invariance; empty where it has no say."""
-    return {"batch_invariant": False} if "batch_invariant" in inspect.signature(function).parameters else {}
-
-
 def doubled(leaves: Sequence[Tensor]) -> list[Tensor]:
     """The same values in float64, as leaves of their own."""
     return [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_engine import optimizer
 from grpo_engine.ledger import causal_pairs, forward_flops
 from grpo_engine.model import Model, ModelConfig
+from grpo_engine.optimizer import adamw
 
 LADDER_VOCABULARY = 128
 # non-embedding parameters -> width, layers, query heads, kv heads, feed-forward width
@@ -73,8 +73,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1, **ho
 
 def optimizer_of(model: Model, lr: float) -> torch.optim.AdamW:
     """What `grpo_engine.optimizer.update` steps."""
-    make = getattr(optimizer, "adamw", torch.optim.AdamW)
-    return make(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+    return adamw(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def equal_lengths(count: int, length: int) -> list[int]:

@@ -11,9 +11,8 @@ import torch
 
 from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger
-from grpo_engine.model import Model
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.rollout import Ask, Progress, derive_seeds, generate_all
+from grpo_engine.rollout import Ask, Engine, Progress, derive_seeds
 from grpo_engine.tokenizer import Tokenizer
 from grpo_engine.types import EvalSet, Problem
 
@@ -57,7 +56,7 @@ def eval_steps(config: RunConfig) -> list[int]:
 
 
 def evaluate(
-    model: Model,
+    engine: Engine,
     eval_sets: Sequence[EvalSet],
     *,
     tokenizer: Tokenizer,
@@ -73,7 +72,7 @@ def evaluate(
     every evaluation of a run uses the same random numbers, so that curves move with the weights.
 
     Args:
-        model: the policy.
+        engine: answers with its model, the policy.
         eval_sets: problems.
         tokenizer: text to tokens and back.
         pool: scores answers.
@@ -98,8 +97,8 @@ def evaluate(
             with ledger.timed("evaluation"):
                 scoring.add(sequences, map(tokenizer.decode, answers))
 
-        generate_all(model, [ask for _, ask in asks], stop_ids=tokenizer.stop_ids, config=config.rollout,
-                     ledger=ledger, phase="evaluation", progress=progress, answered=answered)  # fmt: skip
+        engine.generate_all([ask for _, ask in asks], stop_ids=tokenizer.stop_ids, config=config.rollout,
+                            ledger=ledger, phase="evaluation", progress=progress, answered=answered)  # fmt: skip
         with ledger.timed("evaluation"):
             rewards = scoring.finish()
     results, first = [], 0

@@ -19,7 +19,7 @@ from grpo_engine.ledger import Ledger, forward_flops
 from grpo_engine.model import Model
 from grpo_engine.optimizer import update
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.rollout import Progress, derive_seeds, generate
+from grpo_engine.rollout import Engine, Progress, derive_seeds
 from grpo_engine.tokenizer import Tokenizer
 from grpo_engine.types import Problem, Reward, RolloutBatch, TrainBatch
 
@@ -41,7 +41,7 @@ class StepOutcome:
 
 
 def grpo_step(
-    policy: Model,
+    engine: Engine,
     reference: Model | None,
     optimizer: torch.optim.Optimizer,
     problems: Sequence[Problem],
@@ -56,7 +56,7 @@ def grpo_step(
     """Samples G answers to each problem, scores them, and moves the policy towards the better ones.
 
     Args:
-        policy: trained in place.
+        engine: samples; its model is the policy, which is trained in place.
         reference: frozen; None exactly when config.loss.kl_coef is 0.
         optimizer: over policy's parameters.
         problems: P of them.
@@ -74,7 +74,7 @@ def grpo_step(
         RuntimeError: the sampler's and the trainer's log-probs differ before any update (the sequence and
             position are named) although the policy is batch-invariant, or the weights have diverged.
     """
-    P, G = len(problems), config.batch.group_size
+    policy, P, G = engine.model, len(problems), config.batch.group_size
     chat = config.model.kind == "instruct"
     prompts = [tokenizer.encode_prompt(p.prompt, chat) for p in problems]
     seeds = derive_seeds(config.seed, ROLLOUT_STREAM, step, count=P * G)
@@ -84,8 +84,8 @@ def grpo_step(
             with ledger.timed("reward"):
                 scoring.add(sequences, map(tokenizer.decode, answers))
 
-        rollout = generate(policy, prompts, group_size=G, seeds=seeds, stop_ids=tokenizer.stop_ids,
-                           config=config.rollout, ledger=ledger, progress=progress, answered=answered)  # fmt: skip
+        rollout = engine.generate(prompts, group_size=G, seeds=seeds, stop_ids=tokenizer.stop_ids,
+                                  config=config.rollout, ledger=ledger, progress=progress, answered=answered)  # fmt: skip
         with ledger.timed("reward"):
             rewards = scoring.finish()
     rewards_PG = torch.tensor([r.value for r in rewards]).view(P, G)

@@ -26,6 +26,7 @@ from grpo_engine.model import Model
 from grpo_engine.optimizer import adamw
 from grpo_engine.progress import RunProgress
 from grpo_engine.rewards.pool import RewardPool
+from grpo_engine.rollout import Engine
 from grpo_engine.step import StepOutcome, grpo_step, learning_rate
 from grpo_engine.tokenizer import Tokenizer, load_tokenizer
 from grpo_engine.types import Problem, Task
@@ -79,7 +80,7 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
         raise ValueError("evaluate: task.evals names no evaluation set")
     tokenizer, model = _tokenizer_and_model(config)
     with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
-        return evaluate(model, list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
+        return evaluate(Engine(model), list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
 
 
 def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
@@ -156,6 +157,7 @@ class Run:
         # problems first: a wrong file is found before a model of the ladder is pretrained
         self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
         self.tokenizer, self.model = _tokenizer_and_model(c)
+        self.engine = Engine(self.model)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
         self.optimizer = adamw(
@@ -279,7 +281,7 @@ class Run:
     def _grpo_step(self, step: int) -> records.StepRecord:
         P = self.config.batch.prompts
         outcome = grpo_step(
-            self.model,
+            self.engine,
             self.reference,
             self.optimizer,
             problems_of_step(self.task.train, step=step, count=P, seed=self.config.seed, shuffle=self.config.task.shuffle),
@@ -326,7 +328,7 @@ class Run:
             sets = sets[:1]
         self.progress.start_evaluation(sets)
         results = evaluate(
-            self.model,
+            self.engine,
             sets,
             tokenizer=self.tokenizer,
             pool=self.pool,

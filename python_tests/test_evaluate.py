@@ -10,7 +10,7 @@ from grpo_engine.config import RunConfig
 from grpo_engine.evaluate import EVALUATION_STREAM, evaluate
 from grpo_engine.ledger import Ledger
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.rollout import derive_seeds, generate
+from grpo_engine.rollout import Engine, derive_seeds, generate
 from grpo_engine.tasks.micro import MicroTokenizer, micro_task
 from grpo_engine.types import EvalSet, Reward
 
@@ -48,7 +48,7 @@ def config_of(seed=0, **evaluation):
 
 def run(setting, pool, *, sets=slice(0, 1), **settings):
     tokenizer, model, eval_sets = setting
-    return evaluate(model, eval_sets[sets], tokenizer=tokenizer, pool=pool, config=config_of(**settings))
+    return evaluate(Engine(model), eval_sets[sets], tokenizer=tokenizer, pool=pool, config=config_of(**settings))
 
 
 def test_pass1_and_its_standard_error(setting):
@@ -99,7 +99,7 @@ def test_all_sets_at_once_give_the_answers_that_each_gives_alone(setting):
 def test_its_cost_is_booked_as_evaluation(setting):
     tokenizer, model, eval_sets = setting
     ledger = Ledger()
-    evaluate(model, eval_sets, tokenizer=tokenizer, pool=EveryThird(), config=config_of(), ledger=ledger)
+    evaluate(Engine(model), eval_sets, tokenizer=tokenizer, pool=EveryThird(), config=config_of(), ledger=ledger)
     assert ledger.flops_without_evaluation == 0.0
     (cost,) = ledger.close_step().values()
     assert cost.tokens > 0 and cost.flops > 0 and cost.seconds > 0
@@ -109,4 +109,4 @@ def test_an_empty_set_is_refused(setting):
     tokenizer, model, eval_sets = setting
     empty = EvalSet(name="none", in_domain=True, problems=[])
     with pytest.raises(ValueError, match="set 'none' holds no problem"):
-        evaluate(model, [*eval_sets, empty], tokenizer=tokenizer, pool=EveryThird(), config=RunConfig())
+        evaluate(Engine(model), [*eval_sets, empty], tokenizer=tokenizer, pool=EveryThird(), config=RunConfig())

@@ -12,6 +12,7 @@ from grpo_engine.config import RunConfig
 from grpo_engine.ledger import Ledger
 from grpo_engine.model import ModelConfig
 from grpo_engine.optimizer import adamw
+from grpo_engine.rollout import Engine
 from grpo_engine.step import grpo_step
 from grpo_engine.types import Problem, Reward
 
@@ -54,11 +55,12 @@ def two_steps(place, dtype, **batch):
     """The outcomes of two steps, and the weights after them."""
     policy = models.random_model(TINY, dtype=dtype).to(place)
     reference = copy.deepcopy(policy).requires_grad_(False)
+    engine = Engine(policy)
     optimizer = adamw(policy.parameters(), lr=1e-2, betas=(0.9, 0.999))
     settings = {"prompts": 2, "group_size": 3, "minibatches": 2, "tokens_per_micro_batch": 8}
     config = RunConfig(rollout={"max_new_tokens": 3}, optimizer={"lr": 1e-2}, batch=settings | batch)
     outcomes = [
-        grpo_step(policy, reference, optimizer, PROBLEMS, tokenizer=Tokenizer(), pool=Pool(), config=config, step=step,
+        grpo_step(engine, reference, optimizer, PROBLEMS, tokenizer=Tokenizer(), pool=Pool(), config=config, step=step,
                   ledger=Ledger(device=place))
         for step in (1, 2)
     ]  # fmt: skip
