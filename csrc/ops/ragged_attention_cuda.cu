@@ -1,6 +1,6 @@
 #include "ops/ragged_attention.h"
 
-#include "core/attention.cuh"
+#include "core/attention_mma.cuh"
 
 namespace grpo_engine {
 namespace {
@@ -64,18 +64,32 @@ __device__ inline RaggedGroup group_of(const RaggedAttentionArgs& a, int64_t seq
   return g;
 }
 
-// Keys and what is summed by their weights, by position: those of the prompt, then the sequence's own.
+// Which token a position of a sequence is: those of the prompt, then the sequence's own.
+struct RaggedTokens {
+  int64_t before;               // tokens of the prompt; see AttentionRows
+  int64_t prompt_begin, begin;
+
+  __device__ RaggedTokens(const RaggedAttentionArgs& a, int64_t sequence, int64_t tokens) {
+    const RaggedGroup g = group_of(a, sequence);
+    before = g.known ? g.prompt_len : -tokens - 1;
+    prompt_begin = g.prompt_begin;
+    begin = a.plan.cu[sequence];
+  }
+  __device__ int64_t token(int position) const {
+    return position < before ? prompt_begin + position : begin + position - before;
+  }
+};
+
+// Keys and what is summed by their weights.
 template <typename S>
-struct RaggedKeys {
-  int64_t before;                // keys of the prompt
-  int64_t prompt_begin, begin;   // tokens
+struct RaggedKeys : RaggedTokens {
   const S* key;                  // [E][T] of the kv head
   const S* value;                // first row of the kv head
   int64_t key_stride, value_stride;
 
   __device__ KeyPlace<S> at(int position) const {
-    const int64_t token = position < before ? prompt_begin + position : begin + position - before;
-    return {key + token, value + token * value_stride, key_stride, true};
+    const int64_t t = token(position);
+    return {key + t, value + t * value_stride, key_stride, true};
   }
 };
 
@@ -85,10 +99,44 @@ struct RaggedSource {
 
   template <typename S>
   __device__ RaggedKeys<S> open(int64_t sequence, int64_t kv_head, int64_t tokens) const {
-    const RaggedGroup g = group_of(a, sequence);
-    return {g.known ? g.prompt_len : -tokens - 1, g.prompt_begin, a.plan.cu[sequence],
-            static_cast<const S*>(a.key_t) + kv_head * a.E * a.T, static_cast<const S*>(a.value) + kv_head * a.E,
-            a.T, a.value_stride};
+    return {RaggedTokens(a, sequence, tokens), static_cast<const S*>(a.key_t) + kv_head * a.E * a.T,
+            static_cast<const S*>(a.value) + kv_head * a.E, a.T, a.value_stride};
+  }
+};
+
+// For the tensor cores: keys and values as they are.
+template <typename S>
+struct RaggedRows : RaggedTokens {
+  const S *key, *value;  // first rows of the kv head
+  int64_t key_stride, value_stride;
+
+  static constexpr bool kAcross = false;
+  const S* anything = key;
+  struct Octet {
+    bool known;
+    const RaggedRows& keys;
+    int position;
+
+    __device__ const S* key_row(int i) const { return keys.key + keys.token(position + i) * keys.key_stride; }
+    __device__ const S* value_row(int i) const { return keys.value + keys.token(position + i) * keys.value_stride; }
+  };
+  __device__ Octet octet(int position) const { return {true, *this, position}; }
+};
+struct RaggedRowSource {
+  RaggedAttentionArgs a;
+  bool query_aligned, key_aligned, value_aligned;
+
+  explicit RaggedRowSource(const RaggedAttentionArgs& args) : a(args) {
+    const bool columns = a.E % kPack<bfloat16> == 0;
+    query_aligned = columns && rows_aligned<bfloat16>(a.query, a.query_stride);
+    key_aligned = columns && rows_aligned<bfloat16>(a.key, a.key_stride);
+    value_aligned = columns && rows_aligned<bfloat16>(a.value, a.value_stride);
+  }
+
+  template <typename S>
+  __device__ RaggedRows<S> open(int64_t sequence, int64_t kv_head, int64_t tokens) const {
+    return {RaggedTokens(a, sequence, tokens), static_cast<const S*>(a.key) + kv_head * a.E,
+            static_cast<const S*>(a.value) + kv_head * a.E, a.key_stride, a.value_stride};
   }
 };
 
@@ -416,6 +464,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_kernel(RaggedAttent
 }  // namespace
 
 void ragged_attention_forward_cuda(const RaggedAttentionArgs& args, CudaStream stream) {
+  if (attends_by_mma(args.dtype, args.E)) {
+    return launch_attention_mma("ragged_attention_forward", RaggedRowSource(args), rows_of(args), stream);
+  }
   for_dtype(args.dtype, [&]<typename S>() {
     transpose<S>(args, args.key, args.key_stride, 1, args.key_t, stream);
     launch_attention<Attend::whole, S>("ragged_attention_forward", RaggedSource{args}, rows_of(args), stream);
