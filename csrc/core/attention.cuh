@@ -436,14 +436,17 @@ __global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 :
   }
 }
 
-// function.operator()<C>() with the columns of a lane. float64, which is there for gradcheck, is compiled once.
+// function.operator()<C>() with the columns of a lane. float64, which is there for gradcheck, and bfloat16, of which only
+// wide heads come here (attention_mma.cuh), are compiled once.
 template <typename S, typename Function>
 void for_columns(int64_t E, Function function) {
-  if constexpr (sizeof(S) < sizeof(double)) {
-    if (E > 2 * kWarpSize) return function.template operator()<static_cast<int>(kMostColumns / kWarpSize)>();
-    if (E > kWarpSize) return function.template operator()<2>();
+  constexpr int kMost = static_cast<int>(kMostColumns / kWarpSize);
+  if constexpr (sizeof(S) == sizeof(double)) return function.template operator()<1>();
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (E <= kWarpSize) return function.template operator()<1>();
+    if (E <= 2 * kWarpSize) return function.template operator()<2>();
   }
-  function.template operator()<1>();
+  if constexpr (sizeof(S) < sizeof(double)) function.template operator()<kMost>();
 }
 
 template <Attend kMode, typename S, typename Source>

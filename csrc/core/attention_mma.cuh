@@ -149,26 +149,28 @@ __device__ inline float exp_below(float x, float max) {
 
 inline constexpr int kHalfChunk = kKeyChunk / 2;  // a half of which nobody in the block sees a key is left out
 
-// products[n] = rows of `a` times the transposed columns n * 8 .. of `b`, kWidth elements each, for columns < limit.
-template <typename A, typename B, bool kAcross, int kWidth>
-__device__ inline void row_products(const bfloat16* a, int row, const bfloat16* b, int limit,
-                                    float (&products)[kKeyChunk / 8][4]) {
+// products[n] = 16 rows of `a` from `row` on times the transposed columns first + n * 8 .. of `b`, kWidth elements each;
+// kAcross: a row of `b` has one element of all columns. Columns from `limit` on are not needed.
+template <typename A, typename B, bool kAcross, int kWidth, int kTiles>
+__device__ inline void row_products(const bfloat16* a, int row, const bfloat16* b, int first, int limit,
+                                    float (&products)[kTiles][4]) {
+  constexpr int kColumns = kTiles * 8, kPart = kColumns < kHalfChunk ? kColumns : kHalfChunk;
 #pragma unroll
-  for (int half = 0; half < kKeyChunk; half += kHalfChunk) {
+  for (int part = 0; part < kColumns; part += kPart) {
 #pragma unroll
-    for (int n = half / 8; n < (half + kHalfChunk) / 8; ++n) {
+    for (int n = part / 8; n < (part + kPart) / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) products[n][i] = 0;
     }
-    if (half >= limit) continue;
+    if (part >= limit) continue;
 #pragma unroll
     for (int k = 0; k < kWidth; k += 16) {
       uint32_t of_a[4];
       load_a<A, false>(a, row, k, of_a);
 #pragma unroll
-      for (int n = half; n < half + kHalfChunk; n += 16) {
+      for (int n = part; n < part + kPart; n += 16) {
         uint32_t of_b[4];
-        load_two_b<B, kAcross>(b, n, k, of_b);
+        load_two_b<B, kAcross>(b, first + n, k, of_b);
         mma_bf16_16x8x16(products[n / 8], of_a, {of_b[0], of_b[1]});
         mma_bf16_16x8x16(products[n / 8 + 1], of_a, {of_b[2], of_b[3]});
       }
@@ -209,15 +211,15 @@ __device__ inline ChunkSums chunk_weights(const float (&dots)[kKeyChunk / 8][4],
   return sums;
 }
 
-// sums += weights (16 rows, kKeyChunk keys) times the rows of `b`, for keys < limit.
-template <typename B, int kWidth>
-__device__ inline void weighted_rows(const uint32_t (&weights)[kKeyChunk / 8][2], const bfloat16* b, int limit,
+// sums += weights (16 rows, kTiles * 8 keys) times the rows of `b`, for keys < limit.
+template <typename B, int kWidth, int kTiles>
+__device__ inline void weighted_rows(const uint32_t (&weights)[kTiles][2], const bfloat16* b, int limit,
                                      float (&sums)[kWidth / 8][4]) {
 #pragma unroll
-  for (int half = 0; half < kKeyChunk; half += kHalfChunk) {
-    if (half >= limit) continue;
+  for (int part = 0; part < kTiles * 8; part += kHalfChunk) {
+    if (part >= limit) continue;
 #pragma unroll
-    for (int j = half; j < half + kHalfChunk; j += 16) {
+    for (int j = part; j < part + kHalfChunk; j += 16) {
       const uint32_t of_a[4] = {weights[j / 8][0], weights[j / 8][1], weights[j / 8 + 1][0], weights[j / 8 + 1][1]};
 #pragma unroll
       for (int n = 0; n < kWidth; n += 16) {
@@ -261,27 +263,35 @@ __device__ inline void store_columns(bfloat16* row, int column, int64_t E, float
 
 __device__ inline bool is_finite(bfloat16 x) { return (x.bits & 0x7F80u) != 0x7F80u; }
 
+// use(chunk with 0 in place of what is not finite, where it lies) for each chunk of a tile that needs it; the threads of
+// a block share the tile.
+template <typename T, typename Use>
+__device__ inline void each_not_finite(bfloat16* tile, Use use) {
+  for (int i = threadIdx.x; i < T::kRows * T::kChunks; i += kAttentionThreads) {
+    Stored<bfloat16> chunk = load16<Stored<bfloat16>>(tile + i * T::kChunk);
+    bool finite = true;
+#pragma unroll
+    for (int j = 0; j < T::kChunk; ++j) {
+      if (is_finite(chunk.v[j])) continue;
+      finite = false;
+      chunk.v[j].bits = 0;
+    }
+    if (!finite) use(chunk, tile + i * T::kChunk);
+  }
+}
+template <typename T>
+__device__ inline void clear_not_finite(bfloat16* tile) {
+  each_not_finite<T>(tile, [](const Stored<bfloat16>& chunk, bfloat16* at) { store16(chunk, at); });
+}
+
 // For a chunk of which some rows do not see every key: 0 * NaN is NaN, so values that are not finite may not go through
 // the products. Returns with their sums in `sums` and 0 in their place in `value`, a tile of which `limit` rows count.
 // `memory` takes the weights, [kMmaRows, kKeyChunk]. All threads of the block call this.
 template <typename T, int kWidth>
 __device__ inline void take_out_not_finite(const uint32_t (&weights)[kKeyChunk / 8][2], const int (&seen)[2], int limit,
                                            bfloat16* memory, bfloat16* value, float (&sums)[kWidth / 8][4]) {
-  const auto each_value = [&](auto use) {
-    for (int i = threadIdx.x; i < kKeyChunk * T::kChunks; i += kAttentionThreads) {
-      Stored<bfloat16> pack = load16<Stored<bfloat16>>(value + i * T::kChunk);
-      bool finite = true;
-#pragma unroll
-      for (int j = 0; j < T::kChunk; ++j) {
-        if (is_finite(pack.v[j])) continue;
-        finite = false;
-        pack.v[j].bits = 0;
-      }
-      if (!finite) use(pack, value + i * T::kChunk);
-    }
-  };
   int found = 0;
-  each_value([&](const Stored<bfloat16>&, bfloat16*) { found = 1; });
+  each_not_finite<T>(value, [&](const Stored<bfloat16>&, bfloat16*) { found = 1; });
   if (block_reduce(found, Max{}, 0) == 0) return;
   const MmaLane lane;
 #pragma unroll
@@ -308,7 +318,7 @@ __device__ inline void take_out_not_finite(const uint32_t (&weights)[kKeyChunk /
     }
   }
   __syncthreads();
-  each_value([](const Stored<bfloat16>& pack, bfloat16* at) { store16(pack, at); });
+  clear_not_finite<T>(value);
   __syncthreads();
 }
 
@@ -373,8 +383,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
   const MmaLane lane;
   const Tiles shared;
   const int seen[2] = {sees(lane.row_of(0)), sees(lane.row_of(1))};
-  const int warp_most = sees(lane.warp * 16 + 15 < rows.count ? lane.warp * 16 + 15 : rows.count - 1);
-  const bool has_rows = lane.warp * 16 < rows.count;
+  const bool works = lane.warp * 16 < rows.count;
   RowTotal total[2];
   float out[kWidth / 8][4] = {};
   if (most > 0) {
@@ -391,7 +400,6 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
       if (end < most) shared.load_key(keys, end, most, a.E, source.key_aligned);
       end_copies();  // an empty group keeps the count
     };
-    const bool works = has_rows && begin < warp_most;
     const int seen_here[2] = {seen[0] - begin, seen[1] - begin};
     ChunkSums sums{};
     uint32_t weights[kKeyChunk / 8][2] = {};
@@ -400,7 +408,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
     if (works) {
       float dots[kKeyChunk / 8][4];
       row_products<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
-                                                                                     limit, dots);
+                                                                                     0, limit, dots);
       sums = chunk_weights(dots, static_cast<float>(a.scale), seen_here, weights);
     }
     __syncthreads();  // the keys are read
@@ -496,7 +504,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 4 : 2) atten
   if (works) {
     float dots[kKeyChunk / 8][4];
     row_products<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
-                                                                                   limit, dots);
+                                                                                   0, limit, dots);
     sums = chunk_weights(dots, static_cast<float>(a.scale), seen, weights);
   }
   copies_landed<0>();

@@ -1,6 +1,7 @@
 #include "ops/ragged_attention.h"
 
-#include "core/attention_mma.cuh"
+#include "ops/ragged_attention_mma.cuh"
+#include "ops/ragged_groups.cuh"
 
 namespace grpo_engine {
 namespace {
@@ -38,47 +39,7 @@ void transpose(const RaggedAttentionArgs& a, const void* from, int64_t token_str
          transpose_kernel<S>, static_cast<const S*>(from), token_stride, rows, group, a.E, static_cast<S*>(to));
 }
 
-// ---------------------------------------------------------------- groups
-
-// The prompt that a sequence continues, and the end of its group.
-struct RaggedGroup {
-  int64_t prompt, end;             // sequences
-  int64_t prompt_begin, prompt_len;  // tokens; no length for the prompt itself
-  bool known;                      // whether cu_groups and cu_seqlens are as they should be
-};
-
-__device__ inline RaggedGroup group_of(const RaggedAttentionArgs& a, int64_t sequence) {
-  RaggedGroup g{sequence, sequence + 1, 0, 0, true};
-  const AttentionPlan& plan = a.plan;
-  if (!plan.cu_groups) return g;
-  g.known = plan.M > 0;
-  if (!g.known) return g;
-  const int64_t m = warp_find(0, plan.M, sequence, [&](int64_t i) { return plan.cu_groups[i]; });
-  g.prompt = plan.cu_groups[m];
-  g.end = plan.cu_groups[m + 1];
-  g.known = g.prompt >= 0 && g.prompt <= sequence && sequence < g.end && g.end <= plan.N;
-  if (!g.known || g.prompt == sequence) return g;
-  g.prompt_begin = plan.cu[g.prompt];
-  g.prompt_len = plan.cu[g.prompt + 1] - g.prompt_begin;
-  g.known = g.prompt_begin >= 0 && g.prompt_len >= 0 && g.prompt_begin + g.prompt_len <= a.T;
-  return g;
-}
-
-// Which token a position of a sequence is: those of the prompt, then the sequence's own.
-struct RaggedTokens {
-  int64_t before;               // tokens of the prompt; see AttentionRows
-  int64_t prompt_begin, begin;
-
-  __device__ RaggedTokens(const RaggedAttentionArgs& a, int64_t sequence, int64_t tokens) {
-    const RaggedGroup g = group_of(a, sequence);
-    before = g.known ? g.prompt_len : -tokens - 1;
-    prompt_begin = g.prompt_begin;
-    begin = a.plan.cu[sequence];
-  }
-  __device__ int64_t token(int position) const {
-    return position < before ? prompt_begin + position : begin + position - before;
-  }
-};
+// ---------------------------------------------------------------- keys by position
 
 // Keys and what is summed by their weights.
 template <typename S>
@@ -101,42 +62,6 @@ struct RaggedSource {
   __device__ RaggedKeys<S> open(int64_t sequence, int64_t kv_head, int64_t tokens) const {
     return {RaggedTokens(a, sequence, tokens), static_cast<const S*>(a.key_t) + kv_head * a.E * a.T,
             static_cast<const S*>(a.value) + kv_head * a.E, a.T, a.value_stride};
-  }
-};
-
-// For the tensor cores: keys and values as they are.
-template <typename S>
-struct RaggedRows : RaggedTokens {
-  const S *key, *value;  // first rows of the kv head
-  int64_t key_stride, value_stride;
-
-  static constexpr bool kAcross = false;
-  const S* anything = key;
-  struct Octet {
-    bool known;
-    const RaggedRows& keys;
-    int position;
-
-    __device__ const S* key_row(int i) const { return keys.key + keys.token(position + i) * keys.key_stride; }
-    __device__ const S* value_row(int i) const { return keys.value + keys.token(position + i) * keys.value_stride; }
-  };
-  __device__ Octet octet(int position) const { return {true, *this, position}; }
-};
-struct RaggedRowSource {
-  RaggedAttentionArgs a;
-  bool query_aligned, key_aligned, value_aligned;
-
-  explicit RaggedRowSource(const RaggedAttentionArgs& args) : a(args) {
-    const bool columns = a.E % kPack<bfloat16> == 0;
-    query_aligned = columns && rows_aligned<bfloat16>(a.query, a.query_stride);
-    key_aligned = columns && rows_aligned<bfloat16>(a.key, a.key_stride);
-    value_aligned = columns && rows_aligned<bfloat16>(a.value, a.value_stride);
-  }
-
-  template <typename S>
-  __device__ RaggedRows<S> open(int64_t sequence, int64_t kv_head, int64_t tokens) const {
-    return {RaggedTokens(a, sequence, tokens), static_cast<const S*>(a.key) + kv_head * a.E,
-            static_cast<const S*>(a.value) + kv_head * a.E, a.key_stride, a.value_stride};
   }
 };
 
@@ -478,11 +403,12 @@ void ragged_attention_backward_cuda(const RaggedAttentionArgs& args, CudaStream 
     using A = Arith<S>;
     const RaggedAttentionArgs& a = args;
     const int64_t group = a.H / a.plan.K;
+    launch({"ragged_attention_centre", ceil_div(a.T * a.H, kAttentionWarps), kAttentionThreads, stream}, centre_kernel<S>, a);
+    if (attends_by_mma(a.dtype, a.E)) return ragged_attention_backward_mma(a, stream);
     transpose<S>(a, a.key, a.key_stride, 1, a.key_t, stream);
     transpose<S>(a, a.value, a.value_stride, 1, a.value_t, stream);
     transpose<S>(a, a.query, a.query_stride, group, a.query_t, stream);
     transpose<S>(a, a.dout, a.H * a.E, group, a.dout_t, stream);
-    launch({"ragged_attention_centre", ceil_div(a.T * a.H, kAttentionWarps), kAttentionThreads, stream}, centre_kernel<S>, a);
     const int64_t tiles = a.plan.K * tile_number(a.T, a.plan.N, group), warps = tiles + ceil_div(a.T, kWarpSize);
     const int64_t key_tiles = a.plan.K * tile_number(a.T, a.plan.N, 1);
     for_columns<S>(a.E, [&]<int C>() {
