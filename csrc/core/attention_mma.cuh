@@ -48,7 +48,7 @@ __device__ inline void load_rows(RowOf row_of, const bfloat16* anything, int64_t
   constexpr int kNeighbours = 8;  // threads that load one row: 128 bytes
   constexpr int kRowsOfThread = T::kRows * kNeighbours / kAttentionThreads;
   static_assert(kRowsOfThread * kAttentionThreads == T::kRows * kNeighbours && T::kChunks % kNeighbours == 0);
-#pragma unroll
+#pragma unroll 4  // addresses take registers
   for (int i = 0; i < kRowsOfThread; ++i) {
     const int row = static_cast<int>(threadIdx.x) / kNeighbours * kRowsOfThread + i;
     const bfloat16* from = row_of(row);
@@ -95,7 +95,7 @@ struct MmaTiles {
       const int chunk = threadIdx.x % Key::kChunks, position = begin + chunk * Key::kChunk;
       const bool there = position < most;
       const auto octet = keys.octet(there ? position : begin);
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < kWidth / kRowsAtOnce; ++i) {
         const int e = static_cast<int>(threadIdx.x) / Key::kChunks + i * kRowsAtOnce;
         bfloat16* to = key + Key::place(e, chunk);
@@ -455,79 +455,88 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
   }
 }
 
-// For decoding, where the tiles of attention_mma_kernel are few: a block for one chunk of keys, of a run of sequences with
-// one new token that have these keys in the same pages. Whether they do is read off the page table here, where it is
-// small beside the keys: nothing is planned on the host, which cannot see the values of a recorded graph.
+// How many sequences in a row from `first` on, in steps of 1 or -1, have the keys begin .. end - 1 in their successor's
+// pages, at most kWarpSize. All lanes of a warp call this.
+template <typename Source>
+__device__ inline int count_sharing(const Source& source, int64_t first, int step, int begin) {
+  const int lane = threadIdx.x % kWarpSize;
+  const unsigned votes = __ballot_sync(kAllLanes, source.same_pages(first + step * lane, begin, begin + kKeyChunk));
+  return votes == kAllLanes ? kWarpSize : __ffs(static_cast<int>(~votes)) - 1;
+}
+
+// For decoding, where the tiles of attention_mma_kernel are few: a block for one chunk of keys at a time, of a run of
+// sequences with one new token that have these keys in the same pages. Whether they do is read off the page table here,
+// which is small beside the keys: a host that planned it would have to wait for the table, and could not see the one of
+// a recorded graph.
 template <int kWidth, typename Source>
-__global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 4 : 2) attention_chunk_kernel(Source source, AttentionRows a) {
+__global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) attention_chunk_kernel(Source source, AttentionRows a) {
   using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
   using Tiles = MmaTiles<kWidth, Keys>;
   const int group = static_cast<int>(a.H / a.K), pieces = (group + kMmaRows - 1) / kMmaRows;
   const int64_t sequence = blockIdx.x % a.N, piece = blockIdx.x / a.N % pieces, kv_head = blockIdx.x / a.N / pieces % a.K;
-  const int64_t chunk = blockIdx.x / a.N / pieces / a.K;
+  const int first_chunk = static_cast<int>(blockIdx.x / a.N / pieces / a.K);
+  const int step = static_cast<int>(gridDim.x / a.N / pieces / a.K);  // chunks that are at work together
   const int64_t token = a.cu[sequence];
   if (token < 0 || token >= a.T || a.cu[sequence + 1] != token + 1) return;
   const Keys keys = source.template open<bfloat16>(sequence, kv_head, 1);
-  const int begin = static_cast<int>(chunk) * kKeyChunk;
-  if (keys.before + 1 <= begin) return;
-  const int most = static_cast<int>(keys.before + 1), lane_number = threadIdx.x % kWarpSize;
-
-  int sequences = 1;
-  const int fit = kMmaRows / group;  // sequences in a block
-  if (fit > 1) {
-    const auto sharing = [&](int64_t first, int64_t step) {  // how many neighbours in a row share, among 32
-      const unsigned votes = __ballot_sync(kAllLanes, source.same_pages(first + step * lane_number, begin, begin + kKeyChunk));
-      return votes == kAllLanes ? kWarpSize : __ffs(static_cast<int>(~votes)) - 1;
-    };
-    int64_t before = 0;
-    for (int more = kWarpSize; more == kWarpSize; before += more) more = sharing(sequence - 1 - before, -1);
-    if (before % fit != 0) return;  // an earlier sequence's block has this one
-    for (int more = kWarpSize; more == kWarpSize && sequences < fit; sequences += more) more = sharing(sequence + sequences - 1, 1);
-    if (sequences > fit) sequences = fit;
-  }
-  const int skip = static_cast<int>(piece) * kMmaRows, left = sequences * group - skip;
-  const MmaRows rows{token, kv_head * group, skip, group, left < kMmaRows ? left : kMmaRows};
-
+  const int most = keys.before < 0 ? 0 : static_cast<int>(keys.before) + 1;
+  const int fit = kMmaRows / group, skip = static_cast<int>(piece) * kMmaRows;  // sequences that a block has room for
   const MmaLane lane;
   const Tiles shared;
-  shared.load_query(static_cast<const bfloat16*>(a.query), a.query_stride, rows, a.E, source.query_aligned);
-  shared.load_key(keys, begin, most, a.E, source.key_aligned);
-  end_copies();
-  shared.load_value(keys, begin, most, a.E, source.value_aligned);
-  end_copies();
-  const bool works = lane.warp * 16 < rows.count;
-  const int limit = most - begin < kKeyChunk ? most - begin : kKeyChunk, seen[2] = {limit, limit};
-  ChunkSums sums{};
-  uint32_t weights[kKeyChunk / 8][2];
-  copies_landed<1>();
-  __syncthreads();
-  if (works) {
-    float dots[kKeyChunk / 8][4];
-    row_products<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
-                                                                                   0, limit, dots);
-    sums = chunk_weights(dots, static_cast<float>(a.scale), seen, weights);
-  }
-  copies_landed<0>();
-  __syncthreads();
-  if (!works) return;
-  float out[kWidth / 8][4] = {};
-  weighted_rows<typename Tiles::Value, kWidth>(weights, shared.value, limit, out);
-#pragma unroll
-  for (int x = 0; x < 2; ++x) {
-    const int r = lane.row_of(x);
-    if (r >= rows.count) continue;
-    float* to = partial_of(a, sequence + rows.token_of(r) - token, rows.head_of(r)) + chunk * (a.E + 2);
-#pragma unroll
-    for (int n = 0; n < kWidth / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n * 8 + lane.column + i;
-        if (column < a.E) to[column] = out[n][2 * x + i];
+  for (int chunk = first_chunk; chunk * kKeyChunk < most; chunk += step) {
+    const int begin = chunk * kKeyChunk, limit = most - begin < kKeyChunk ? most - begin : kKeyChunk;
+    int sequences = 1;
+    if (fit > 1 && limit == kKeyChunk) {
+      int64_t before = 0;
+      for (int more = kWarpSize; more == kWarpSize; before += more) more = count_sharing(source, sequence - 1 - before, -1, begin);
+      if (before % fit != 0) continue;  // an earlier sequence's block has this one
+      for (int more = kWarpSize; more == kWarpSize && sequences < fit; sequences += more) {
+        more = count_sharing(source, sequence + sequences - 1, 1, begin);
       }
+      if (sequences > fit) sequences = fit;
     }
-    if (lane.column == 0) {
-      to[a.E] = sums.max[x];
-      to[a.E + 1] = sums.sum[x];
+    const int left = sequences * group - skip;
+    const MmaRows rows{token, kv_head * group, skip, group, left < kMmaRows ? left : kMmaRows};
+    __syncthreads();  // the chunk before is read
+    shared.load_query(static_cast<const bfloat16*>(a.query), a.query_stride, rows, a.E, source.query_aligned);
+    shared.load_key(keys, begin, most, a.E, source.key_aligned);
+    end_copies();
+    shared.load_value(keys, begin, most, a.E, source.value_aligned);
+    end_copies();
+    const bool works = lane.warp * 16 < rows.count;
+    const int seen[2] = {limit, limit};
+    ChunkSums sums{};
+    uint32_t weights[kKeyChunk / 8][2];
+    copies_landed<1>();
+    __syncthreads();
+    if (works) {
+      float dots[kKeyChunk / 8][4];
+      row_products<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
+                                                                                     0, limit, dots);
+      sums = chunk_weights(dots, static_cast<float>(a.scale), seen, weights);
+    }
+    copies_landed<0>();
+    __syncthreads();
+    if (!works) continue;
+    float out[kWidth / 8][4] = {};
+    weighted_rows<typename Tiles::Value, kWidth>(weights, shared.value, limit, out);
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      const int r = lane.row_of(x);
+      if (r >= rows.count) continue;
+      float* to = partial_of(a, sequence + rows.token_of(r) - token, rows.head_of(r)) + chunk * (a.E + 2);
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = n * 8 + lane.column + i;
+          if (column < a.E) to[column] = out[n][2 * x + i];
+        }
+      }
+      if (lane.column == 0) {
+        to[a.E] = sums.max[x];
+        to[a.E + 1] = sums.sum[x];
+      }
     }
   }
 }
@@ -550,14 +559,17 @@ void launch_attention_mma(const char* name, const Source& source, const Attentio
   });
 }
 
+inline constexpr int64_t kManyBlocks = 2048;  // four rounds of a large GPU; blocks that find no chunk take time too
+
 // The chunks of all sequences with one new token, into a.partial. A Source also has
 //   same_pages(n, begin, end)   whether sequences n and n + 1 have one new token each and see all keys of the positions
 //     begin .. end - 1, in the same pages; false where either is not there
 template <typename Source>
 void launch_attention_chunks(const char* name, const Source& source, const AttentionRows& a, CudaStream stream) {
+  const int64_t each = a.N * ceil_div(a.H / a.K, kMmaRows) * a.K, wanted = ceil_div(kManyBlocks, each);
   for_mma_width(a.E, [&]<int kWidth>() {
     using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
-    launch({.name = name, .blocks = a.N * ceil_div(a.H / a.K, kMmaRows) * a.K * a.stretches, .threads = kAttentionThreads,
+    launch({.name = name, .blocks = each * (wanted < a.stretches ? wanted : a.stretches), .threads = kAttentionThreads,
             .stream = stream, .shared_bytes = MmaTiles<kWidth, Keys>::kBytes},
            attention_chunk_kernel<kWidth, Source>, source, a);
   });

@@ -48,7 +48,7 @@ struct RaggedAttentionArgs {
   void* dkey;         // [T, K, E]
   void* dvalue;       // [T, K, E]
   int64_t T;          // CUDA only, as the following; of the plan it reads N, M, K, cu and cu_groups
-  void* key_t;        // [K, E, T] scratch; the following for backward only
+  void* key_t;        // [K, E, T] scratch, if ragged_attention_transposes; the following for backward only
   void* value_t;      // [K, E, T]
   void* query_t;      // [K, E, T, H / K]
   void* dout_t;       // [K, E, T, H / K]
@@ -63,6 +63,8 @@ static inline double ragged_attention_work(const RaggedAttentionArgs& a) {
 GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)   // items: num_items(plan)
 GE_CPU_KERNEL(ragged_attention_backward, RaggedAttentionArgs)  // items: (group, kv head), M * K
 
+// Whether the CUDA kernels of these want the transposed scratch.
+bool ragged_attention_transposes(const RaggedAttentionArgs&);
 void ragged_attention_forward_cuda(const RaggedAttentionArgs&, CudaStream);
 void ragged_attention_backward_cuda(const RaggedAttentionArgs&, CudaStream);
 

@@ -388,8 +388,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_kernel(RaggedAttent
 
 }  // namespace
 
+bool ragged_attention_transposes(const RaggedAttentionArgs& args) { return !attends_by_mma(args.dtype, args.E); }
+
 void ragged_attention_forward_cuda(const RaggedAttentionArgs& args, CudaStream stream) {
-  if (attends_by_mma(args.dtype, args.E)) {
+  if (!ragged_attention_transposes(args)) {
     return launch_attention_mma("ragged_attention_forward", RaggedRowSource(args), rows_of(args), stream);
   }
   for_dtype(args.dtype, [&]<typename S>() {
@@ -404,7 +406,7 @@ void ragged_attention_backward_cuda(const RaggedAttentionArgs& args, CudaStream 
     const RaggedAttentionArgs& a = args;
     const int64_t group = a.H / a.plan.K;
     launch({"ragged_attention_centre", ceil_div(a.T * a.H, kAttentionWarps), kAttentionThreads, stream}, centre_kernel<S>, a);
-    if (attends_by_mma(a.dtype, a.E)) return ragged_attention_backward_mma(a, stream);
+    if (!ragged_attention_transposes(a)) return ragged_attention_backward_mma(a, stream);
     transpose<S>(a, a.key, a.key_stride, 1, a.key_t, stream);
     transpose<S>(a, a.value, a.value_stride, 1, a.value_t, stream);
     transpose<S>(a, a.query, a.query_stride, group, a.query_t, stream);

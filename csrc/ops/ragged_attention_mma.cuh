@@ -50,6 +50,7 @@ struct RaggedRowSource {
 // ---------------------------------------------------------------- backward
 
 inline constexpr int kBackwardRows = 64;  // of a block, and of what it meets at a time: keys or query rows
+inline constexpr int kBackwardPart = 32;  // of those, whose two products are in registers
 static_assert(kBackwardRows == kMmaRows);
 
 template <int kWidth>
@@ -89,7 +90,7 @@ __device__ inline void load_query_rows(const void* from, int64_t stride, const M
 
 // dquery of 64 rows: the blocks of keys in order.
 template <int kWidth>
-__global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) dquery_mma_kernel(RaggedRowSource source) {
+__global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(RaggedRowSource source) {
   using T = BackwardTile<kWidth>;
   const RaggedAttentionArgs& a = source.a;
   const int64_t group = a.H / a.plan.K, tiles = tile_number<kMmaRows>(a.T, a.plan.N, group), index = blockIdx.x;
@@ -149,21 +150,24 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) dquer
     bfloat16* const key = shared.moving_first(side);
     uint32_t slopes[kBackwardRows / 8][2];
     if (works) {
-      float dots[kBackwardRows / 8][4], douts[kBackwardRows / 8][4];
-      row_products<T, T, false, kWidth>(shared.first, lane.warp * 16, key, 0, kBackwardRows, dots);
-      row_products<T, T, false, kWidth>(shared.second, lane.warp * 16, shared.moving_second(side), 0, kBackwardRows, douts);
 #pragma unroll
-      for (int n = 0; n < kBackwardRows / 8; ++n) {
+      for (int part = 0; part < kBackwardRows; part += kBackwardPart) {
+        float dots[kBackwardPart / 8][4], douts[kBackwardPart / 8][4];
+        row_products<T, T, false, kWidth>(shared.first, lane.warp * 16, key, part, kBackwardPart, dots);
+        row_products<T, T, false, kWidth>(shared.second, lane.warp * 16, shared.moving_second(side), part, kBackwardPart, douts);
 #pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          float ds[2];
+        for (int n = 0; n < kBackwardPart / 8; ++n) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float p = exp_below(dots[n][2 * x + i] * scale, max[x]) * inverse[x];
-            const float g = p * (douts[n][2 * x + i] - centre[x]) * scale;
-            ds[i] = begin + n * 8 + lane.column + i < seen[x] ? g : 0.f;
+          for (int x = 0; x < 2; ++x) {
+            float ds[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const float p = exp_below(dots[n][2 * x + i] * scale, max[x]) * inverse[x];
+              const float g = p * (douts[n][2 * x + i] - centre[x]) * scale;
+              ds[i] = begin + part + n * 8 + lane.column + i < seen[x] ? g : 0.f;
+            }
+            slopes[part / 8 + n][x] = pack_two(ds[0], ds[1]);
           }
-          slopes[n][x] = pack_two(ds[0], ds[1]);
         }
       }
     }
@@ -193,7 +197,6 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) dquer
 template <int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRowSource source) {
   using T = BackwardTile<kWidth>;
-  constexpr int kPart = 32;  // rows whose products are in registers at a time
   const RaggedAttentionArgs& a = source.a;
   const int64_t tiles = tile_number<kBackwardRows>(a.T, a.plan.N, 1), K = a.plan.K, index = blockIdx.x;
   auto *dkey = static_cast<bfloat16*>(a.dkey), *dvalue = static_cast<bfloat16*>(a.dvalue);
@@ -288,12 +291,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRo
     }
     uint32_t weights[kBackwardRows / 8][2], slopes[kBackwardRows / 8][2];
 #pragma unroll
-    for (int part = 0; part < kBackwardRows; part += kPart) {
-      float dots[kPart / 8][4], douts[kPart / 8][4];
-      row_products<T, T, false, kWidth>(shared.first, lane.warp * 16, query, part, kPart, dots);
-      row_products<T, T, false, kWidth>(shared.second, lane.warp * 16, dout, part, kPart, douts);
+    for (int part = 0; part < kBackwardRows; part += kBackwardPart) {
+      float dots[kBackwardPart / 8][4], douts[kBackwardPart / 8][4];
+      row_products<T, T, false, kWidth>(shared.first, lane.warp * 16, query, part, kBackwardPart, dots);
+      row_products<T, T, false, kWidth>(shared.second, lane.warp * 16, dout, part, kBackwardPart, douts);
 #pragma unroll
-      for (int n = 0; n < kPart / 8; ++n) {
+      for (int n = 0; n < kBackwardPart / 8; ++n) {
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           float p[2], ds[2];
