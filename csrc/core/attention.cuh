@@ -1,4 +1,5 @@
-// attention.cuh -- the one row algorithm of attention on CUDA; paged_attention and ragged_attention run this kernel.
+// attention.cuh -- what attention on CUDA shares (which rows a tile has), and its row algorithm without tensor cores: of
+// float32, float64, and bfloat16 heads that are wider than attention_mma.cuh takes. Both ops run this kernel.
 //
 // For a query row that sees keys 0 .. L-1 by position in its sequence (that of an answer begins with its prompt):
 //
