@@ -1,4 +1,5 @@
-// attention.cuh -- the one row algorithm of attention on CUDA; paged_attention and ragged_attention run this kernel.
+// attention.cuh -- what attention on CUDA shares (which rows a tile has), and its row algorithm without tensor cores: of
+// float32, float64, and bfloat16 heads that are wider than attention_mma.cuh takes. Both ops run this kernel.
 //
 // For a query row that sees keys 0 .. L-1 by position in its sequence (that of an answer begins with its prompt):
 //
@@ -44,32 +45,34 @@ __device__ inline int64_t warp_find(int64_t low, int64_t high, int64_t x, Start 
   return low;
 }
 
-// Up to kTileRows consecutive rows of one sequence; count is 0 where there are none.
+// Up to kTileRows (or kRows) consecutive rows of one sequence; count is 0 where there are none.
 struct AttentionTile {
   int64_t sequence, first_token, tokens;  // of the sequence; its first token counts from that of the batch
   int64_t row;                            // of the sequence, the tile's first
   int count;
 };
 
-// Tiles are numbered without knowing the lengths: those of sequence n begin at cu[n] * rows / kTileRows + n, which
-// leaves room for its last, shorter tile. Some numbers stay unused.
+// Tiles are numbered without knowing the lengths: those of sequence n begin at cu[n] * rows / kRows + n, which leaves
+// room for its last, shorter tile. Some numbers stay unused.
+template <int kRows = kTileRows>
 __host__ __device__ inline int64_t tile_number(int64_t token, int64_t n, int64_t rows_of_token) {
-  return token * rows_of_token / kTileRows + n;
+  return token * rows_of_token / kRows + n;
 }
 
 // cu [N + 1] is not trusted: a sequence that is not within [0, T) has no tiles.
+template <int kRows = kTileRows>
 __device__ inline AttentionTile find_tile(const int32_t* cu, int64_t N, int64_t T, int64_t rows_of_token, int64_t number) {
   AttentionTile tile{};
   if (N == 0) return tile;
-  const int64_t n = warp_find(0, N, number, [&](int64_t i) { return tile_number(cu[i], i, rows_of_token); });
+  const int64_t n = warp_find(0, N, number, [&](int64_t i) { return tile_number<kRows>(cu[i], i, rows_of_token); });
   const int64_t begin = cu[n], end = cu[n + 1];
   if (begin < 0 || begin > end || end > T) return tile;
   tile.sequence = n;
   tile.first_token = begin;
   tile.tokens = end - begin;
-  tile.row = (number - tile_number(begin, n, rows_of_token)) * kTileRows;
+  tile.row = (number - tile_number<kRows>(begin, n, rows_of_token)) * kRows;
   const int64_t left = tile.tokens * rows_of_token - tile.row;
-  if (tile.row >= 0 && left > 0) tile.count = static_cast<int>(left < kTileRows ? left : kTileRows);
+  if (tile.row >= 0 && left > 0) tile.count = static_cast<int>(left < kRows ? left : kRows);
   return tile;
 }
 
@@ -434,14 +437,17 @@ __global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 :
   }
 }
 
-// function.operator()<C>() with the columns of a lane. float64, which is there for gradcheck, is compiled once.
+// function.operator()<C>() with the columns of a lane. float64, which is there for gradcheck, and bfloat16, of which only
+// wide heads come here (attention_mma.cuh), are compiled once.
 template <typename S, typename Function>
 void for_columns(int64_t E, Function function) {
-  if constexpr (sizeof(S) < sizeof(double)) {
-    if (E > 2 * kWarpSize) return function.template operator()<static_cast<int>(kMostColumns / kWarpSize)>();
-    if (E > kWarpSize) return function.template operator()<2>();
+  constexpr int kMost = static_cast<int>(kMostColumns / kWarpSize);
+  if constexpr (sizeof(S) == sizeof(double)) return function.template operator()<1>();
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (E <= kWarpSize) return function.template operator()<1>();
+    if (E <= 2 * kWarpSize) return function.template operator()<2>();
   }
-  function.template operator()<1>();
+  if constexpr (sizeof(S) < sizeof(double)) function.template operator()<kMost>();
 }
 
 template <Attend kMode, typename S, typename Source>

@@ -34,6 +34,21 @@ __device__ inline void split_in_two(float x, bfloat16* high, bfloat16* low) {
   from_arith(fabsf(x) == INFINITY ? 0.f : x - to_arith(*high), low);
 }
 
+// Two rounded values in one register, the first in its lower half, as mma.cuh wants them; and what they became.
+__device__ inline uint32_t pack_two(float first, float second) {
+#ifdef __CUDACC__
+  const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
+  return __bfloat16_as_ushort(two.x) | static_cast<uint32_t>(__bfloat16_as_ushort(two.y)) << 16;
+#else
+  bfloat16 low, high;
+  from_arith(first, &low);
+  from_arith(second, &high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+#endif
+}
+__device__ inline float first_of(uint32_t two) { return __uint_as_float(two << 16); }
+__device__ inline float second_of(uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); }
+
 // x as it is after a store and a load.
 template <typename S>
 __device__ inline Arith<S> round_to(Arith<S> x) {

@@ -26,17 +26,19 @@ inline void mma_bf16_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32
   cuda_emulator::warp_collective("mma", kAllLanes, &mine, [](void** payloads, unsigned) {
     const auto lane = [&](int l) { return static_cast<MmaPayload*>(payloads[l]); };
     const auto value = [](uint32_t two, int k) { return __uint_as_float(k % 2 ? two & 0xFFFF0000u : two << 16); };
+    double of_a[16][16], of_b[16][8];
+    for (int k = 0; k < 16; ++k) {
+      for (int row = 0; row < 16; ++row) of_a[row][k] = value(lane(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2], k);
+      for (int column = 0; column < 8; ++column) of_b[k][column] = value(lane(column * 4 + k % 8 / 2)->b[k / 8], k);
+    }
     for (int row = 0; row < 16; ++row) {
-      for (int column = 0; column < 8; ++column) {
-        float& to = lane(row % 8 * 4 + column / 2)->d[row / 8 * 2 + column % 2];
-        double sum = to;
-        for (int k = 0; k < 16; ++k) {
-          const uint32_t a = lane(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2];
-          const uint32_t b = lane(column * 4 + k % 8 / 2)->b[k / 8];
-          sum += static_cast<double>(value(a, k)) * static_cast<double>(value(b, k));
-        }
-        to = static_cast<float>(sum);
+      const auto to = [&](int column) -> float& { return lane(row % 8 * 4 + column / 2)->d[row / 8 * 2 + column % 2]; };
+      double sum[8];
+      for (int column = 0; column < 8; ++column) sum[column] = to(column);
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) sum[column] += of_a[row][k] * of_b[k][column];
       }
+      for (int column = 0; column < 8; ++column) to(column) = static_cast<float>(sum[column]);
     }
   });
 }

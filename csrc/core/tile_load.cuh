@@ -45,6 +45,26 @@ __device__ inline void copies_landed() {
 #endif
 }
 
+// A chunk of a tile, of which the first n elements are at `source` and the others 0. n = 0: `source` may be any address
+// that is aligned if `aligned` says so.
+__device__ inline void load_chunk(const bfloat16* source, int n, bool aligned, bfloat16* to) {
+  constexpr int kChunk = kPack<bfloat16>;
+  if (aligned) {
+    copy_async(source, to, n * static_cast<int>(sizeof(bfloat16)));
+    return;
+  }
+  Stored<bfloat16> values;
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j) values.v[j].bits = j < n ? source[j].bits : uint16_t{0};
+  store16(values, to);
+}
+
+// How many elements of a chunk of kPack lie before the end, `left` away.
+__device__ inline int chunk_elements(int64_t left) {
+  constexpr int kChunk = kPack<bfloat16>;
+  return left <= 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
+}
+
 // kThreads threads, a block if `thread` is not given, fill a tile from rows `stride` apart; what is behind `rows` and
 // `columns` becomes 0. `aligned`: rows_aligned(from, stride).
 template <typename T, int kThreads>
@@ -54,18 +74,8 @@ __device__ inline void load_tile(const bfloat16* from, int64_t stride, int64_t r
 #pragma unroll
   for (int k = 0; k < T::kRows * T::kChunks / kThreads; ++k) {
     const int i = k * kThreads + thread, row = i / T::kChunks, chunk = i % T::kChunks;
-    const int64_t left = columns - chunk * T::kChunk;
-    const int n = row < rows && left > 0 ? (left < T::kChunk ? static_cast<int>(left) : T::kChunk) : 0;
-    bfloat16* to = tile + T::place(row, chunk);
-    const bfloat16* source = n > 0 ? from + row * stride + chunk * T::kChunk : from;
-    if (aligned) {
-      copy_async(source, to, n * static_cast<int>(sizeof(bfloat16)));
-      continue;
-    }
-    Stored<bfloat16> values;
-#pragma unroll
-    for (int j = 0; j < T::kChunk; ++j) values.v[j].bits = j < n ? source[j].bits : uint16_t{0};
-    store16(values, to);
+    const int n = row < rows ? chunk_elements(columns - chunk * T::kChunk) : 0;
+    load_chunk(n > 0 ? from + row * stride + chunk * T::kChunk : from, n, aligned, tile + T::place(row, chunk));
   }
 }
 
@@ -112,6 +122,23 @@ __device__ inline void load_fragments(const bfloat16* row, uint32_t (&out)[4]) {
                  : "memory");
   }
 #endif
+}
+
+// a[16, 16] and two b[16, 8] as mma.cuh wants them, from row m or column n and from k on in their tiles. kAcross: the
+// tile's rows are k, else m or n.
+template <typename T, bool kAcross>
+__device__ inline void load_a(const bfloat16* tile, int m, int k, uint32_t (&a)[4]) {
+  const int lane = threadIdx.x % kWarpSize, matrix = lane / 8;
+  const int along_m = m + matrix % 2 * 8, along_k = k + matrix / 2 * 8;
+  load_fragments<kAcross>(
+      tile + (kAcross ? T::place(along_k + lane % 8, along_m / 8) : T::place(along_m + lane % 8, along_k / 8)), a);
+}
+template <typename T, bool kAcross>
+__device__ inline void load_two_b(const bfloat16* tile, int n, int k, uint32_t (&b)[4]) {
+  const int lane = threadIdx.x % kWarpSize, matrix = lane / 8;
+  const int along_n = n + matrix / 2 * 8, along_k = k + matrix % 2 * 8;
+  load_fragments<kAcross>(
+      tile + (kAcross ? T::place(along_k + lane % 8, along_n / 8) : T::place(along_n + lane % 8, along_k / 8)), b);
 }
 
 }  // namespace grpo_engine

@@ -58,22 +58,6 @@ struct MmaTiles {
   static constexpr int kStage = (Shape::kM + Shape::kN) * kK;  // elements
 };
 
-// a[16, 16] and two b[16, 8] as mma.cuh wants them, from row m or column n and from k on in their tiles.
-template <typename T, bool kAcross>
-__device__ inline void load_a(const bfloat16* tile, int m, int k, uint32_t (&a)[4]) {
-  const int lane = threadIdx.x % kWarpSize, matrix = lane / 8;
-  const int along_m = m + matrix % 2 * 8, along_k = k + matrix / 2 * 8;
-  load_fragments<kAcross>(
-      tile + (kAcross ? T::place(along_k + lane % 8, along_m / 8) : T::place(along_m + lane % 8, along_k / 8)), a);
-}
-template <typename T, bool kAcross>
-__device__ inline void load_two_b(const bfloat16* tile, int n, int k, uint32_t (&b)[4]) {
-  const int lane = threadIdx.x % kWarpSize, matrix = lane / 8;
-  const int along_n = n + matrix / 2 * 8, along_k = k + matrix % 2 * 8;
-  load_fragments<kAcross>(
-      tile + (kAcross ? T::place(along_k + lane % 8, along_n / 8) : T::place(along_n + lane % 8, along_k / 8)), b);
-}
-
 struct alignas(8) Two {
   float first, second;
 };

@@ -4,7 +4,8 @@
 // 0 .. its position, those of the new tokens included (kv_write comes first). Query head h reads kv
 // head h / (H / K). The row algorithm is core/attention.h: the bits of a row depend on its own query
 // and keys alone, whether the prompt came whole or in chunks and wherever its pages lie, and equal
-// those of ragged_attention.
+// those of ragged_attention. CUDA: core/attention.cuh, and core/attention_mma.cuh for bfloat16 with E <= 128, where new
+// tokens of neighbouring sequences that are alone in them read pages that they share once. What is shared changes no bit.
 //
 // q_n = 0 is allowed, with any kv_len. Of page_table[n] only the first ceil(kv_len[n] / page)
 // entries are read (none if q_n = 0); slots past kv_len may hold anything. No gradient. CUDA does not

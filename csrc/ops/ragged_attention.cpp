@@ -98,7 +98,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Te
   args.out = out.mutable_data_ptr();
   args.stats = stats.mutable_data_ptr();
   const auto on_gpu = [&](auto stream) {
-    const at::Tensor key_t = at::empty({args.plan.K, args.E, args.T}, query.options());
+    const int64_t tokens = ragged_attention_transposes(args) ? args.T : 0;
+    const at::Tensor key_t = at::empty({args.plan.K, args.E, tokens}, query.options());
     args.key_t = key_t.mutable_data_ptr();
     ragged_attention_forward_cuda(args, stream);
   };
@@ -136,8 +137,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   args.dkey = std::get<1>(grads).mutable_data_ptr();
   args.dvalue = std::get<2>(grads).mutable_data_ptr();
   const auto on_gpu = [&](auto stream) {
-    const at::Tensor key_t = at::empty({2, args.plan.K, args.E, args.T}, query.options());
-    const at::Tensor query_t = at::empty({2, args.plan.K, args.E, args.T, args.H / args.plan.K}, query.options());
+    const int64_t tokens = ragged_attention_transposes(args) ? args.T : 0;
+    const at::Tensor key_t = at::empty({2, args.plan.K, args.E, tokens}, query.options());
+    const at::Tensor query_t = at::empty({2, args.plan.K, args.E, tokens, args.H / args.plan.K}, query.options());
     const at::Tensor centre = at::empty({args.T, args.H}, arithmetic(query));
     args.key_t = key_t[0].mutable_data_ptr();
     args.value_t = key_t[1].mutable_data_ptr();

@@ -14,8 +14,9 @@
 // forward row algorithm is core/attention.h by position in prompt and answer together, so a row has
 // the bits that paged_attention gives it, whether the prompt is shared or packed with every answer.
 // The forward keeps two numbers of each row (max and 1 / sum); the backward recomputes p from them, one
-// work item for each group and kv head, so no two threads add to one gradient (CUDA: one for each 8 keys). Everything of a group
-// depends on that group alone. NaN in a token reaches the tokens that see it and no other. CUDA does not check
+// work item for each group and kv head, so no two threads add to one gradient (CUDA: one for each 8 keys, and for each 64
+// in bfloat16 with E <= 128, where p and ds are rounded to bfloat16 for their products). Everything of a group depends on
+// that group alone. NaN in a token reaches the tokens that see it and no other. CUDA does not check
 // offsets: tokens that cu_seqlens gives to no sequence, or cu_groups to no group, get NaN. Its E ends where the shared
 // memory of a block does, at 868 (418 for float64); more is a runtime error.
 // Vaswani et al. 2017, arXiv:1706.03762; recomputation: Dao et al. 2022, arXiv:2205.14135.
@@ -48,7 +49,7 @@ struct RaggedAttentionArgs {
   void* dkey;         // [T, K, E]
   void* dvalue;       // [T, K, E]
   int64_t T;          // CUDA only, as the following; of the plan it reads N, M, K, cu and cu_groups
-  void* key_t;        // [K, E, T] scratch; the following for backward only
+  void* key_t;        // [K, E, T] scratch, if ragged_attention_transposes; the following for backward only
   void* value_t;      // [K, E, T]
   void* query_t;      // [K, E, T, H / K]
   void* dout_t;       // [K, E, T, H / K]
@@ -63,6 +64,8 @@ static inline double ragged_attention_work(const RaggedAttentionArgs& a) {
 GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)   // items: num_items(plan)
 GE_CPU_KERNEL(ragged_attention_backward, RaggedAttentionArgs)  // items: (group, kv head), M * K
 
+// Whether the CUDA kernels of these want the transposed scratch.
+bool ragged_attention_transposes(const RaggedAttentionArgs&);
 void ragged_attention_forward_cuda(const RaggedAttentionArgs&, CudaStream);
 void ragged_attention_backward_cuda(const RaggedAttentionArgs&, CudaStream);
 

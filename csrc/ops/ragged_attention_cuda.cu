@@ -1,6 +1,7 @@
 #include "ops/ragged_attention.h"
 
-#include "core/attention.cuh"
+#include "ops/ragged_attention_mma.cuh"
+#include "ops/ragged_groups.cuh"
 
 namespace grpo_engine {
 namespace {
@@ -38,44 +39,18 @@ void transpose(const RaggedAttentionArgs& a, const void* from, int64_t token_str
          transpose_kernel<S>, static_cast<const S*>(from), token_stride, rows, group, a.E, static_cast<S*>(to));
 }
 
-// ---------------------------------------------------------------- groups
+// ---------------------------------------------------------------- keys by position
 
-// The prompt that a sequence continues, and the end of its group.
-struct RaggedGroup {
-  int64_t prompt, end;             // sequences
-  int64_t prompt_begin, prompt_len;  // tokens; no length for the prompt itself
-  bool known;                      // whether cu_groups and cu_seqlens are as they should be
-};
-
-__device__ inline RaggedGroup group_of(const RaggedAttentionArgs& a, int64_t sequence) {
-  RaggedGroup g{sequence, sequence + 1, 0, 0, true};
-  const AttentionPlan& plan = a.plan;
-  if (!plan.cu_groups) return g;
-  g.known = plan.M > 0;
-  if (!g.known) return g;
-  const int64_t m = warp_find(0, plan.M, sequence, [&](int64_t i) { return plan.cu_groups[i]; });
-  g.prompt = plan.cu_groups[m];
-  g.end = plan.cu_groups[m + 1];
-  g.known = g.prompt >= 0 && g.prompt <= sequence && sequence < g.end && g.end <= plan.N;
-  if (!g.known || g.prompt == sequence) return g;
-  g.prompt_begin = plan.cu[g.prompt];
-  g.prompt_len = plan.cu[g.prompt + 1] - g.prompt_begin;
-  g.known = g.prompt_begin >= 0 && g.prompt_len >= 0 && g.prompt_begin + g.prompt_len <= a.T;
-  return g;
-}
-
-// Keys and what is summed by their weights, by position: those of the prompt, then the sequence's own.
+// Keys and what is summed by their weights.
 template <typename S>
-struct RaggedKeys {
-  int64_t before;                // keys of the prompt
-  int64_t prompt_begin, begin;   // tokens
+struct RaggedKeys : RaggedTokens {
   const S* key;                  // [E][T] of the kv head
   const S* value;                // first row of the kv head
   int64_t key_stride, value_stride;
 
   __device__ KeyPlace<S> at(int position) const {
-    const int64_t token = position < before ? prompt_begin + position : begin + position - before;
-    return {key + token, value + token * value_stride, key_stride, true};
+    const int64_t t = token(position);
+    return {key + t, value + t * value_stride, key_stride, true};
   }
 };
 
@@ -85,10 +60,8 @@ struct RaggedSource {
 
   template <typename S>
   __device__ RaggedKeys<S> open(int64_t sequence, int64_t kv_head, int64_t tokens) const {
-    const RaggedGroup g = group_of(a, sequence);
-    return {g.known ? g.prompt_len : -tokens - 1, g.prompt_begin, a.plan.cu[sequence],
-            static_cast<const S*>(a.key_t) + kv_head * a.E * a.T, static_cast<const S*>(a.value) + kv_head * a.E,
-            a.T, a.value_stride};
+    return {RaggedTokens(a, sequence, tokens), static_cast<const S*>(a.key_t) + kv_head * a.E * a.T,
+            static_cast<const S*>(a.value) + kv_head * a.E, a.T, a.value_stride};
   }
 };
 
@@ -415,7 +388,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_kernel(RaggedAttent
 
 }  // namespace
 
+bool ragged_attention_transposes(const RaggedAttentionArgs& args) { return !attends_by_mma(args.dtype, args.E); }
+
 void ragged_attention_forward_cuda(const RaggedAttentionArgs& args, CudaStream stream) {
+  if (!ragged_attention_transposes(args)) {
+    return launch_attention_mma("ragged_attention_forward", RaggedRowSource(args), rows_of(args), stream);
+  }
   for_dtype(args.dtype, [&]<typename S>() {
     transpose<S>(args, args.key, args.key_stride, 1, args.key_t, stream);
     launch_attention<Attend::whole, S>("ragged_attention_forward", RaggedSource{args}, rows_of(args), stream);
@@ -427,11 +405,12 @@ void ragged_attention_backward_cuda(const RaggedAttentionArgs& args, CudaStream 
     using A = Arith<S>;
     const RaggedAttentionArgs& a = args;
     const int64_t group = a.H / a.plan.K;
+    launch({"ragged_attention_centre", ceil_div(a.T * a.H, kAttentionWarps), kAttentionThreads, stream}, centre_kernel<S>, a);
+    if (!ragged_attention_transposes(a)) return ragged_attention_backward_mma(a, stream);
     transpose<S>(a, a.key, a.key_stride, 1, a.key_t, stream);
     transpose<S>(a, a.value, a.value_stride, 1, a.value_t, stream);
     transpose<S>(a, a.query, a.query_stride, group, a.query_t, stream);
     transpose<S>(a, a.dout, a.H * a.E, group, a.dout_t, stream);
-    launch({"ragged_attention_centre", ceil_div(a.T * a.H, kAttentionWarps), kAttentionThreads, stream}, centre_kernel<S>, a);
     const int64_t tiles = a.plan.K * tile_number(a.T, a.plan.N, group), warps = tiles + ceil_div(a.T, kWarpSize);
     const int64_t key_tiles = a.plan.K * tile_number(a.T, a.plan.N, 1);
     for_columns<S>(a.E, [&]<int C>() {

@@ -123,9 +123,10 @@ def test_long_sequences_equal_ragged_bitwise(dtype):
     assert_as_good_as_torch(cache.attend([9] * 4), plain(cache, [9] * 4), exact, floor=2.0**-22)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("H,K,E", [(2, 1, 300), (3, 3, 1), (9, 1, 40)])
-def test_wide_heads_and_many_heads_of_a_kv_head(H, K, E):
-    cache = Cache([40, 3], H, K, E, torch.float32)
+def test_wide_heads_and_many_heads_of_a_kv_head(H, K, E, dtype):
+    cache = Cache([40, 3], H, K, E, dtype)
     exact = reference.paged_attention(*cache.arguments([20, 3]), cache.scale)
     ours = cache.attend([20, 3])
     assert_as_good_as_torch(ours, plain(cache, [20, 3]), exact, floor=2.0**-22)
@@ -174,6 +175,104 @@ def test_sequences_may_share_the_pages_of_a_prompt():
     own = cache.attend([1, 1, 1])
     cache.page_table[1:, :2] = cache.page_table[0, :2]
     assert torch.equal(cache.attend([1, 1, 1]), own) and not torch.equal(own[1:], alone[1:])
+
+
+CHUNK = 128  # keys that CUDA takes at a time where bfloat16 heads are up to 128 wide
+
+
+def groups(prompt, sizes, H, K, E, dtype):
+    """Groups of answers, every other of a single token, each behind its group's prompt; every prompt a copy in own pages."""
+    answers = [1 + i % 2 * (CHUNK + 3) for size in sizes for i in range(size)]
+    cache = Cache([prompt + n for n in answers], H, K, E, dtype)
+    first = 0
+    for size in sizes:
+        for n in range(first + 1, first + size):
+            cache.key[n][:prompt], cache.value[n][:prompt] = cache.key[first][:prompt], cache.value[first][:prompt]
+            cache.write(n, 0, prompt)
+        first += size
+    return cache
+
+
+def share_prompts(cache, prompt, sizes):
+    """Each group's full pages of the prompt become those of its first sequence; nothing is left in the others'."""
+    pages, first = prompt // cache.page, 0
+    for size in sizes:
+        own = cache.page_table[first + 1 : first + size, :pages]
+        if own.numel():
+            cache.key_pages[own.long()] = cache.value_pages[own.long()] = NAN
+            own.copy_(cache.page_table[first, :pages].expand_as(own).clone())
+        first += size
+
+
+@pytest.mark.parametrize("prompt", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 20])
+@pytest.mark.parametrize("H,K,E", [(7, 1, 64), (2, 2, 16), (2, 1, 128)])
+def test_a_shared_prompt_changes_no_bit(H, K, E, prompt):
+    sizes = [1, 2, 17, 1]
+    cache = groups(prompt, sizes, H, K, E, torch.bfloat16)
+    own = cache.attend([1] * 21)
+    alone = [cache.attend([1], [n]) for n in (0, 2, 20)]
+    share_prompts(cache, prompt, sizes)
+    assert torch.equal(cache.attend([1] * 21), own)
+    assert torch.equal(torch.cat(alone), own[[0, 2, 20]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_that_share_pages_in_part_or_are_not_neighbours(dtype):
+    cache = groups(2 * CHUNK, [5], 3, 1, 16, dtype)
+    for n, page in [(1, 7), (2, 8), (4, 15)]:  # the last or first page of a chunk is another
+        cache.key[n][page * 16 : page * 16 + 16] *= 2
+        cache.write(n, page * 16, page * 16 + 16)
+    own = cache.attend([1] * 5)
+    exact = reference.paged_attention(*cache.arguments([1] * 5), cache.scale)
+    assert_as_good_as_torch(own, plain(cache, [1] * 5), exact, floor=2.0**-22)
+    for n, kept in [(1, 7), (2, 8), (3, None), (4, 15)]:
+        pages = [i for i in range(16) if i != kept]
+        cache.page_table[n, pages] = cache.page_table[0, pages]
+    assert torch.equal(cache.attend([1] * 5), own)
+    assert torch.equal(cache.attend([1, 2, 1, 0, 1])[[0, 2, 3, 4]], own[[0, 1, 2, 4]])  # nor have they one token each
+    cache.page_table = torch.cat([cache.page_table, torch.full((5, 20), -1, dtype=torch.int32)], dim=1)
+    assert torch.equal(cache.attend([1] * 5), own)
+
+
+def test_a_table_with_room_changes_no_bit():
+    # on CUDA a table for one chunk of keys needs no second kernel, a longer one does
+    for H, K, E in [(66, 1, 16), (2, 2, 64)]:
+        cache = Cache([1, 40, 90], H, K, E, torch.bfloat16)
+        short = cache.attend([1, 1, 1])
+        cache.page_table = torch.cat([cache.page_table, torch.full((3, 30), -1, dtype=torch.int32)], dim=1)
+        assert torch.equal(cache.attend([1, 1, 1]), short)
+        assert torch.equal(short, torch.stack([rows[-1] for rows in cache.ragged()]))
+
+
+def test_nan_in_one_of_a_group_leaves_the_others():
+    sizes = [3]
+    cache = groups(CHUNK, sizes, 7, 1, 64, torch.bfloat16)
+    share_prompts(cache, CHUNK, sizes)
+    clean = cache.attend([1] * 3)
+    for pages in (cache.key_pages, cache.value_pages):
+        for position, lost in [(CHUNK + 1, [1]), (CHUNK - 1, [0, 1, 2])]:  # its own token, one of the prompt
+            page = int(cache.page_table[1, position // 16])
+            kept = pages[page].clone()
+            token = (page, 0, slice(None), position % 16) if pages is cache.key_pages else (page, 0, position % 16)
+            pages[token] = NAN
+            out = cache.attend([1] * 3)
+            pages[page] = kept
+            others = [n for n in range(3) if n not in lost]
+            assert out[lost].isnan().all() and torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_finite_reach_the_same_rows_in_both_ops(dtype):
+    cache = Cache([150], 3, 1, 16, dtype)
+    for token, e, x in [(3, 2, float("inf")), (70, 5, NAN), (140, 2, -float("inf")), (145, 7, float("inf"))]:
+        cache.value[0][token, 0, e] = x
+    cache.write(0, 0, 150)
+    (trained,) = cache.ragged()
+    assert torch.equal(trained.isfinite().all(dim=0).all(dim=0), torch.tensor([e not in (2, 5, 7) for e in range(16)]))
+    assert trained[145:, :, 7].isposinf().all() and trained[:145, :, 7].isfinite().all()
+    for n in (2, 3, 71, 141, 146, 150):
+        torch.testing.assert_close(cache.attend([1], kv_len=[n])[0], trained[n - 1], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(cache.attend([150]), trained, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kv_len", [1, 15, 16, 17, 31, 32, 33])

@@ -122,6 +122,21 @@ def test_nan_reaches_only_the_tokens_that_see_it(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_reaches_only_the_gradients_of_what_it_meets(dtype):
+    query, key, value, cu, dout = make([5, 90, 7], 4, 2, 16, dtype)
+    clean = run(ragged_attention, query, key, value, cu, dout, 0.25)
+    seen, sees = [*range(5, 79)], [*range(78, 95)]  # by token 73 of the second sequence; those that see it
+    for poisoned, lost in [(dout, ([], [78], seen, seen)), (key, (sees, sees, [*range(5, 95)], [*range(5, 95)]))]:
+        kept = poisoned[78].clone()
+        poisoned[78] = float("nan")
+        out = run(ragged_attention, query, key, value, cu, dout, 0.25)
+        poisoned[78] = kept
+        for a, b, tokens in zip(out, clean, lost, strict=True):
+            others = [t for t in range(102) if t not in tokens]
+            assert a[tokens].isnan().all() and torch.equal(a[others], b[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_qkv_views_need_no_copy(dtype):
     g = torch.Generator().manual_seed(0)
     qkv = torch.randn(23, 8 * 20, generator=g).to(dtype).requires_grad_()
