@@ -29,6 +29,9 @@ Overrides = Annotated[
     typer.Argument(help="Settings to change, dotted: optimizer.lr=1e-5 batch.group_size=16", show_default=False),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run or study; made when absent.")]
+Preset = Annotated[str, typer.Argument(help="Preset (smoke, micro, paper, paper-v3) or YAML file.")]
+Gpu = Annotated[str | None, typer.Option(help="Estimate for this GPU: a100, h100, h200, b200, l40s or rtx4090.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StudyDir = Annotated[Path, typer.Argument(help="Folder of a study, as given to `study run --out`.")]
 
 
@@ -97,18 +100,30 @@ def evaluate(
 
 @study_app.command("plan")
 def study_plan(
-    preset: Annotated[str, typer.Argument(help="Preset (smoke, micro, paper) or YAML file.")],
+    preset: Preset,
+    gpu: Gpu = None,
+    usd_per_hour: Annotated[float | None, typer.Option(help="Price of one device for an hour.")] = None,
+    as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """List the cells of a study and what each will cost, and run nothing."""
-    from grpo_engine.study.design import load_study, plan, plan_table
+    """List the cells of a study, what each needs and what it will cost, and run nothing; no weights or data are read.
 
-    console.print(plan_table(plan(load_study(preset, overrides or []))))
+    Example: grpo-engine study plan paper --gpu h200 --usd-per-hour 3
+    """
+    from grpo_engine.study.design import load_study, plan, plan_json, plan_view
+
+    assumed = {"estimate.gpu": gpu, "estimate.usd_per_hour": usd_per_hour}
+    settings = [f"{k}={v}" for k, v in assumed.items() if v is not None]
+    the_plan = plan(load_study(preset, [*settings, *(overrides or [])]))
+    if as_json:
+        print(json.dumps(plan_json(the_plan), indent=1))
+    else:
+        Console(width=max(console.width, 110)).print(plan_view(the_plan), highlight=False)
 
 
 @study_app.command("run")
 def study_run(
-    preset: Annotated[str, typer.Argument(help="Preset (smoke, micro, paper) or YAML file.")],
+    preset: Preset,
     out: Out,
     jobs: Annotated[int | None, typer.Option(help="Processes side by side; none: one a CPU core.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
@@ -120,7 +135,7 @@ def study_run(
     from grpo_engine.study.run import run_study
 
     if dry_run:
-        return study_plan(preset, overrides)
+        return study_plan(preset, overrides=overrides)
     result = run_study(out, study=load_study(preset, overrides or []), jobs=jobs, threads=threads)
     if result.exit_code:
         raise typer.Exit(result.exit_code)

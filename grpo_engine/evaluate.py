@@ -33,6 +33,7 @@ class EvalResult:
     pass1: float  # mean over problems of the mean reward of its answers
     stderr: float | None  # of pass1 over problems; None for a single problem
     by_grade: Mapping[str, Mapping[str, float]] | None  # {grade: {"pass1", "n"}}; None when ungraded
+    problem_scores: Sequence[float]  # summed rewards of each problem's answers, whole where rewards are 0 or 1
 
     @property
     def loss(self) -> float:
@@ -132,7 +133,8 @@ def _asks(eval_set: EvalSet, tokenizer: Tokenizer, config: RunConfig) -> list[As
 
 def _result(eval_set: EvalSet, ask: Ask, values: Sequence[float]) -> EvalResult:
     P, samples = len(ask.prompts), ask.group_size
-    by_problem = torch.tensor(values, dtype=torch.float64).view(P, samples).mean(dim=1)
+    scores = torch.tensor(values, dtype=torch.float64).view(P, samples)
+    by_problem = scores.mean(dim=1)
     return EvalResult(
         eval_set=eval_set.name,
         in_domain=eval_set.in_domain,
@@ -143,6 +145,7 @@ def _result(eval_set: EvalSet, ask: Ask, values: Sequence[float]) -> EvalResult:
         pass1=by_problem.mean().item(),
         stderr=by_problem.std(correction=1).item() / math.sqrt(P) if P > 1 else None,
         by_grade=_by_grade(eval_set.problems, by_problem.tolist()),
+        problem_scores=[int(x) if x.is_integer() else x for x in scores.sum(dim=1).tolist()],
     )
 
 

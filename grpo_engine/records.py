@@ -6,10 +6,11 @@ A run directory holds
     steps.jsonl     one `StepRecord` a line: deterministic, bit-identical after a kill and a resume
     evals.jsonl     one `EvalRecord` a line: deterministic as well
     timings.jsonl   one `TimingRecord` a line: wall-clock, different in every run; only cost figures read it
+    order.txt       uid of every training prompt in the order they are seen, one a line; P lines are a step
     checkpoint/     written by `grpo_engine.checkpoint`
     summary.json    written last: a run with a summary is complete
 
-Every object carries `"schema": 1`. A value that was not measured is `null`. JSON has no NaN and no infinity, so a
+Every object carries `"schema": 2`; records of schema 1, which lack `EvalRecord.problem_scores`, are read too. A value that was not measured is `null`. JSON has no NaN and no infinity, so a
 value that is not finite is written as `null` *and named*, with what it was, under the key `"non_finite"` of the
 same object: `{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike.
 """
@@ -34,11 +35,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get
 if TYPE_CHECKING:
     import pyarrow
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # schemas that are read; a field that the older lacks has a default
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 EVALS_FILE = "evals.jsonl"
 TIMINGS_FILE = "timings.jsonl"
+ORDER_FILE = "order.txt"
 SUMMARY_FILE = "summary.json"
 CELL_FILE = "cell.json"  # written by a study beside the run's own files: which cell this run is
 
@@ -113,6 +116,7 @@ class EvalRecord:
     loss: float
     stderr: float | None  # of pass1, over problems; None for a single problem
     by_grade: dict[str, dict[str, float]] | None = None  # {grade: {"pass1": float, "n": int}}
+    problem_scores: list[float] | None = None  # summed rewards of each problem's answers, in the set's order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,8 +209,7 @@ def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "recor
         ValueError: another schema number, a missing field or one that `cls` does not have.
         TypeError: a value of the wrong type (an integer is accepted where a float is wanted).
     """
-    if obj.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: schema must be {SCHEMA}, got {obj.get('schema')!r}")
+    _check_schema(obj, where)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {k: v for k, v in obj.items() if k not in ("schema", "non_finite")}
     if unknown := sorted(set(values) - set(fields)):
@@ -228,6 +231,11 @@ def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "recor
     if cls is TimingRecord:
         values["phase"] = {n: PhaseCost(**cost) for n, cost in values["phase"].items()}
     return cls(**values)
+
+
+def _check_schema(obj: Mapping[str, Any], where: str) -> None:
+    if obj.get("schema") not in READABLE:
+        raise ValueError(f"{where}: schema must be one of {READABLE}, got {obj.get('schema')!r}")
 
 
 @functools.cache
@@ -528,8 +536,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: no such file.
     """
     obj = read_object(path)
-    if obj.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema must be {SCHEMA}, got {obj.get('schema')!r}")
+    _check_schema(obj, str(path))
     return obj
 
 
@@ -648,6 +655,7 @@ _TABLE = (
     ("pass1", "float64"),
     ("loss", "float64"),
     ("stderr", "float64"),
+    ("problem_scores", "list"),
 )
 TABLE_COLUMNS = tuple(name for name, _ in _TABLE)
 
@@ -660,7 +668,7 @@ def table_schema() -> pyarrow.Schema:
     """
     import pyarrow as pa
 
-    fields = [pa.field(name, getattr(pa, kind)()) for name, kind in _TABLE]
+    fields = [pa.field(n, pa.list_(pa.float32()) if kind == "list" else getattr(pa, kind)()) for n, kind in _TABLE]
     return pa.schema(fields, metadata={b"grpo_engine_schema": str(SCHEMA).encode()})
 
 

@@ -51,12 +51,20 @@ def test_a_record_survives_the_round_trip(record):
     assert records.from_json(type(record), json.loads(line)) == record
 
 
+def test_a_record_of_the_first_schema_is_read():
+    line = records.to_json(EVAL)
+    old = {k: v for k, v in line.items() if k != "problem_scores"} | {"schema": 1}
+    assert records.from_json(EvalRecord, old) == EVAL and EVAL.problem_scores is None
+    scores = [4, 0, 1.5]
+    assert records.from_json(EvalRecord, line | {"problem_scores": scores}).problem_scores == scores
+
+
 def test_a_non_finite_number_is_null_and_named(tmp_path):
     with JsonlWriter(tmp_path / "x.jsonl") as out:
         out.write({"step": 1, "loss": math.nan, "deep": {"kl": -math.inf}, "list": [1.0, math.inf]})
     (obj,) = records.read_jsonl(tmp_path / "x.jsonl").records
     assert obj == {
-        "schema": 1, "step": 1, "loss": None, "deep": {"kl": None}, "list": [1.0, None],
+        "schema": 2, "step": 1, "loss": None, "deep": {"kl": None}, "list": [1.0, None],
         "non_finite": {"loss": "nan", "deep.kl": "-inf", "list[1]": "inf"},
     }  # fmt: skip
 
@@ -80,7 +88,7 @@ def test_a_tensor_of_one_element_is_a_number_and_a_larger_one_an_error():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"schema": 2}, ValueError, "f:3: schema must be 1, got 2"),
+        ({"schema": 3}, ValueError, r"f:3: schema must be one of \(1, 2\), got 3"),
         ({"step": "1"}, TypeError, "StepRecord.step must be int, got '1'"),
         ({"step": True}, TypeError, "StepRecord.step must be int, got True"),
         ({"speed": 1}, ValueError, "StepRecord has no field speed"),
@@ -168,7 +176,7 @@ def test_an_atomic_write_replaces_or_leaves(tmp_path):
     records.write_json_atomic(path, {"a": 1})
     with pytest.raises(TypeError):
         records.write_json_atomic(path, {"a": object()})
-    assert records.read_json(path) == {"schema": 1, "a": 1}
+    assert records.read_json(path) == {"schema": 2, "a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 

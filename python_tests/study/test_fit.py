@@ -475,7 +475,7 @@ def test_fits_json_that_is_not_ours(tmp_path):
     fit.write_fits(path, fit.fit_table(law_table(sizes=THREE), axes=["data"], n_boot=20, shapes=False))
     obj = json.loads(path.read_text())
     for change, message in (
-        (lambda o: o | {"schema": 2}, "schema must be 1, got 2"),
+        (lambda o: o | {"schema": 3}, "schema must be one of .*, got 3"),
         (lambda o: o | {"extra": 1}, r"fits.json: fits: the fields of Fits .*extra"),
         (lambda o: o | {"objective": 3}, r"fits.objective: must be str, got 3"),
         (lambda o: o | {"fits": [o["fits"][0] | {"kind": None}]}, r"fits.fits\[0\].kind: must be str, got None"),
