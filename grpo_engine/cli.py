@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -125,18 +126,25 @@ def study_plan(
 def study_run(
     preset: Preset,
     out: Out,
-    jobs: Annotated[int | None, typer.Option(help="Processes side by side; none: one a CPU core.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Cells side by side; none: as many as there is room for.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
+    backend: Annotated[str, typer.Option(help="Where cells run: local, ray or slurm.")] = "local",
+    cluster: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of the backend, name=value: slurm_partition=gpu, address=auto; repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their cost, and run nothing.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Run a study: what is missing is run, what is done is kept; then fit its laws and write the report."""
+    from grpo_engine.study.cluster import make_executor
     from grpo_engine.study.design import load_study
     from grpo_engine.study.run import run_study
 
     if dry_run:
         return study_plan(preset, overrides=overrides)
-    result = run_study(out, study=load_study(preset, overrides or []), jobs=jobs, threads=threads)
+    executor = make_executor(backend, out, threads=threads, options=cluster or [])  # first: it imports meanwhile
+    result = run_study(out, study=load_study(preset, overrides or []), jobs=jobs, threads=threads, executor=executor)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
     _report(out)
@@ -144,13 +152,17 @@ def study_run(
 
 @study_app.command("status")
 def study_status(study_dir: StudyDir) -> None:
-    """Say which cells are done, running, begun or missing."""
+    """Say which cells are done, running, failed, begun or missing; only records are read."""
     from grpo_engine.study.run import study_status as status
 
-    table = Table("cell", "state", "seconds")
-    for s in status(study_dir):
-        table.add_row(s.cell.name, str(s), "-" if s.seconds is None else f"{s.seconds:.0f}")
+    table = Table("cell", "state", "test loss", "seconds")
+    found = status(study_dir)
+    for s in found:
+        loss, seconds = "-" if s.loss is None else f"{s.loss:.3f}", "-" if s.seconds is None else f"{s.seconds:.0f}"
+        table.add_row(s.cell.name, str(s), loss, seconds)
     console.print(table)
+    counts = Counter(s.state for s in found)
+    console.print(", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "partial", "missing") if counts[s]))
 
 
 @study_app.command("fit")

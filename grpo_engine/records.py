@@ -10,9 +10,10 @@ A run directory holds
     checkpoint/     written by `grpo_engine.checkpoint`
     summary.json    written last: a run with a summary is complete
 
-Every object carries `"schema": 2`; records of schema 1, which lack `EvalRecord.problem_scores`, are read too. A value that was not measured is `null`. JSON has no NaN and no infinity, so a
-value that is not finite is written as `null` *and named*, with what it was, under the key `"non_finite"` of the
-same object: `{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike.
+Every object carries `"schema": 2`; records of schema 1, which lack `EvalRecord.problem_scores`, are read too. A value
+that was not measured is `null`. JSON has no NaN and no infinity, so a value that is not finite is written as `null`
+*and named*, with what it was, under the key `"non_finite"` of the same object:
+`{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike.
 """
 
 from __future__ import annotations

@@ -47,10 +47,13 @@ def finish(cell, folder):
 
 
 class FakeExecutor:
-    """Does a job's work the second time it is asked about it; fails those whose name is in `fails`."""
+    """Does a job's work the second time it is asked about it; fails those whose name is in `fails`, or `once`."""
 
-    def __init__(self, folder, fails=(), at_poll=None, silent=()):
+    slots = 2
+
+    def __init__(self, folder, fails=(), at_poll=None, silent=(), once=()):
         self.folder, self.fails, self.silent, self.at_poll = folder, set(fails), set(silent), at_poll
+        self.once = set(once)
         self.order, self.running, self.most, self.stopped = [], set(), 0, []
 
     def start(self, job):
@@ -69,7 +72,7 @@ class FakeExecutor:
         if handle["polls"] < 2:
             return None
         self.running.discard(job.name)
-        if job.name in self.fails:
+        if job.name in self.fails or (job.name in self.once and self.order.count(job.name) == 1):
             return 3
         if job.cell and job.name not in self.silent:
             finish(job.cell, self.folder / job.cell.folder)
@@ -125,12 +128,23 @@ def test_cells_that_a_changed_study_no_longer_has_are_mentioned_and_left_alone(t
 
 
 def test_a_failure_names_the_cell_and_shows_its_log_and_the_others_go_on(tmp_path):
-    result, text = run_it(tmp_path, FakeExecutor(tmp_path, fails=["s-base-seed1"]))
+    result, text = run_it(tmp_path, first := FakeExecutor(tmp_path, fails=["s-base-seed1"]))
     assert result.exit_code == 1 and [f.name for f in result.failures] == ["s-base-seed1"]
+    assert first.order.count("s-base-seed1") == 2  # it was tried again
     assert sorted(result.done) == sorted(set(NAMES) - {"s-base-seed1"})
     assert "s-base-seed1 failed (exit code 3)" in text and "    two of s-base-seed1" in text
     again, _ = run_it(tmp_path, second := FakeExecutor(tmp_path))
     assert again.exit_code == 0 and [n for n in second.order if not n.startswith("model")] == ["s-base-seed1"]
+
+
+def test_a_cell_that_fails_once_is_started_again_and_is_no_failure(tmp_path):
+    result, text = run_it(tmp_path, executor := FakeExecutor(tmp_path, once=["xs-base-seed0", "model s-base"]))
+    assert result.exit_code == 0 and sorted(result.done) == sorted(NAMES) and result.failures == ()
+    assert executor.order.count("xs-base-seed0") == executor.order.count("model s-base") == 2
+    assert "xs-base-seed0: exit code 3; it is started again" in text
+    (tmp_path / "strict").mkdir()
+    strict, _ = run_it(tmp_path / "strict", FakeExecutor(tmp_path / "strict", once=["xs-base-seed0"]), attempts=1)
+    assert [f.name for f in strict.failures] == ["xs-base-seed0"]
 
 
 def test_a_failed_model_blocks_what_needs_it_and_nothing_else(tmp_path):
@@ -207,8 +221,9 @@ def test_measured_costs_replace_and_scale_the_estimates(tmp_path):
 def test_a_folder_without_a_study_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="study.yaml"):
         run_study(tmp_path / "none")
-    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
-        run_study(tmp_path, study=STUDY, jobs=0)
+    for name in ("jobs", "attempts"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            run_study(tmp_path, study=STUDY, **{name: 0})
 
 
 def test_a_model_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
@@ -222,12 +237,16 @@ def test_status_tells_done_running_partial_and_missing(tmp_path):
     run_it(tmp_path, FakeExecutor(tmp_path, fails=NAMES))
     cells = plan(STUDY).cells
     finish(cells[0], tmp_path / cells[0].folder)
+    assert [s.reason for s in study_status(tmp_path)] == [None, *["exit code 3"] * 7]
+    for cell in cells[2:4]:
+        (tmp_path / cell.folder / "log.failed.json").unlink()
     for cell in cells[1:3]:
         with records.JsonlWriter(tmp_path / cell.folder / "steps.jsonl") as out:
             out.write({"step": 2, "reward_mean": 0.25})
     with run._locked(tmp_path / cells[1].folder / run.LOCK_FILE, "held"):
         states = [str(s) for s in study_status(tmp_path)]
     assert states[:4] == ["done", "running 2 of 4", "partial 2 of 4", "missing"]
+    assert str(study_status(tmp_path)[1]) == "failed at 2 of 4 (exit code 3)"
 
 
 def test_progress_is_read_from_a_file_that_is_being_written(tmp_path):
@@ -248,8 +267,9 @@ def test_progress_is_read_from_a_file_that_is_being_written(tmp_path):
 def test_a_terminal_gets_a_live_table(tmp_path):
     text = io.StringIO()
     console = Console(file=text, width=120, height=40, force_terminal=True, color_system=None)
-    run_study(tmp_path, study=STUDY, jobs=2, console=console, executor=FakeExecutor(tmp_path), poll_s=0.0)
-    assert "time left" in text.getvalue() and "s-base-seed1" in text.getvalue()
+    executor = FakeExecutor(tmp_path, fails=["s-base-seed1"])
+    run_study(tmp_path, study=STUDY, jobs=2, console=console, executor=executor, poll_s=0.0)
+    assert "time left" in text.getvalue() and "7 of 8 cells, 1 failed" in text.getvalue()
 
 
 # ------------------------------------------------------------------------------- real processes
