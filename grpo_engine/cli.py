@@ -143,7 +143,7 @@ def study_run(
 
     if dry_run:
         return study_plan(preset, overrides=overrides)
-    executor = make_executor(backend, out, threads=threads, options=cluster or [])  # first: it imports meanwhile
+    executor = make_executor(backend, out, threads=threads, options=cluster or [])
     result = run_study(out, study=load_study(preset, overrides or []), jobs=jobs, threads=threads, executor=executor)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
@@ -171,6 +171,97 @@ def study_fit(study_dir: StudyDir) -> None:
     from grpo_engine.study.report import fit_study, law_table
 
     console.print(law_table(fit_study(study_dir)))
+
+
+@study_app.command("import")
+def study_import(
+    log_format: Annotated[str, typer.Argument(metavar="FORMAT", help="csv, verl, trl or wandb.")],
+    paths: Annotated[list[Path], typer.Argument(help="Logs, one a run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; what it holds already stays.")],
+    size: Annotated[str, typer.Option(help="Size of the model, a label: 7B.")],
+    model: Annotated[str | None, typer.Option(help="Model folder, or a Qwen2.5 name, that --params is counted from")] = None,
+    params: Annotated[int | None, typer.Option(help="Parameters without embedding and head.")] = None,
+    params_nominal: Annotated[float | None, typer.Option(help="Parameters by the model's name: 7e9.")] = None,
+    kind: Annotated[str, typer.Option(help="base or instruct.")] = "base",
+    prompts_per_step: Annotated[int | None, typer.Option(help="Prompts of a step; gives the data axis.")] = None,
+    dataset_prompts: Annotated[int | None, typer.Option(help="Different prompts there are; gives their reuse.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Answers to a prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the evaluation.")] = None,
+    num_problems: Annotated[int | None, typer.Option(help="Problems of the evaluation set.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Answers to each.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the run.")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Name of the run; none: its file's.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="SET=KEY: evaluation set and the log's key of its pass rate; repeatable.")
+    ] = None,
+    out_of_domain: Annotated[list[str] | None, typer.Option(help="A set that is out of domain; repeatable.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="csv: OURS=THEIRS, a column of our table; repeatable.")] = None,
+    step: Annotated[str | None, typer.Option(help="wandb: the step column.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="wandb: the running count of tokens.")] = None,
+) -> None:
+    """Take another trainer's logs into a folder that `study fit`, `report` and `recommend` read.
+
+    Example: grpo-engine study import verl 7b.log --out runs/ours --size 7B --model Qwen2.5-7B --prompts-per-step 512
+    """
+    from grpo_engine.config import ModelSource
+    from grpo_engine.study.forecast import num_params
+    from grpo_engine.study.importers import RunInfo, import_logs
+
+    if model is not None and params is None:
+        params = num_params(ModelSource(path=model))
+    run = RunInfo(
+        size=size, kind=kind, params_non_embedding=params, params_nominal=params_nominal,
+        prompts_per_step=prompts_per_step, dataset_prompts=dataset_prompts, group_size=group_size,
+        temperature=temperature, num_problems=num_problems, num_samples=num_samples, seed=seed, run_id=run_id,
+    )  # fmt: skip
+    table = import_logs(
+        out, log_format, paths, run=run, metrics=_pairs("--metric", metric), out_of_domain=out_of_domain or (),
+        columns=_pairs("--column", column), step=step, tokens=tokens,
+    )  # fmt: skip
+    runs, sizes = (len(set(table.column(name).to_pylist())) for name in ("run_id", "size"))
+    console.print(f"{out}: {table.num_rows} evaluations of {runs} runs and {sizes} sizes", soft_wrap=True)
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str] | None:
+    if not given:
+        return None
+    if bad := [g for g in given if "=" not in g]:
+        raise ValueError(f"{option} must be NAME=VALUE, got {bad[0]!r}")
+    return dict(g.split("=", 1) for g in given)
+
+
+@study_app.command("recommend")
+def study_recommend(
+    study_dir: StudyDir,
+    compute: Annotated[float | None, typer.Option(help="Budget in FLOPs, 6NT.")] = None,
+    data: Annotated[float | None, typer.Option(help="Budget in prompts seen.")] = None,
+    target_loss: Annotated[float | None, typer.Option(help="The test loss that is wanted.")] = None,
+    gpu: Gpu = None,
+    hours: Annotated[float | None, typer.Option(help="Budget in hours of --gpu, all GPUs added up.")] = None,
+    kind: Annotated[str | None, typer.Option(help="base or instruct; none: each that there is.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which size to train for a budget, for how many steps, and how far it will get, with how sure that is.
+
+    Example: grpo-engine study recommend runs/smoke --compute 1e12
+    """
+    from dataclasses import asdict
+
+    from grpo_engine.study.report import recommendations
+
+    if (gpu is None) != (hours is None):
+        raise ValueError("--gpu and --hours go together")
+    budgets = {"compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu and (gpu, hours)}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give one of --compute, --data, --target-loss and --gpu with --hours, got {len(given)}")
+    found = recommendations(study_dir, kind=kind, **given)
+    if as_json:
+        print(json.dumps({k: asdict(r) for k, r in found.items()}, indent=1))
+        return
+    for name, r in found.items():
+        console.print(f"[bold]{name} models[/bold]")
+        Console(width=max(console.width, 110)).print(r.render_text(), highlight=False, markup=False)
 
 
 @study_app.command("report")

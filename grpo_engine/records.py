@@ -656,20 +656,20 @@ _TABLE = (
     ("pass1", "float64"),
     ("loss", "float64"),
     ("stderr", "float64"),
-    ("problem_scores", "list"),
 )
-TABLE_COLUMNS = tuple(name for name, _ in _TABLE)
+TABLE_COLUMNS = tuple(name for name, _ in _TABLE)  # those of one value; problem_scores comes after them
 
 
 def table_schema() -> pyarrow.Schema:
-    """The Arrow schema of `runs.parquet`: one row an evaluation record, `TABLE_COLUMNS` in order.
+    """The Arrow schema of `runs.parquet`: one row an evaluation record, `TABLE_COLUMNS` in order and problem_scores.
 
     Returns:
         A pyarrow schema whose metadata holds the record schema number under b"grpo_engine_schema".
     """
     import pyarrow as pa
 
-    fields = [pa.field(n, pa.list_(pa.float32()) if kind == "list" else getattr(pa, kind)()) for n, kind in _TABLE]
+    fields = [pa.field(name, getattr(pa, kind)()) for name, kind in _TABLE]
+    fields.append(pa.field("problem_scores", pa.list_(pa.float32())))
     return pa.schema(fields, metadata={b"grpo_engine_schema": str(SCHEMA).encode()})
 
 
@@ -693,7 +693,7 @@ def runs_table(
     """
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {name: [] for name in TABLE_COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in table_schema().names}
     for item in run_dirs:
         run = item if isinstance(item, Run) else read_run(item, allow_incomplete=allow_incomplete)
         try:
@@ -714,9 +714,8 @@ def runs_table(
         except KeyError as error:
             raise KeyError(f"{run.path / RUN_FILE}: no {error.args[0]!r}") from None
         for record in run.evals:
-            row = fixed | {n: getattr(record, n) for n in TABLE_COLUMNS if n not in fixed}
-            for name in TABLE_COLUMNS:
-                columns[name].append(row[name])
+            for name, column in columns.items():
+                column.append(fixed[name] if name in fixed else getattr(record, name))
     return pa.table(columns, schema=table_schema())
 
 

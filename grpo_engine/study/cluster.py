@@ -250,7 +250,7 @@ def make_executor(backend: str, study_dir: str | os.PathLike[str], *, threads: i
         options: "name=value": arguments of `RayExecutor`; for Slurm `cluster`, `slots` and parameters of submitit.
 
     Returns:
-        The executor.
+        The executor; None for "local", which `run_study` makes itself.
 
     Raises:
         ValueError: no such backend or option.
@@ -263,11 +263,9 @@ def make_executor(backend: str, study_dir: str | os.PathLike[str], *, threads: i
             raise ValueError(f"a cluster option must be name=value, got {item!r}")
         given[name] = yaml.safe_load(text)
     if backend == "local":
-        from .run import LocalExecutor
-
         if given:
             raise ValueError(f"the local backend has no options, got {', '.join(given)}")
-        return LocalExecutor(threads=threads)
+        return None
     if backend == "ray":
         if unknown := sorted(set(given) - {"address", "gpus", "num_cpus"}):
             raise ValueError(f"ray options are address, gpus and num_cpus, got {', '.join(unknown)}")

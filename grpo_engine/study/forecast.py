@@ -259,6 +259,26 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
     )  # fmt: skip
 
 
+def gpu_compute(gpu: str, hours: float, *, share: float, utilization: float = 0.4) -> float:
+    """The training compute, 6 N T, that some hours of a GPU buy.
+
+    Args:
+        gpu: a key of `GPUS`.
+        hours: of one of them, or of several added up.
+        share: of all FLOPs of a run that are 6 N T.
+        utilization: of the bfloat16 rate of the data sheet, all phases together.
+
+    Returns:
+        FLOPs.
+
+    Raises:
+        ValueError: no such GPU.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    return 3600.0 * hours * GPUS[gpu].flops["bfloat16"] * utilization * share
+
+
 def pretraining(params: int, tokens: float, estimate: EstimateConfig) -> Cost:
     """What making a model of the embedded ladder takes, always on the CPU: 6 N T."""
     flops = 6.0 * params * tokens
@@ -284,7 +304,9 @@ def _evaluated(config: RunConfig, estimate: EstimateConfig) -> tuple[float, floa
 def _memory(config: RunConfig, work: _Work, p: float, a: float) -> dict[str, float]:
     """Bytes by what they hold, at the most."""
     grpo = config.method == "grpo"
-    out = {"weights": work.weight_bytes, "gradients": work.weight_bytes, "optimizer": 2 * work.weight_bytes}
+    wide = work.weight_bytes * 4 / work.size  # gradients and moments are float32 whatever the weights are
+    master = work.weight_bytes if work.size == 2 else 0.0  # the lower half of a float32 master
+    out = {"weights": work.weight_bytes, "gradients": wide, "optimizer": 2 * wide + master}
     if grpo and config.loss.kl_coef > 0:
         out["reference"] = work.weight_bytes
     r = config.rollout

@@ -88,7 +88,8 @@ def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
     assert many.seconds == pytest.approx(products + many.phases["decode"] / rate, rel=1e-3)
     assert few.usd == pytest.approx(few.seconds * 4 / 3600)
     assert many.devices == 1 and many.memory["weights"] == pytest.approx(2 * 7.6156e9, rel=1e-3)
-    assert many.memory["optimizer"] == 2 * many.memory["weights"] and "reference" not in many.memory
+    assert many.memory["gradients"] == 2 * many.memory["weights"] and many.memory["optimizer"] == 5 * many.memory["weights"]
+    assert "reference" not in many.memory
 
 
 def test_memory_decides_how_many_gpus():
