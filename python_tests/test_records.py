@@ -221,7 +221,7 @@ def test_steps_must_rise(tmp_path):
 
 def test_the_table_has_the_declared_columns(tmp_path):
     table = records.runs_table([make_run(tmp_path / "r")])
-    assert tuple(table.column_names) == records.TABLE_COLUMNS
+    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "problem_scores")
     row = table.to_pylist()[0]
     assert (row["study"], row["cell"], row["seed"], row["group_size"]) == (None, "r", 3, 8)
     assert row["tau"] == 4.0  # 128 prompts seen, 32 different ones

@@ -1019,7 +1019,12 @@ def _recommendation_section(picks: Sequence[tuple[str, str, Recommendation]]) ->
 
 
 def recommendations(
-    study_dir: str | os.PathLike[str], *, kind: str | None = None, gpu: tuple[str, float] | None = None, **budget: float
+    study_dir: str | os.PathLike[str],
+    *,
+    kind: str | None = None,
+    gpu: tuple[str, float] | None = None,
+    target_loss: float | None = None,
+    **budget: float,
 ) -> dict[str, Recommendation]:
     """What `recommend` says for a budget, from the records of a study.
 
@@ -1028,6 +1033,8 @@ def recommendations(
         kind: "base" or "instruct"; None: each that was fitted.
         gpu: (name, hours) in place of a budget of compute: what they buy at 40 % of the GPU's bfloat16 rate, by the
             share that 6 N T has of all FLOPs in the study's records, or a half where they do not tell.
+        target_loss: in place of a budget, the smallest compute (or, without it, number of prompts) at which some size is
+            predicted to reach this.
         budget: a keyword of `recommend`.
 
     Returns:
@@ -1045,7 +1052,29 @@ def recommendations(
         raise ValueError(f"{folder}: no law was fitted to {kind or 'any'} models")
     first = "data" if "prompts" in budget else "compute"
     axis = first if first in _axes(fits) else _axes(fits)[0]
+    if target_loss is not None:
+        unit = "compute" if axis == "compute" else "prompts"
+        return {k: recommend(f := fits.get(axis, k), **{unit: _reaching(f, unit, target_loss)}) for k in kinds}
     return {k: recommend(fits.get(axis, k), **budget) for k in kinds}
+
+
+def _reaching(fit: AxisFit, unit: str, target_loss: float) -> float:
+    """The smallest budget at which the best size is predicted to have a loss, to a hundredth of it."""
+    if not 0 < target_loss < 1:
+        raise ValueError(f"target_loss: must be between 0 and 1, got {target_loss}")
+
+    def misses(amount: float) -> bool:
+        return recommend(fit, **{unit: amount}).candidates[0].loss.value > target_loss
+
+    low, high = min(s.x_min for s in fit.sizes), max(s.x_max for s in fit.sizes) * 1e6
+    if misses(high):
+        raise ValueError(f"target_loss: {target_loss} is not reached with a million times the {unit} of this study")
+    if not misses(low):
+        raise ValueError(f"target_loss: {target_loss} is above what the smallest {unit} of this study reaches already")
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if misses(middle) else (low, middle)
+    return high
 
 
 def _training_share(folder: Path) -> float:

@@ -87,7 +87,7 @@ def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
     assert few.seconds == pytest.approx(products + read, rel=1e-3)
     assert many.seconds == pytest.approx(products + many.phases["decode"] / rate, rel=1e-3)
     assert few.usd == pytest.approx(few.seconds * 4 / 3600)
-    assert many.devices == 1 and many.memory["weights"] == pytest.approx(2 * 7.6156e9, rel=1e-3)
+    assert many.devices == 2 and many.memory["weights"] == pytest.approx(2 * 7.6156e9, rel=1e-3)
     assert many.memory["gradients"] == 2 * many.memory["weights"] and many.memory["optimizer"] == 5 * many.memory["weights"]
     assert "reference" not in many.memory
 
