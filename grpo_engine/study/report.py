@@ -107,7 +107,7 @@ class StudyData:
     runs: dict[str, Run]  # cell name -> run, finished cells only, in the plan's order
     missing: tuple[str, ...]
     headline: str  # the in-domain set whose loss the laws are about
-    group_size: int  # of the main runs
+    group_size: int | None  # of the main runs; None: not known
     params: dict[str, int]  # size -> N
     table: pyarrow.Table  # of `records.runs_table`
     cells: dict[str, Cell | ImportedCell] = field(default_factory=dict)
@@ -1102,13 +1102,14 @@ def _method_points(data: StudyData) -> list[str]:
     run = next(iter(data.runs.values()))
     head = next(e for e in run.evals if e.eval_set == data.headline and e.mode == "sample")
     if data.plan is None:
+        nominal = _params_of(data.table) == "nominal"
         return [
-            f"The runs are of another trainer: their evaluations come from its logs, and nothing is known of them but "
-            f"what {TABLE_FILE} holds. Test loss L = 1 - pass@1 on {data.headline}.",
-            f"N: {'the size that the name says' if _params_of(data.table) == 'nominal' else 'parameters without the embedding and the output head'}. "  # noqa: E501
-            "Data D: prompts seen. Compute: 6 N T, T the tokens that the log counts.",
-            "Logs have no standard errors, so those shown are of the spread between runs alone, and none where there "
-            "is one run.",
+            "The runs are of another trainer: their evaluations come from its logs, and nothing is known of them but "
+            f"what {TABLE_FILE} holds.",
+            f"Test loss L = 1 - pass@1 on {data.headline}. Data D: prompts seen. Compute: 6 N T, T the tokens that the "
+            f"log counts, N {'what the model is called' if nominal else 'without the embedding and the output head'}.",
+            "Logs have no standard errors: those shown are of the spread between runs alone, and none where there is "
+            "one run.",
         ]
     config = data.plan.cells[0].config
     samples = f"{head.num_samples} answers to each" if head.num_samples > 1 else "one answer to each"

@@ -4,7 +4,9 @@ import json
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from grpo_engine.cli import app
 from grpo_engine.config import RunConfig, load_run_config
 from grpo_engine.study import design, forecast
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, load_study, plan, save_study
@@ -195,6 +197,16 @@ def test_the_micro_preset_has_the_papers_54_runs_and_controls():
     assert len(runs) == 54 and len({c.size for c in runs}) == 5
     assert {c.axes for c in runs if c.size == "m" and c.seed == 0 and c.tau == 1} == {("main", "reuse")}  # run once
     assert all(c.method == "pretrain" and c.axes == ("main",) for c in the_plan.cells if c not in runs)
+
+
+def test_the_command_prints_a_plan_as_json():
+    result = CliRunner().invoke(app, ["study", "plan", "paper", "--gpu", "h200", "--usd-per-hour", "3", "--json"])
+    assert result.exit_code == 0, result.exception
+    found = json.loads(result.output)
+    assert len(found["cells"]) == 54 and found["device"] == "h200"
+    assert found["total"]["usd"] == pytest.approx(sum(c["usd"] for c in found["cells"]))
+    result = CliRunner().invoke(app, ["study", "plan", "paper", "--gpu", "tpu"])
+    assert "estimate.gpu" in str(result.exception) and "got 'tpu'" in str(result.exception)
 
 
 def test_an_extended_study_says_only_what_is_different(tmp_path):

@@ -1,6 +1,7 @@
 import functools
 import io
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from grpo_engine import records, weights
 from grpo_engine.study import run
-from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan
+from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan, save_study
 from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
 from grpo_engine.tasks.micro import MicroTokenizer
 
@@ -425,15 +426,47 @@ def test_a_forked_process_has_the_imports_and_computes_on_the_threads_it_was_giv
     assert printed(tmp_path / "log.txt")[-1] == "2"
 
 
-def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_path):
+def tiny_study(tmp_path, seeds, **run):
     config = models.small_config(vocab=MicroTokenizer().vocab_size)
     weights.save_checkpoint(models.random_model(config, scale=3.0), tmp_path / "tiny")
     small = {
-        "steps": 3, "task": {"eval_problems": 10}, "rollout": {"max_new_tokens": 4},
+        "task": {"eval_problems": 10}, "rollout": {"max_new_tokens": 4},
         "batch": {"prompts": 4, "group_size": 2, "minibatches": 2}, "evaluation": {"count": 2, "samples": 1},
     }  # fmt: skip
-    study = StudyConfig(name="real", run=small, sizes={"tiny": SizeConfig(base=str(tmp_path / "tiny"))},
-                        axes=(AxesConfig(seeds=(0, 1, 2)),))  # fmt: skip
+    return StudyConfig(name="real", run=small | run, sizes={"tiny": SizeConfig(base=str(tmp_path / "tiny"))},
+                       axes=(AxesConfig(seeds=seeds),))  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
+def test_a_study_killed_twice_and_started_again_has_the_same_records(tmp_path):
+    study = tiny_study(tmp_path, (0, 1), steps=16, checkpoint_every=3)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    save_study(study, folder / "study.yaml")
+    code = f"import sys; from grpo_engine.study.run import run_study; sys.exit(run_study({str(folder)!r}, jobs=2).exit_code)"
+    moment, kills = random.Random(7), 0
+    for attempt in range(3):
+        before = lines_of(folder)
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        if attempt < 2:
+            wait_for(lambda b=before, p=process: lines_of(folder) > b or p.poll() is not None, 60)
+            time.sleep(moment.uniform(0, 0.2))
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+    assert process.wait(120) == 0 and kills >= 1
+    undisturbed = tmp_path / "undisturbed"
+    assert run_study(undisturbed, study=study, jobs=2, console=Console(file=io.StringIO())).exit_code == 0
+    for cell in plan(study).cells:
+        for name in (records.STEPS_FILE, records.EVALS_FILE, records.ORDER_FILE, "checkpoint/model.safetensors"):
+            assert (folder / cell.folder / name).read_bytes() == (undisturbed / cell.folder / name).read_bytes(), name
+
+
+def lines_of(folder):
+    return sum(p.read_bytes().count(b"\n") for p in folder.glob("cells/*/steps.jsonl"))
+
+
+def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_path):
+    study = tiny_study(tmp_path, (0, 1, 2), steps=3)
     folder = tmp_path / "study"
     result = run_study(folder, study=study, jobs=2, console=Console(file=io.StringIO()))
     assert result.exit_code == 0 and len(result.done) == 3, result.failures
