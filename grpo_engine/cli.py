@@ -31,7 +31,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run or study; made when absent.")]
 Preset = Annotated[str, typer.Argument(help="Preset (smoke, micro, paper, paper-v3) or YAML file.")]
-Gpu = Annotated[str | None, typer.Option(help="Estimate for this GPU: a100, h100, h200, b200, l40s or rtx4090.")]
+Gpu = Annotated[str | None, typer.Option(help="a100, h100, h200, b200, l40s or rtx4090; here: the one of this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StudyDir = Annotated[Path, typer.Argument(help="Folder of a study, as given to `study run --out`.")]
 
@@ -112,8 +112,9 @@ def study_plan(
     Example: grpo-engine study plan paper --gpu h200 --usd-per-hour 3
     """
     from grpo_engine.study.design import load_study, plan, plan_json, plan_view
+    from grpo_engine.study.forecast import gpu_here
 
-    assumed = {"estimate.gpu": gpu, "estimate.usd_per_hour": usd_per_hour}
+    assumed = {"estimate.gpu": gpu_here() if gpu == "here" else gpu, "estimate.usd_per_hour": usd_per_hour}
     settings = [f"{k}={v}" for k, v in assumed.items() if v is not None]
     the_plan = plan(load_study(preset, [*settings, *(overrides or [])]))
     if as_json:
@@ -247,10 +248,13 @@ def study_recommend(
     """
     from dataclasses import asdict
 
+    from grpo_engine.study.forecast import gpu_here
     from grpo_engine.study.report import recommendations
 
     if (gpu is None) != (hours is None):
         raise ValueError("--gpu and --hours go together")
+    if gpu == "here":
+        gpu = gpu_here()
     budgets = {"compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu and (gpu, hours)}
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:

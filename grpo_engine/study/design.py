@@ -489,7 +489,7 @@ def _cell_table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _phase_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = [n for n in PHASES if any(r["phases"].get(n) for r in rows)]
-    table = _table("FLOPs by phase, all cells of a size", ["size", "kind"], [*names, "all"])
+    table = _table("FLOPs by phase, all cells and models of a size", ["size", "kind"], [*names, "all"])
     groups = dict.fromkeys((r["size"], r["kind"]) for r in rows)
     for size, kind in groups:
         mine = [r for r in rows if (r["size"], r["kind"]) == (size, kind)]

@@ -259,6 +259,21 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
     )  # fmt: skip
 
 
+def gpu_here() -> str:
+    """The key in `GPUS` of this machine's first GPU.
+
+    Raises:
+        ValueError: no GPU, or one that is not listed.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    for gpu in GPUS:
+        if name is not None and gpu in name.lower().replace(" ", ""):
+            return gpu
+    raise ValueError(f"the GPU here must be one of {', '.join(GPUS)}, got {name or 'none'}")
+
+
 def gpu_compute(gpu: str, hours: float, *, share: float, utilization: float = 0.4) -> float:
     """The training compute, 6 N T, that some hours of a GPU buy.
 

@@ -6,7 +6,7 @@ from grpo_engine import records
 from grpo_engine.config import ModelSource, load_run_config
 from grpo_engine.cost import total_cost
 from grpo_engine.model import Model, ModelConfig
-from grpo_engine.study.forecast import GPUS, EstimateConfig, architecture, count_params, forecast, num_params
+from grpo_engine.study.forecast import GPUS, EstimateConfig, architecture, count_params, forecast, gpu_here, num_params
 from grpo_engine.train import train
 from grpo_engine.weights import save_checkpoint
 
@@ -97,3 +97,13 @@ def test_memory_decides_how_many_gpus():
     cost = forecast(config, EstimateConfig(gpu="h100"))
     assert cost.devices in (8, 16, 32) and sum(cost.memory.values()) <= 0.9 * cost.devices * 80e9
     assert sum(cost.memory.values()) > 0.9 * cost.devices / 2 * 80e9
+
+
+@pytest.mark.parametrize("name, gpu", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce RTX 4090", "rtx4090")])
+def test_the_gpu_here_is_known_by_its_name(monkeypatch, name, gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    assert gpu_here() == gpu
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(ValueError, match="must be one of .*, got Tesla T4"):
+        gpu_here()
