@@ -31,7 +31,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run or study; made when absent.")]
 Preset = Annotated[str, typer.Argument(help="Preset (smoke, micro, paper, paper-v3) or YAML file.")]
-Gpu = Annotated[str | None, typer.Option(help="a100, h100, h200, b200, l40s or rtx4090; here: the one of this machine.")]
+Gpu = Annotated[str | None, typer.Option(help="a100, h100, h200, b200, l40s, l4 or mi300x; here: the one of this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StudyDir = Annotated[Path, typer.Argument(help="Folder of a study, as given to `study run --out`.")]
 

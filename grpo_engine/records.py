@@ -10,7 +10,7 @@ A run directory holds
     checkpoint/     written by `grpo_engine.checkpoint`
     summary.json    written last: a run with a summary is complete
 
-Every object carries `"schema": 2`; records of schema 1, which lack `EvalRecord.problem_scores`, are read too. A value
+Every object carries `"schema": 2`; records of schema 1, which lack `EvalRecord.right`, are read too. A value
 that was not measured is `null`. JSON has no NaN and no infinity, so a value that is not finite is written as `null`
 *and named*, with what it was, under the key `"non_finite"` of the same object:
 `{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike.
@@ -117,7 +117,7 @@ class EvalRecord:
     loss: float
     stderr: float | None  # of pass1, over problems; None for a single problem
     by_grade: dict[str, dict[str, float]] | None = None  # {grade: {"pass1": float, "n": int}}
-    problem_scores: list[float] | None = None  # summed rewards of each problem's answers, in the set's order
+    right: list[int] | None = None  # right answers to each problem, in the set's order; None where rewards are not 0 or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -657,11 +657,11 @@ _TABLE = (
     ("loss", "float64"),
     ("stderr", "float64"),
 )
-TABLE_COLUMNS = tuple(name for name, _ in _TABLE)  # those of one value; problem_scores comes after them
+TABLE_COLUMNS = tuple(name for name, _ in _TABLE)  # those of one value; right comes after them
 
 
 def table_schema() -> pyarrow.Schema:
-    """The Arrow schema of `runs.parquet`: one row an evaluation record, `TABLE_COLUMNS` in order and problem_scores.
+    """The Arrow schema of `runs.parquet`: one row an evaluation record, `TABLE_COLUMNS` in order and right.
 
     Returns:
         A pyarrow schema whose metadata holds the record schema number under b"grpo_engine_schema".
@@ -669,7 +669,7 @@ def table_schema() -> pyarrow.Schema:
     import pyarrow as pa
 
     fields = [pa.field(name, getattr(pa, kind)()) for name, kind in _TABLE]
-    fields.append(pa.field("problem_scores", pa.list_(pa.float32())))
+    fields.append(pa.field("right", pa.list_(pa.int32())))
     return pa.schema(fields, metadata={b"grpo_engine_schema": str(SCHEMA).encode()})
 
 

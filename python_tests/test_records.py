@@ -53,10 +53,9 @@ def test_a_record_survives_the_round_trip(record):
 
 def test_a_record_of_the_first_schema_is_read():
     line = records.to_json(EVAL)
-    old = {k: v for k, v in line.items() if k != "problem_scores"} | {"schema": 1}
-    assert records.from_json(EvalRecord, old) == EVAL and EVAL.problem_scores is None
-    scores = [4, 0, 1.5]
-    assert records.from_json(EvalRecord, line | {"problem_scores": scores}).problem_scores == scores
+    old = {k: v for k, v in line.items() if k != "right"} | {"schema": 1}
+    assert records.from_json(EvalRecord, old) == EVAL and EVAL.right is None
+    assert records.from_json(EvalRecord, line | {"right": [4, 0, 1]}).right == [4, 0, 1]
 
 
 def test_a_non_finite_number_is_null_and_named(tmp_path):
@@ -221,7 +220,7 @@ def test_steps_must_rise(tmp_path):
 
 def test_the_table_has_the_declared_columns(tmp_path):
     table = records.runs_table([make_run(tmp_path / "r")])
-    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "problem_scores")
+    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "right")
     row = table.to_pylist()[0]
     assert (row["study"], row["cell"], row["seed"], row["group_size"]) == (None, "r", 3, 8)
     assert row["tau"] == 4.0  # 128 prompts seen, 32 different ones

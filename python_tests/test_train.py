@@ -176,10 +176,10 @@ def test_the_order_of_the_training_prompts_is_recorded(undisturbed):
     assert all(uid.startswith("chain/") for uid in lines)
 
 
-def test_an_evaluation_records_every_problem(undisturbed):
+def test_an_evaluation_records_the_right_answers_to_every_problem(undisturbed):
     for e in records.read_run(undisturbed).evals:
-        assert len(e.problem_scores) == e.num_problems and all(0 <= s <= e.num_samples for s in e.problem_scores)
-        assert sum(e.problem_scores) / (e.num_problems * e.num_samples) == pytest.approx(e.pass1)
+        assert len(e.right) == e.num_problems and all(0 <= s <= e.num_samples for s in e.right)
+        assert sum(e.right) / (e.num_problems * e.num_samples) == pytest.approx(e.pass1)
 
 
 def test_evaluations_are_log_spaced_and_hold_both_ends():

@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 
 from ..config import Config, ModelSource, Positive, RunConfig, apply_overrides, load_yaml, validate
 from ..records import PHASES, run_id
-from .forecast import GPUS, Cost, EstimateConfig, dollars, forecast, num_params, pretraining
+from .forecast import Cost, EstimateConfig, dollars, forecast, num_params, pretraining
+from .gpus import GPUS
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -519,10 +520,10 @@ def _total(plan: Plan, jobs: int) -> str:
     if estimate.gpu:
         facts = GPUS[estimate.gpu]
         types = dict.fromkeys(c.config.model.dtype for c in plan.cells)
-        rates = ", ".join(f"{facts.flops[t]:.3g} FLOP/s in {t}" for t in types)
+        rates = ", ".join(f"{facts.peak(t):.3g} FLOP/s in {t}" for t in types)
         text += f"about {total['seconds'] / 3600:,.0f} {estimate.gpu} hours"
         basis = (
-            f"Assumed: {estimate.utilization:.0%} of {rates}, decoding at no more than {estimate.bandwidth_share:.0%} of "
+            f"Assumed: {estimate.product_share:.0%} of {rates}, decoding at no more than {estimate.bandwidth_share:.0%} of "
             f"{facts.bandwidth:.3g} bytes/s, nothing lost between GPUs."
         )
     else:

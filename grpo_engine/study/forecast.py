@@ -15,35 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ..config import Config, ModelSource, RunConfig
+from .gpus import GPUS
 
 if TYPE_CHECKING:
     from ..model import ModelConfig
 
-Gpu = Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"]
+GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "l4", "mi300x"]
 BYTES = {"float32": 4, "bfloat16": 2}
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuFacts:
-    """What a data sheet says of one GPU: dense FLOP/s by dtype, bytes a second, bytes."""
-
-    flops: Mapping[str, float]
-    bandwidth: float
-    memory: float
-
-
-def _gpu(bfloat16: float, float32: float, bandwidth: float, memory: float) -> GpuFacts:
-    return GpuFacts(flops={"bfloat16": bfloat16, "float32": float32}, bandwidth=bandwidth, memory=memory)
-
-
-GPUS: dict[str, GpuFacts] = {  # float32 without tensor cores; the SXM form where there are several
-    "a100": _gpu(312e12, 19.5e12, 2.04e12, 80e9),
-    "h100": _gpu(989e12, 67e12, 3.35e12, 80e9),
-    "h200": _gpu(989e12, 67e12, 4.8e12, 141e9),
-    "b200": _gpu(2250e12, 75e12, 7.7e12, 180e9),
-    "l40s": _gpu(362e12, 91.6e12, 0.864e12, 48e9),
-    "rtx4090": _gpu(165e12, 82.6e12, 1.01e12, 24e9),
-}
 
 _QWEN25 = {  # of the models' config.json: layers, width, feed-forward width, heads, key/value heads, tied head
     "0.5B": (24, 896, 4864, 14, 2, True),
@@ -66,8 +45,8 @@ class EstimateConfig(Config):
     start_s: Annotated[float, Field(ge=0)] = 1.5  # until a process does its first step
     flops_per_s: Annotated[float, Field(gt=0)] = 80e9  # CPU: a process, on large matrices
     us_per_token: Annotated[float, Field(ge=0)] = 3.0  # CPU: a trained token, besides: what does not shrink with N
-    gpu: Gpu | None = None  # None: the CPU at hand
-    utilization: Annotated[float, Field(gt=0, le=1)] = 0.4  # GPU: share of its FLOP/s that products reach
+    gpu: GpuName | None = None  # None: the CPU at hand
+    product_share: Annotated[float, Field(gt=0, le=1)] = 0.4  # GPU: share of its FLOP/s that products reach
     bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.6  # GPU: share of its bandwidth that decoding reaches
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device
 
@@ -202,7 +181,7 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
         estimate: lengths and rates.
 
     Returns:
-        The cost. Time on a CPU is that of one process of one thread. On a GPU products run at `utilization` of the
+        The cost. Time on a CPU is that of one process of one thread. On a GPU products run at `product_share` of the
         data sheet, decoding at that or at `bandwidth_share` of the bandwidth, whichever is slower (weights and the keys
         and values of all running sequences are read for every token); `devices` is the smallest power of two that
         holds the run, and nothing is lost between them.
@@ -243,7 +222,7 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
         devices = 1
     else:
         gpu = GPUS[estimate.gpu]
-        rate = gpu.flops[config.model.dtype] * estimate.utilization
+        rate = gpu.peak(config.model.dtype) * estimate.product_share
         written = (answers if grpo else 0) * a + sampled * a
         running = min(config.rollout.max_running, config.batch.prompts * config.batch.group_size)
         read = written * (work.weight_bytes / running + (p + a / 2) * work.kv_bytes)
@@ -272,26 +251,6 @@ def gpu_here() -> str:
         if name is not None and gpu in name.lower().replace(" ", ""):
             return gpu
     raise ValueError(f"the GPU here must be one of {', '.join(GPUS)}, got {name or 'none'}")
-
-
-def gpu_compute(gpu: str, hours: float, *, share: float, utilization: float = 0.4) -> float:
-    """The training compute, 6 N T, that some hours of a GPU buy.
-
-    Args:
-        gpu: a key of `GPUS`.
-        hours: of one of them, or of several added up.
-        share: of all FLOPs of a run that are 6 N T.
-        utilization: of the bfloat16 rate of the data sheet, all phases together.
-
-    Returns:
-        FLOPs.
-
-    Raises:
-        ValueError: no such GPU.
-    """
-    if gpu not in GPUS:
-        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
-    return 3600.0 * hours * GPUS[gpu].flops["bfloat16"] * utilization * share
 
 
 def pretraining(params: int, tokens: float, estimate: EstimateConfig) -> Cost:

@@ -51,7 +51,7 @@ from .figures import (
     tick_text,
 )
 from .fit import AxisFit, Estimate, Fits, draws_of, fit_table, interval, read_fits, write_fits
-from .forecast import gpu_compute
+from .gpus import budget as gpu_budget
 from .importers import TABLE_FILE, read_table, write_table
 from .recommend import Recommendation, recommend
 
@@ -301,7 +301,7 @@ def _fit(data: StudyData, folder: Path, n_boot: int) -> Fits:
         write_table(folder, data.table)
     plain = {r.header["run_id"] for n, r in data.runs.items() if not data.cells[n].variant}
     mask = [r in plain for r in data.table.column("run_id").to_pylist()]
-    table = data.table.drop_columns("problem_scores").filter(pa.array(mask, type=pa.bool_()))
+    table = data.table.drop_columns("right").filter(pa.array(mask, type=pa.bool_()))
     kinds = [*data.kinds, "all"] if len(data.kinds) > 1 else data.kinds
     chosen = {"eval_set": data.headline, "group_size": data.group_size, "n_boot": n_boot, "params": _params_of(table)}
     axes = [a for a in ("compute", "data", "ledger") if _known(table, AXIS_COLUMNS[a])]
@@ -1031,8 +1031,7 @@ def recommendations(
     Args:
         study_dir: the study's folder; its laws are fitted where fits.json is missing.
         kind: "base" or "instruct"; None: each that was fitted.
-        gpu: (name, hours) in place of a budget of compute: what they buy at 40 % of the GPU's bfloat16 rate, by the
-            share that 6 N T has of all FLOPs in the study's records, or a half where they do not tell.
+        gpu: (name, hours) in place of a budget of compute; see `gpus.budget`.
         target_loss: in place of a budget, the smallest compute (or, without it, number of prompts) at which some size is
             predicted to reach this.
         budget: a keyword of `recommend`.
@@ -1041,12 +1040,12 @@ def recommendations(
         Kind to recommendation.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_data`, `gpu_compute` and `recommend`; no law of this kind.
+        FileNotFoundError, ValueError: see `load_data`, `gpus.budget` and `recommend`; no law of this kind.
     """
     folder = Path(study_dir)
     fits = read_fits(folder / FITS_FILE) if (folder / FITS_FILE).is_file() else fit_study(folder)
     if gpu is not None:
-        budget = {"compute": gpu_compute(*gpu, share=_training_share(folder))}
+        budget = {"compute": gpu_budget(*gpu)}
     kinds = [k for k in dict.fromkeys(f.kind for f in fits.fits) if k in ((kind,) if kind else ("base", "instruct"))]
     if not kinds:
         raise ValueError(f"{folder}: no law was fitted to {kind or 'any'} models")
@@ -1075,14 +1074,6 @@ def _reaching(fit: AxisFit, unit: str, target_loss: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if misses(middle) else (low, middle)
     return high
-
-
-def _training_share(folder: Path) -> float:
-    """6 N T over the FLOPs of all phases, the median of what the runs ended with."""
-    table = read_table(folder)
-    rows = [] if table is None else table.select(["compute_6nt", "compute_ledger"]).to_pylist()
-    shares = [r["compute_6nt"] / r["compute_ledger"] for r in rows if r["compute_6nt"] and r["compute_ledger"]]
-    return statistics.median(shares) if shares else 0.5
 
 
 def round_to(value: float, digits: int) -> float:

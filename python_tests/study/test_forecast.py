@@ -6,7 +6,8 @@ from grpo_engine import records
 from grpo_engine.config import ModelSource, load_run_config
 from grpo_engine.cost import total_cost
 from grpo_engine.model import Model, ModelConfig
-from grpo_engine.study.forecast import GPUS, EstimateConfig, architecture, count_params, forecast, gpu_here, num_params
+from grpo_engine.study.forecast import EstimateConfig, architecture, count_params, forecast, gpu_here, num_params
+from grpo_engine.study.gpus import GPUS
 from grpo_engine.train import train
 from grpo_engine.weights import save_checkpoint
 
@@ -78,7 +79,7 @@ def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
     estimate = EstimateConfig(prompt_tokens=100, answer_tokens=1000, gpu="h200", start_s=0, usd_per_hour=4)
     many = forecast(config, estimate)
     few = forecast(config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_running": 8})}), estimate)
-    rate, gpu = 0.4 * GPUS["h200"].flops["bfloat16"], GPUS["h200"]
+    rate, gpu = 0.4 * GPUS["h200"].flops, GPUS["h200"]
     products = (many.flops - many.phases["decode"]) / rate
     kv = 2 * 2 * 28 * 4 * 128
     assert few.flops == many.flops
@@ -99,7 +100,7 @@ def test_memory_decides_how_many_gpus():
     assert sum(cost.memory.values()) > 0.9 * cost.devices / 2 * 80e9
 
 
-@pytest.mark.parametrize("name, gpu", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce RTX 4090", "rtx4090")])
+@pytest.mark.parametrize("name, gpu", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4")])
 def test_the_gpu_here_is_known_by_its_name(monkeypatch, name, gpu):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)

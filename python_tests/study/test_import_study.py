@@ -109,7 +109,7 @@ def test_a_recommendation_comes_from_the_command(study):
     text = command("study", "recommend", study, "--data", 20_000)
     assert "base models" in text and "predicted test loss" in text
     hours = json.loads(command("study", "recommend", study, "--gpu", "h200", "--hours", 100, "--json"))
-    assert hours["base"]["amount"] == pytest.approx(100 * 3600 * 989e12 * 0.4 * 0.5)
+    assert hours["base"]["amount"] == pytest.approx(100 * 3600 * 989e12 * 0.3 / 2)
     (reached,) = json.loads(command("study", "recommend", study, "--target-loss", 0.6, "--json")).values()
     again = json.loads(command("study", "recommend", study, "--compute", reached["amount"], "--json"))["base"]
     best = again["candidates"][0]

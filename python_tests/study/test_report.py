@@ -57,7 +57,7 @@ def panels_of(page):
 
 def test_the_table_holds_every_evaluation(study):
     table = pq.read_table(study / "runs.parquet")
-    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "problem_scores")
+    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "right")
     data = load_data(study)
     assert table.num_rows == sum(len(r.evals) for r in data.runs.values())
     assert set(table["study"].to_pylist()) == {"synthetic"} and set(table["tau"].to_pylist()) == {1.0, 5.0, 25.0}
