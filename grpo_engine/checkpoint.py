@@ -3,7 +3,7 @@
 A run directory holds
 
     checkpoint/            the newest: a Hugging Face folder (`grpo_engine.weights`: load it as a model anywhere),
-                           optimizer.safetensors and meta.json
+                           optimizer.safetensors (or numbered shards of it) and meta.json
     checkpoint.previous/   the one before it, used when the newest turns out to be damaged
     checkpoint.new/        one that is being written; whatever a killed process left of it is thrown away
 
@@ -22,14 +22,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_engine import weights
@@ -87,14 +86,12 @@ class State:
                     group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
         parameters = dict(model.named_parameters())
         optimizer.state.clear()
-        with safe_open(self.folder / OPTIMIZER_FILE, framework="pt") as file:
-            for key in file.keys():
-                name, _, kind = key.rpartition(":")
-                tensor = file.get_tensor(key)
-                # as torch keeps them: moments with their parameter, step counts on the CPU
-                if tensor.dim():
-                    tensor = tensor.to(parameters[name].device)
-                optimizer.state[parameters[name]][kind] = tensor
+        for path in sorted(self.folder.glob(f"{Path(OPTIMIZER_FILE).stem}*")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    name, _, kind = key.rpartition(":")
+                    parameter = parameters[name]
+                    optimizer.state[parameter][kind] = file.get_tensor(key).to(parameter.device)
 
 
 def save(
@@ -112,7 +109,7 @@ def save(
     Args:
         run_dir: must exist. One process writes to it at a time.
         model: its weights.
-        optimizer: its state: moments, step counts, settings of each group.
+        optimizer: its state: moments, step counts, lower halves of master weights, settings of each group.
         step: steps that were done.
         config_hash: of the configuration; `load` refuses another.
         lengths: record file -> length in bytes, after it was synced.
@@ -142,7 +139,7 @@ def save(
     new.mkdir()
     try:
         weights.write_files(model, new)
-        save_file(_optimizer_tensors(model, optimizer), new / OPTIMIZER_FILE)
+        weights.write_tensors(new, OPTIMIZER_FILE, _optimizer_tensors(model, optimizer))
         facts["files"] = {p.name: _fingerprint(p) for p in sorted(new.iterdir())}
         facts["sha256"] = _digest(facts)
         (new / META_FILE).write_text(json.dumps(facts, indent=1) + "\n")
@@ -263,13 +260,11 @@ def _groups(model: Model, optimizer: torch.optim.Optimizer) -> list[dict[str, An
     ]
 
 
-def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     names = _names(model, optimizer)
-    return {
-        f"{names[p]}:{kind}": torch.as_tensor(value).detach().cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for kind, value in state.items()
-    }
+    for p, state in optimizer.state.items():
+        for kind, value in state.items():
+            yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()
 
 
 def _remove(folder: Path) -> None:

@@ -131,6 +131,7 @@ class BatchConfig(Config):
     group_size: Annotated[int, Field(ge=2)] = 8  # G
     minibatches: Positive = 1  # optimizer steps a GRPO step; prompts must divide by it
     tokens_per_micro_batch: Positive = 4096  # forward and backward at once; changes memory and rounding, not results
+    activation_checkpointing: bool = False  # keep a layer's input, compute the rest again in backward; changes no bit
 
     @pydantic.model_validator(mode="after")
     def _divides(self) -> BatchConfig:
@@ -155,6 +156,7 @@ class RunConfig(Config):
     name: str = "run"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     steps: Positive = 100
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU; see `grpo_engine.device`
     method: Literal["grpo", "pretrain"] = "grpo"  # pretrain: the control, plain language modelling of the same length
     model: ModelSource = ModelSource(size="s")
     task: TaskConfig = TaskConfig()

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from grpo_engine import ops
 
@@ -88,14 +89,22 @@ class Layer(nn.Module):
 class Packed:
     """Sequences laid end to end, each seeing itself alone or, in a group, its group's prompt before it.
 
-    cu_seqlens [N+1] int32; cu_groups [M+1] int32 in sequences, or None: see `ops.ragged_attention`.
+    cu_seqlens [N+1] int32; cu_groups [M+1] int32 in sequences, or None: see `ops.ragged_attention`. With
+    activation_checkpointing a layer keeps its input alone and is computed again in the backward pass, to the same bits.
     """
 
     cu_seqlens: Tensor
     cu_groups: Tensor | None = None
+    activation_checkpointing: bool = False
 
     def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
         """See `Sequences`."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # a layer draws nothing, so there is no state of a generator to put back
+            return checkpoint(self._layer, layer, x_TD, positions_T, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(layer, x_TD, positions_T)
+
+    def _layer(self, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
         return ops.decoder_layer(
             x_TD, layer.weights, positions_T, self.cu_seqlens, cu_groups=self.cu_groups,
             num_kv_heads=layer.kv_heads, head_dim=layer.head_dim, theta=layer.theta, eps=layer.eps,
@@ -123,20 +132,21 @@ class Model(nn.Module):
         The two projections into the stream are scaled by 1 / sqrt(2 layers) besides.
 
         Args:
-            seed: of the draw; the same seed gives the same bits.
+            seed: of the draw, on the CPU; the same seed gives the same bits on every device.
             std: of a matrix's elements; None: 1 / sqrt(inputs). The usual 0.02 is meant for widths in the hundreds
                 and above; at 16 to 160 it starves the first thousand steps.
 
         Returns:
             self.
         """
-        generator = torch.Generator().manual_seed(seed)
+        cpu = torch.device("cpu")
+        generator = torch.Generator(device=cpu).manual_seed(seed)
         into_stream = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 scale = into_stream if name.endswith(("out_weight", "down_weight")) else 1.0
                 scale = scale / math.sqrt(p.shape[1]) if std is None else scale * std
-                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+                p.copy_(torch.randn(p.shape, generator=generator, device=cpu) * scale)
             elif name.endswith("bias"):
                 p.zero_()
             else:
@@ -181,7 +191,7 @@ class Model(nn.Module):
         Raises:
             ValueError, TypeError: from the ops, naming what was wanted.
         """
-        x_TD = torch.nn.functional.embedding(tokens_T, self.embed.weight)
+        x_TD = nn.functional.embedding(tokens_T, self.embed.weight)
         for i, layer in enumerate(self.layers):
             x_TD = sequences.layer(i, layer, x_TD, positions_T)
         return ops.rms_norm(x_TD, self.final_norm, eps=self.config.rms_norm_eps)
@@ -200,6 +210,7 @@ class Model(nn.Module):
         target: Tensor | None = None,
         positions_T: Tensor | None = None,
         temperature: float = 1.0,
+        activation_checkpointing: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of given tokens, without a [T, V] tensor.
 
@@ -211,6 +222,7 @@ class Model(nn.Module):
             target: [R] int64, the token that each of those rows predicts; default: the token after the row.
             positions_T: [T] int64; default: counted from each sequence's start, which is right without groups.
             temperature: the logits are divided by it.
+            activation_checkpointing: less memory, a third more work, the same bits; see `Packed`.
 
         Returns:
             (logprob [R] float32, entropy [R] float32), natural log, nats; differentiable.
@@ -222,14 +234,19 @@ class Model(nn.Module):
             raise ValueError("logprobs: rows and target go together, got only one of them")
         if positions_T is None:
             positions_T = packed_positions(cu_seqlens)
-        hidden_TD = self(tokens_T, positions_T, Packed(cu_seqlens, cu_groups))
+        hidden_TD = self(tokens_T, positions_T, Packed(cu_seqlens, cu_groups, activation_checkpointing))
         if rows is None:
             keep = torch.ones(tokens_T.numel(), dtype=torch.bool, device=tokens_T.device)
             keep[cu_seqlens[1:].long() - 1] = False
             rows = keep.nonzero().squeeze(1)
             target = tokens_T[rows + 1]
-        hidden_RD = hidden_TD.index_select(0, rows)
+        hidden_RD = _select_rows(hidden_TD, rows)
         return ops.token_logprob(hidden_RD, self.head_weight, target, temperature=temperature)
+
+
+def _select_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
+    # answers share their prompt's last row: its gradient is a sum, which index_select on CUDA makes by atomics, in any order
+    return nn.functional.embedding(rows, x_TD) if x_TD.is_cuda else x_TD.index_select(0, rows)
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:

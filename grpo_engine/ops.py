@@ -817,8 +817,8 @@ def _decoder_layer_setup(ctx, inputs, output):
 
 
 def _decoder_layer_backward(ctx, dy, *_):
-    head, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-    grads = _ops.decoder_layer_backward(dy.contiguous(), *head, ctx.cu_groups, *saved, *ctx.numbers)
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no second time
+    grads = _ops.decoder_layer_backward(dy.contiguous(), *saved[:10], ctx.cu_groups, *saved[10:], *ctx.numbers)
     return *grads, *([None] * 8)
 
 
@@ -884,6 +884,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     clip_norm: float = float("inf"),
+    master_low: Sequence[Tensor] = (),
 ) -> float:
     """Clip the gradients of all parameters by their global norm and take one AdamW step, in place.
 
@@ -901,6 +902,11 @@ def adamw(
         eps: finite, > 0.
         weight_decay: decoupled; finite, >= 0.
         clip_norm: bound of the global norm; > 0.
+        master_low: [] for the above; or, for P bfloat16 parameters, the lower 16 bits of their float32 master weights,
+            int16 and of their shapes; written.  A master is ``(parameter's bits << 16) + low``, so 0 makes it the
+            parameter.  The step is then exactly that of the master as a float32 parameter, with exp_avg and
+            exp_avg_sq float32 and each gradient float32 or bfloat16; the parameter is the master rounded to nearest,
+            ties away from zero.
 
     Returns:
         The global norm before clipping, added in float64 and the same for any number of threads.  Where it
@@ -911,6 +917,8 @@ def adamw(
         TypeError: wrong dtype.
 
     Source:
-        Loshchilov and Hutter 2019, arXiv:1711.05101.
+        Loshchilov and Hutter 2019, arXiv:1711.05101; master weights: Micikevicius et al. 2018, arXiv:1710.03740.
     """
-    return float(_ops.adamw(params, grads, exp_avg, exp_avg_sq, steps, lr, *betas, eps, weight_decay, clip_norm))
+    return float(
+        _ops.adamw(params, grads, exp_avg, exp_avg_sq, steps, master_low, lr, *betas, eps, weight_decay, clip_norm)
+    )

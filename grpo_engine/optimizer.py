@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
+from torch.nn import Parameter
 
 from grpo_engine import ops
+
+
+def adamw(
+    params: Iterable[Parameter], *, lr: float, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0
+) -> torch.optim.AdamW:
+    """The optimizer that `update` steps.
+
+    Gradients of bfloat16 parameters are summed over micro-batches in float32: in bfloat16 a sum would lose what is under
+    a 256th of it.
+
+    Args:
+        params: to be trained; for bfloat16 ones the type of their gradients is set to float32.
+        lr, betas, eps, weight_decay: see `ops.adamw`.
+
+    Returns:
+        One parameter group and no state yet.
+    """
+    params = list(params)
+    for p in params:
+        if p.dtype == torch.bfloat16:
+            p.grad_dtype = torch.float32
+    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def update(optimizer: torch.optim.AdamW, *, lr: float, clip_norm: float) -> float:
     """Clips the gradient, takes one optimizer step and clears the gradient.
 
-    The state is torch's own, so that a checkpoint of one is a checkpoint of the other; the arithmetic is
-    `ops.adamw`, one pass over all parameters.
+    The state has torch's names; the arithmetic is `ops.adamw`, one pass over all parameters. The moments are float32 or
+    wider. A bfloat16 parameter has "master_low" besides, the lower half of its float32 master: a step of a thousandth or
+    less of a weight would be rounded away.
 
     Args:
-        optimizer: over parameters whose gradients were accumulated; one parameter group.
+        optimizer: over parameters whose gradients were accumulated; one parameter group (see `adamw`).
         lr: learning rate of this step.
         clip_norm: bound of the global gradient norm.
 
@@ -41,6 +66,7 @@ def update(optimizer: torch.optim.AdamW, *, lr: float, clip_norm: float) -> floa
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         clip_norm=clip_norm,
+        master_low=[s["master_low"] for s in states if "master_low" in s],
     )
     if not math.isfinite(norm):
         raise RuntimeError(f"training diverged: the gradient norm is {norm}; lower the learning rate or look at the data")
@@ -49,7 +75,10 @@ def update(optimizer: torch.optim.AdamW, *, lr: float, clip_norm: float) -> floa
     return norm
 
 
-def _start(state: dict[str, torch.Tensor], p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    state["step"] = torch.zeros(())
-    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+def _start(state: dict[str, torch.Tensor], p: Parameter) -> dict[str, torch.Tensor]:
+    state["step"] = torch.zeros((), device=p.device)
+    moments = torch.float32 if p.dtype == torch.bfloat16 else p.dtype
+    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=moments) for _ in range(2))
+    if p.dtype == torch.bfloat16:
+        state["master_low"] = torch.zeros_like(p, dtype=torch.int16)
     return state

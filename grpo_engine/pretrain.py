@@ -3,7 +3,8 @@
 A *base* model reads the micro corpus (`grpo_engine.tasks.micro.Corpus`) with a learning rate that is annealed to
 nearly nothing: from an unannealed base, a little plain pretraining looks like what RL does. An *instruct* model is
 its base and a short second training on chat documents of the same corpus. Models are trained once and kept under
-the user's cache folder, named by a hash of everything that decides their weights.
+the user's cache folder, named by a hash of everything that decides their weights; on the CPU, so that they are the same
+wherever they were made.
 
 The *control* goes on with that training instead of RL: the base's own corpus, learning rate and annealing, for at
 least as many tokens a step as RL trains on.
@@ -30,10 +31,11 @@ import torch
 from torch import Tensor
 
 from grpo_engine.config import RunConfig
+from grpo_engine.device import move
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
 from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model, ModelConfig
-from grpo_engine.optimizer import update
+from grpo_engine.optimizer import adamw, update
 from grpo_engine.tasks import micro
 from grpo_engine.tasks.micro import Corpus, CorpusConfig
 
@@ -198,12 +200,12 @@ def language_loss(model: Model, batch: DocumentBatch) -> Tensor:
 
     Args:
         model: the model.
-        batch: packed documents.
+        batch: packed documents, on the model's device.
 
     Returns:
         Scalar float32, ``-sum(weight * logprob) / sum(weight)``, differentiable in the weights.
     """
-    rows = torch.arange(batch.tokens.numel())
+    rows = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
     logprob, _ = model.logprobs(batch.tokens, batch.cu_seqlens, rows=rows, target=batch.target)
     return -(batch.weight * logprob).sum() / batch.weight.sum()
 
@@ -232,7 +234,7 @@ def train_language(
         RuntimeError: the training diverged, or a document holds a test problem.
     """
     keep_freed_memory()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=betas, weight_decay=0.0)
+    optimizer = adamw(model.parameters(), lr=schedule.lr, betas=betas)
     done, loss = 0, math.nan
     while done < schedule.tokens:
         batch = next(batches)
@@ -484,7 +486,7 @@ def control_step(
         pairs = sum(causal_pairs(n) for n in (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist())
         flops = forward_flops(model, tokens=T, pairs=pairs, head_rows=T)
         with ledger.timed("forward", tokens=T, flops=flops):
-            loss = language_loss(model, batch)
+            loss = language_loss(model, move(batch, model.device))
         with ledger.timed("backward", tokens=T, flops=2 * flops):
             loss.backward()
         with ledger.timed("optimizer"):

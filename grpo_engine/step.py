@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from grpo_engine import ops
 from grpo_engine.batch import Minibatch, minibatches
 from grpo_engine.config import RunConfig
+from grpo_engine.device import move
 from grpo_engine.ledger import Ledger, forward_flops
 from grpo_engine.model import Model
 from grpo_engine.optimizer import update
@@ -88,34 +91,43 @@ def grpo_step(
     rewards_PG = torch.tensor([r.value for r in rewards]).view(P, G)
     advantage_PG = ops.group_advantages(rewards_PG, std=config.advantage.std, eps=config.advantage.eps)
 
-    losses, norms, trained_tokens, mismatch, stats = [], [], 0, 0.0, None
-    for index, minibatch in enumerate(_minibatches(rollout, advantage_PG, reference, config, ledger)):
-        loss = 0.0
+    losses, norms, stats, trained_tokens, mismatch = [], [], [], 0, 0.0
+    for index, minibatch in enumerate(
+        minibatches(rollout, advantage_PG.flatten(), count=config.batch.minibatches,
+                    tokens_per_micro_batch=config.batch.tokens_per_micro_batch)
+    ):  # fmt: skip
+        results, scored = [], []
         for micro in minibatch.micro_batches:
             T = micro.tokens.numel()  # fewer than micro.num_inputs: prompts are shared
             flops = training_flops(policy, micro)
+            trained_tokens += micro.num_inputs
+            micro = move(micro, policy.device)
+            if reference is not None:
+                with ledger.timed("reference", tokens=T, flops=flops):
+                    micro = _with_reference(micro, reference, config)
             with ledger.timed("forward", tokens=T, flops=flops):
                 logprob = logprobs(policy, micro, config)
                 result = policy_loss(logprob, micro, minibatch, config)
-            if index == 0:
-                mismatch = max(mismatch, _assert_on_policy(logprob.detach(), micro))
             with ledger.timed("backward", tokens=T, flops=2 * flops):
                 result.loss.backward()
-            loss += result.loss.item()
-            part = ops.PolicyStats(*result.stats.tolist())
-            stats = part if stats is None else stats.merge(part)
-            trained_tokens += micro.num_inputs
+            results.append((result.loss.detach(), result.stats))
+            scored.append((logprob.detach(), micro))
+        # only from here on does the host wait for the device
+        if index == 0 and not _same_bits(scored):
+            mismatch = max(_assert_on_policy(logprob, micro) for logprob, micro in scored)
         with ledger.timed("optimizer"):
             lr = learning_rate(config, step)
             norms.append(update(optimizer, lr=lr, clip_norm=config.optimizer.clip_norm))
-        losses.append(loss)
+        loss_of_parts, stats_of_parts = (torch.stack(parts).tolist() for parts in zip(*results, strict=True))
+        losses.append(functools.reduce(operator.add, loss_of_parts))
+        stats += [ops.PolicyStats(*part) for part in stats_of_parts]
 
     return StepOutcome(
         rollout=rollout,
         rewards=tuple(rewards),
         equal_groups=int((rewards_PG == rewards_PG[:, :1]).all(dim=1).sum()),
         trained_tokens=trained_tokens,
-        stats=stats,
+        stats=functools.reduce(ops.PolicyStats.merge, stats),
         loss=sum(losses) / len(losses),
         grad_norm=sum(norms) / len(norms),
         mismatch_max=mismatch,
@@ -132,6 +144,7 @@ def logprobs(model: Model, micro: TrainBatch, config: RunConfig) -> Tensor:
         target=micro.target,
         positions_T=micro.positions,
         temperature=config.rollout.temperature,
+        activation_checkpointing=config.batch.activation_checkpointing,
     )[0]
 
 
@@ -165,29 +178,22 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 def training_flops(model: Model, micro: TrainBatch) -> float:
-    """FLOPs of the forward pass of a micro-batch; backward takes twice that."""
+    """FLOPs of the forward pass of a micro-batch on the CPU; backward takes twice that.
+
+    What backward computes again, with activation checkpointing, is not counted.
+    """
     pairs = int((micro.positions + 1).sum())  # each token sees itself and all before it
     return forward_flops(model, tokens=micro.tokens.numel(), pairs=pairs, head_rows=micro.num_answer_tokens)
 
 
-def _minibatches(rollout: RolloutBatch, advantage_PG: Tensor, reference: Model | None, config: RunConfig,
-                 ledger: Ledger) -> list[Minibatch]:  # fmt: skip
-    cut = minibatches(rollout, advantage_PG.flatten(), count=config.batch.minibatches,
-                      tokens_per_micro_batch=config.batch.tokens_per_micro_batch)  # fmt: skip
-    if reference is None:
-        return list(cut)
-    return [
-        dataclasses.replace(
-            m, micro_batches=tuple(_with_reference(micro, reference, config, ledger) for micro in m.micro_batches)
-        )
-        for m in cut
-    ]
-
-
 @torch.no_grad()
-def _with_reference(micro: TrainBatch, reference: Model, config: RunConfig, ledger: Ledger) -> TrainBatch:
-    with ledger.timed("reference", tokens=micro.tokens.numel(), flops=training_flops(reference, micro)):
-        return dataclasses.replace(micro, ref_logprob=logprobs(reference, micro, config))
+def _with_reference(micro: TrainBatch, reference: Model, config: RunConfig) -> TrainBatch:
+    return dataclasses.replace(micro, ref_logprob=logprobs(reference, micro, config))
+
+
+def _same_bits(scored: Sequence[tuple[Tensor, TrainBatch]]) -> bool:
+    trained, sampled = zip(*((logprob, micro.old_logprob) for logprob, micro in scored), strict=True)
+    return torch.equal(torch.cat(trained), torch.cat(sampled))  # one comparison, hence one wait, for all micro-batches
 
 
 def _assert_on_policy(logprob: Tensor, micro: TrainBatch) -> float:

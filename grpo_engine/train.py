@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_engine import checkpoint, pretrain, records, weights
+from grpo_engine import checkpoint, device, pretrain, records, weights
 from grpo_engine.config import RunConfig, TaskConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
 from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model
+from grpo_engine.optimizer import adamw
 from grpo_engine.progress import RunProgress
 from grpo_engine.rewards.pool import RewardPool
 from grpo_engine.step import StepOutcome, grpo_step, learning_rate
@@ -54,7 +55,8 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool | None = None) -> P
         The run directory, complete: `summary.json` is there.
 
     Raises:
-        ValueError: the directory holds another run (the differing setting is named), or bad input.
+        ValueError: the directory holds another run (the differing setting is named), or one that was begun on a device
+            that is not there, or bad input.
         RuntimeError: the run diverged, or rollout and trainer disagreed.
     """
     return Run(config, Path(out), quiet=quiet).complete()
@@ -72,6 +74,7 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
     Raises:
         ValueError: no evaluation set, or bad input.
     """
+    config = config.model_copy(update={"device": device.resolve(config.device)})
     task = load_task(config.task, seed=config.seed, needed=1)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
@@ -81,10 +84,13 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
 
 
 def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
+    """Of a configuration whose device is resolved."""
+    if config.device == "cuda":
+        device.require_capability()
     m = config.model
     folder = Path(m.path) if m.path else pretrain.ensure_model(m.size, m.kind)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)
-    model = weights.load_model(folder, dtype=DTYPES[m.dtype])
+    model = weights.load_model(folder, dtype=DTYPES[m.dtype], device=config.device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
@@ -96,16 +102,20 @@ class Run:
     """The state of one run: model, optimizer, counters and open record files."""
 
     def __init__(self, config: RunConfig, out: Path, *, quiet: bool | None) -> None:
-        self.config = config
         self.out = out
         self.quiet = quiet
-        self.run_id = records.run_id(config.model_dump(mode="json"))
+        self.finished = (out / records.SUMMARY_FILE).exists()
+        begun = records.read_json(out / records.RUN_FILE) if (out / records.RUN_FILE).exists() else None
+        # a device decides the last bits, so it is part of what a run is: the id is that of the resolved configuration
+        self.config = config.model_copy(update={"device": self._device(config.device, begun)})
+        self.run_id = records.run_id(self.config.model_dump(mode="json"))
+        if begun is not None:
+            self._refuse_another_run(begun)
         out.mkdir(parents=True, exist_ok=True)
-        self._refuse_another_run()
 
     def complete(self) -> Path:
         """See `train`."""
-        if (self.out / records.SUMMARY_FILE).exists():
+        if self.finished:
             return self.out
         self.clock = time.perf_counter()
         with RunProgress(self.config, quiet=self.quiet) as progress:
@@ -117,14 +127,27 @@ class Run:
 
     # ------------------------------------------------------------------ setting up
 
-    def _refuse_another_run(self) -> None:
-        path = self.out / records.RUN_FILE
-        if not path.exists():
-            return
-        found = records.read_json(path)
-        if found["run_id"] != self.run_id:
-            differing = _differences(found["config"], self.config.model_dump(mode="json"))
-            raise ValueError(f"{self.out} holds another run ({found['run_id']}); it differs in {', '.join(differing)}")
+    def _device(self, asked: str, begun: dict | None) -> str:
+        """Where to compute: a run stays where it was begun, unless the configuration says otherwise (and is refused)."""
+        if begun is None:
+            return device.resolve(asked)
+        before = begun["config"].get("device", "cpu")
+        if asked not in ("auto", before):
+            return asked
+        if self.finished:
+            return before
+        try:
+            return device.resolve(before)
+        except ValueError as e:
+            raise ValueError(
+                f"{self.out} was begun on {before}, and another device would change its bits: go on where there is one, "
+                f"or begin anew in another folder ({e})"
+            ) from None
+
+    def _refuse_another_run(self, begun: dict) -> None:
+        if begun["run_id"] != self.run_id:
+            differing = _differences(begun["config"], self.config.model_dump(mode="json"))
+            raise ValueError(f"{self.out} holds another run ({begun['run_id']}); it differs in {', '.join(differing)}")
 
     def _load(self) -> None:
         c = self.config
@@ -134,7 +157,7 @@ class Run:
         self.tokenizer, self.model = _tokenizer_and_model(c)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = adamw(
             self.model.parameters(),
             lr=learning_rate(c, 1),
             betas=c.optimizer.betas,
@@ -159,7 +182,7 @@ class Run:
         self.steps, self.evals, self.timings = (
             records.JsonlWriter(self.out / name, truncate_to=length) for name, length in lengths.items()
         )
-        self.ledger = Ledger(self.counters.flops)
+        self.ledger = Ledger(self.counters.flops, device=c.device)
 
     def _leave_out_long_prompts(self) -> None:
         self.num_too_long = 0

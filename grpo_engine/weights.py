@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,8 @@ def load_model(
 ) -> Model:
     """A model with the weights of a Hugging Face folder.
 
-    Memory: the model, and one tensor of the file at a time.
+    Memory: the model, where it is to live, and one tensor of the file at a time: files are mapped, not read, and each
+    tensor goes straight to its place and dtype.
 
     Args:
         folder: config.json and either model.safetensors or shards with model.safetensors.index.json.
@@ -492,24 +493,47 @@ def write_files(model: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9)
         raise ValueError(f"max_shard_bytes must be >= 1, got {max_shard_bytes}")
     if model.dtype not in _WRITABLE:
         raise TypeError(f"model must be one of {', '.join(_WRITABLE.values())}, got {model.dtype}")
+    weight_map = write_tensors(folder, SINGLE_FILE, split_parameters(model), max_shard_bytes=max_shard_bytes)
+    if len(set(weight_map.values())) > 1:
+        total = {"total_parameters": model.num_parameters, "total_size": sum(p.nbytes for p in model.parameters())}
+        _write_object(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+    _write_object(folder / CONFIG_FILE, _config_object(model.config, model.dtype))
+
+
+def write_tensors(
+    folder: Path, file: str, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 5 * 10**9
+) -> dict[str, str]:
+    """Writes tensors of any device into one safetensors file, or into numbered ones.
+
+    Memory: that of one file on the host.
+
+    Args:
+        folder: must exist.
+        file: its name when one is enough, "NAME.safetensors"; else NAME-00001-of-00003.safetensors and so on.
+        tensors: (name, tensor) in the order wanted, contiguous.
+        max_shard_bytes: no file's tensors are longer, unless one tensor alone is.
+
+    Returns:
+        Tensor -> file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
-    for name, tensor in split_parameters(model):
+    for name, tensor in tensors:
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = max_shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    stem = file.removesuffix(".safetensors")
+    files = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        files = [SINGLE_FILE]
-    for file, shard in zip(files, shards, strict=True):
-        save_file({name: t.cpu() for name, t in shard.items()}, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = {"total_parameters": model.num_parameters, "total_size": sum(p.nbytes for p in model.parameters())}
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write_object(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
-    _write_object(folder / CONFIG_FILE, _config_object(model.config, model.dtype))
+        files = [file]
+    for name, shard in zip(files, shards, strict=True):
+        save_file({key: t.cpu() for key, t in shard.items()}, folder / name, metadata={"format": "pt"})
+    return {key: name for name, shard in zip(files, shards, strict=True) for key in shard}
 
 
 def copy_tokenizer(source: str | os.PathLike[str], folder: Path) -> None:

@@ -26,7 +26,10 @@ SAME_EXTENSION = "import sys; sys.path.insert(0, 'python_tests'); import conftes
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]  # for code that is told where to compute
+
+
+@pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     """Each device in turn; tensors and generators that the test makes without naming a device are on it."""
     if request.param != "cpu":  # the context reaches every factory, but not this

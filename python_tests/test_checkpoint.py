@@ -118,6 +118,19 @@ def test_resumed_steps_are_bit_identical(tmp_path, dtype, amsgrad):
     assert same(bits(again, its_optimizer), bits(model, optimizer))
 
 
+def test_an_optimizer_of_several_files_is_as_good_as_one(tmp_path, monkeypatch):
+    model, optimizer = make()
+    train_step(model, optimizer, 1)
+    write = weights.write_tensors
+    monkeypatch.setattr(weights, "write_tensors", lambda *args, **kwargs: write(*args, **kwargs | {"max_shard_bytes": 500}))
+    put(tmp_path, model, optimizer, 1)
+    names = {p.name for p in (tmp_path / CURRENT).iterdir()}
+    assert sum(name.startswith("optimizer-") for name in names) > 1 and "optimizer.safetensors" not in names
+    again, its_optimizer = make(seed=9)
+    checkpoint.load(tmp_path, config_hash=HASH).restore(again, its_optimizer)
+    assert same(bits(again, its_optimizer), bits(model, optimizer))
+
+
 def test_odd_floats_survive(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         model, optimizer = make(dtype=dtype)
@@ -236,7 +249,7 @@ def killed_at(number, action):
 
         try:
             real_save_file = weights.save_file
-            weights.save_file = checkpoint.save_file = halved
+            weights.save_file = halved
             for module, name in CALLS:
                 setattr(module, name, wrapped(getattr(module, name)))
             action()
@@ -407,7 +420,7 @@ def test_a_full_disk_leaves_the_newest(tmp_path, truth, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(weights, "save_file", full)
         with pytest.raises(OSError, match="No space"):
             put(tmp_path, *make(), 3)
     assert whole(tmp_path, truth) == 2

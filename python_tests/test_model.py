@@ -3,9 +3,10 @@
 import models
 import pytest
 import torch
+from conftest import DEVICES
 
 from grpo_engine.config import RolloutConfig
-from grpo_engine.model import ModelConfig, Packed, packed_positions
+from grpo_engine.model import Model, ModelConfig, Packed, packed_positions
 from grpo_engine.rollout import derive_seeds, generate
 
 HEADS = [(4, 4), (4, 2), (7, 1)]  # query/key ratios 1, 2, 7
@@ -80,6 +81,41 @@ def test_a_sequence_scores_the_same_alone_in_a_batch_and_on_two_threads(dtype, o
         assert torch.equal(one, two)
         alone = [model.logprobs(ids, lengths_to_cu([len(ids)]))[0] for ids in tokens.split(lengths)]
     assert torch.equal(torch.cat(alone), one)
+
+
+@pytest.mark.parametrize("place", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_checkpointing_keeps_less_and_changes_no_bit(dtype, place):
+    model = models.random_model(dtype=dtype).to(place)
+    lengths = [5, 33, 2, 16]
+    tokens = torch.randint(97, (sum(lengths),), generator=torch.Generator().manual_seed(7)).to(place)
+    results, kept = [], []
+
+    def keep(t):
+        kept[-1] += t.nbytes
+        return t
+
+    for checkpointed in (False, True):
+        model.zero_grad()
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            logprob, _ = model.logprobs(tokens, lengths_to_cu(lengths).to(place), activation_checkpointing=checkpointed)
+        (logprob.cos() / 7).sum().backward()
+        results.append([logprob.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 2  # of it the weights, which are saved as such, are most
+    with torch.no_grad():  # and where nothing is kept it does nothing
+        plain = model.logprobs(tokens, lengths_to_cu(lengths).to(place), activation_checkpointing=True)[0]
+    assert torch.equal(plain, results[0][0])
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_weights_are_drawn_alike_on_every_device(place):
+    on_cpu = Model(models.small_config(), torch.bfloat16).init_weights(3)
+    with torch.device(place):
+        there = Model(models.small_config(), torch.bfloat16).init_weights(3)
+    assert there.device.type == place
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu.parameters(), there.parameters(), strict=True))
 
 
 def test_non_embedding_parameters():

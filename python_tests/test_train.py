@@ -12,14 +12,16 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from conftest import DEVICES
 from safetensors.torch import load_file
 
-from grpo_engine import records, weights
+from grpo_engine import device, records, step, weights
 from grpo_engine.config import RunConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import eval_steps
+from grpo_engine.rollout import generate
 from grpo_engine.tasks.micro import MicroTokenizer
-from grpo_engine.train import problems_of_step, train
+from grpo_engine.train import Run, problems_of_step, train
 
 DETERMINISTIC = (records.STEPS_FILE, records.EVALS_FILE)
 
@@ -153,6 +155,73 @@ def test_a_finished_run_is_left_alone(folder, undisturbed):
 def test_another_runs_folder_is_refused_and_the_difference_named(folder, undisturbed):
     with pytest.raises(ValueError, match=r"holds another run .*optimizer.lr \(0.001 there, 0.002 here\)"):
         train(run_config(folder, optimizer={"lr": 2e-3}), undisturbed)
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_a_bfloat16_run_repeats_itself_resumed_and_with_checkpointed_activations(folder, place, tmp_path):
+    def config(steps, **batch):
+        return run_config(folder, steps=steps, checkpoint_every=2, device=place, model={"dtype": "bfloat16"},
+                          evaluation={"count": 2}, optimizer={"lr": 1e-4}, batch=batch)  # fmt: skip
+
+    one = train(config(4), tmp_path / "one")
+    assert json.loads((one / records.RUN_FILE).read_text())["config"]["device"] == place
+    assert all(s["logprob_mismatch_max"] == 0.0 for s in records.read_jsonl(one / records.STEPS_FILE).records)
+    checkpointed = train(config(4, activation_checkpointing=True), tmp_path / "checkpointed")
+    assert deterministic_bytes(one) == deterministic_bytes(checkpointed) and same_weights(one, checkpointed)
+    phases = records.read_jsonl(one / records.TIMINGS_FILE).records[1]["phase"]
+    assert all(phases[name]["seconds"] > 0 for name in ("reference", "forward", "backward", "optimizer"))
+
+    # a run that was cut short after its first checkpoint: everything later is thrown away
+    cut = tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "_grpo_step", lambda run, step, real=Run._grpo_step: real(run, step) if step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config(4), cut)
+    assert deterministic_bytes(train(config(4), cut)) == deterministic_bytes(one) and same_weights(one, cut)
+
+
+def test_a_run_stays_on_the_device_where_it_was_begun(folder, tmp_path, monkeypatch):
+    def changed(out, **values):
+        """A run directory as if its configuration had been another."""
+        path = tmp_path / out.name / records.RUN_FILE
+        run = json.loads(path.read_text())
+        run["config"] |= values
+        run["run_id"] = records.run_id(run["config"])
+        path.write_text(json.dumps(run))
+
+    def machine(*, gpus):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(device, "has_cuda_kernels", lambda: gpus > 0)
+
+    machine(gpus=0)
+    config = run_config(folder, steps=1, evaluation={"count": 0})
+    out = train(config, tmp_path / "r")
+    assert config.device == "auto"
+    machine(gpus=1)
+    assert train(config, out) == out  # a finished run is found all the same
+    with pytest.raises(ValueError, match=r"holds another run .*device \('cpu' there, 'cuda' here\)"):
+        train(config.model_copy(update={"device": "cuda"}), out)
+    (out / records.SUMMARY_FILE).unlink()
+    assert Run(config, out, quiet=True).config.device == "cpu"
+
+    machine(gpus=0)
+    changed(out, device="cuda")  # and the other way round: begun on a GPU that this machine lacks
+    with pytest.raises(ValueError, match="was begun on cuda, and another device would change its bits: .*no CUDA kernels"):
+        train(config, out)
+    with pytest.raises(ValueError, match="no CUDA kernels"):
+        train(config.model_copy(update={"device": "cuda"}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token(folder, tmp_path, monkeypatch):
+    def another_model_sampled(*args, **kwargs):
+        rollout = generate(*args, **kwargs)
+        rollout.logprob[rollout.cu_seqlens[3] - 1] += 2.0**-20  # the last token of the third sequence
+        return rollout
+
+    monkeypatch.setattr(step, "generate", another_model_sampled)
+    with pytest.raises(RuntimeError, match="rollout and trainer disagree: sequence 2 of a micro-batch, answer token"):
+        train(run_config(folder, steps=1, evaluation={"count": 0}, batch={"tokens_per_micro_batch": 10**6}), tmp_path / "r")
 
 
 def test_without_a_kl_term_no_reference_is_kept(folder, tmp_path):

@@ -34,7 +34,7 @@ for half in csrc/ops/*_cuda.*; do
   name=$(basename "$half")
   tests+=("python_tests/ops/test_${name%_cuda.*}.py")
 done
-tests+=(python_tests/test_model.py python_tests/test_rollout.py)
+tests+=(python_tests/test_model.py python_tests/test_rollout.py python_tests/test_grpo_step.py python_tests/test_optimizer.py)
 GRPO_ENGINE_EXTENSION=build/native/emulated "$PYTHON" -m pytest "${tests[@]}" >build/emulated.log 2>&1 &
 emulated=$!
 

@@ -9,7 +9,12 @@
 // finite nothing is written. On CUDA a block's squares are added by one tree and the blocks by another; the norm stays on
 // the device, where the step reads it. Loshchilov and Hutter 2019, arXiv:1711.05101.
 //
-//   param, grad, m, v: contiguous, of one size and dtype per parameter
+// A bfloat16 weight rounds a step of a small learning rate away. So it may come with `low`, the 16 bits that make a
+// float32 of it (adamw.cuh), the master weight: the step is then that of the float32 weight, bit for bit, with float32 m and
+// v and a gradient of either type, and it writes both halves. Together they take the four bytes of a float32, where a
+// master beside its bfloat16 takes six. Mixed precision: Micikevicius et al. 2018, arXiv:1710.03740.
+//
+//   param, grad, m, v: contiguous, of one size and dtype per parameter; with low: bfloat16, either, float32, float32
 #pragma once
 #include "core/cpu_dispatch.h"
 #include "core/cuda_stream.h"
@@ -21,9 +26,10 @@ inline constexpr int64_t kAdamwBlock = 4096;  // elements of one work item
 
 // At most kAdamwBlock elements of one parameter.
 struct AdamwBlock {
-  DType dtype;
+  DType dtype, grad_dtype;
   int64_t count;
   void *param, *m, *v;
+  int16_t* low;                // of a bfloat16 param with a float32 master, or null
   const void* grad;
   double squares;              // sum of g^2; written by adamw_squares
   double rate, root;           // lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
@@ -41,9 +47,10 @@ GE_CPU_KERNEL(adamw_update, AdamwArgs)   // items: blocks
 
 // CUDA: one parameter.
 struct AdamwParam {
-  DType dtype;
+  DType dtype, grad_dtype;
   int64_t count, first_block;  // elements; blocks of kAdamwBlock in the parameters before
   void *param, *m, *v;
+  int16_t* low;  // as in AdamwBlock
   const void* grad;
   float* step;
   double rate, root;  // as in AdamwBlock; written by the kernels
@@ -51,6 +58,7 @@ struct AdamwParam {
 
 struct AdamwCudaArgs {
   AdamwParam* params;  // [P], on the device
+  bool has_low;        // all params, or none
   int64_t P, num_blocks;
   double* squares;     // [num_blocks], scratch
   double* norm;        // [1], the result

@@ -381,7 +381,8 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     Returns:
         One dict a row: id, name, axes, method, size, kind, seed, tau, group_size, variant, steps, overrides, and the
         cost: params (N), trained_tokens, compute_6nt, compute_6nt_nominal (with the size that the name says, as the
-        paper counts; null where none is given), flops, phases, memory, devices, seconds (of one device), usd, measured.
+        paper counts; null where none is given), flops, phases, memory, peak_bytes, devices, seconds (of one device),
+        usd, measured.
     """
     rows = []
     for need, cost in plan.models:
@@ -412,6 +413,7 @@ def _cost_row(source: ModelSource, cost: Cost) -> dict[str, Any]:
         "flops": cost.flops,
         "phases": dict(cost.phases),
         "memory": dict(cost.memory),
+        "peak_bytes": cost.peak_bytes,
         "devices": cost.devices,
         "seconds": cost.seconds,
         "usd": cost.usd,
@@ -503,13 +505,13 @@ def _memory_table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Table:
     """The cell of each size that needs the most."""
     gpu = plan.study.estimate.gpu
     parts = list(dict.fromkeys(n for r in rows for n in r["memory"]))
-    table = _table("Memory of a run, at the most", ["size"], [*parts, "all", *([f"{gpu}s"] if gpu else [])])
+    table = _table("Memory of a run", ["size"], [*parts, "at most", *([f"{gpu}s"] if gpu else [])])
     for size in plan.study.sizes:
         mine = [r for r in rows if r["size"] == size and r["memory"]]
         if mine:
-            r = max(mine, key=lambda r: sum(r["memory"].values()))
-            values = [r["memory"].get(n, 0.0) for n in parts]
-            table.add_row(size, *(f"{human(v)}B" for v in (*values, sum(values))), *([str(r["devices"])] if gpu else []))
+            r = max(mine, key=lambda r: r["peak_bytes"])
+            values = [*(r["memory"].get(n, 0.0) for n in parts), r["peak_bytes"]]
+            table.add_row(size, *(f"{human(v)}B" for v in values), *([str(r["devices"])] if gpu else []))
     return table
 
 
@@ -526,6 +528,8 @@ def _total(plan: Plan, jobs: int) -> str:
             f"Assumed: {estimate.product_share:.0%} of {rates}, decoding at no more than {estimate.bandwidth_share:.0%} of "
             f"{facts.bandwidth:.3g} bytes/s, nothing lost between GPUs."
         )
+        if any(c.cost.devices > 1 for c in plan.cells):
+            basis += " A run that needs several GPUs can be planned; running it on them is not built yet."
     else:
         costs = [c.cost.seconds for c in plan.cells] + [c.seconds for _, c in plan.models]
         wall = max(total["seconds"] / jobs, *costs)

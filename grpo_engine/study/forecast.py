@@ -8,7 +8,7 @@ its memory is the limit, bytes over its bandwidth. None of it reads weights or d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -63,6 +63,14 @@ class Cost:
     memory: Mapping[str, float] = field(default_factory=dict)  # bytes by what they hold
     devices: int = 1  # that the run needs to fit
     usd: float | None = None
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most memory at a time: keys and values are there while answers are sampled, gradients while it trains."""
+        rest = dict(self.memory)
+        sampling = rest.pop("KV", 0.0)
+        training = rest.pop("gradients", 0.0) + rest.pop("activations", 0.0)
+        return sum(rest.values()) + max(sampling, training)
 
     @property
     def wall_seconds(self) -> float:
@@ -162,15 +170,16 @@ class _Work:
         m = self.model
         return 2.0 * self.size * m.num_hidden_layers * m.num_key_value_heads * m.head_dim if m else 0.0
 
-    @property
-    def activation_bytes(self) -> float:
-        """Of one token: what every layer keeps for its backward pass, and once more what the backward of one makes."""
+    def activation_bytes(self, checkpointing: bool) -> float:
+        """Of one token of a micro-batch, at the most: docs/gpu.md, memory of a training step."""
         if self.model is None:
             return 0.0
         m = self.model
         H, K, E = m.num_attention_heads, m.num_key_value_heads, m.head_dim
-        kept = 2 * m.hidden_size + (2 * H + 2 * K) * E + 2 * m.intermediate_size
-        return float(self.size * (m.num_hidden_layers + 1) * kept)
+        layer = self.size * (2 * m.hidden_size + (2 * H + 2 * K) * E + 2 * m.intermediate_size) + 4 * (2 * H + 2)
+        kept = self.size * m.hidden_size if checkpointing else layer
+        whole = 3 if checkpointing else 2  # a layer's backward pass, and what is computed again for it
+        return float(m.num_hidden_layers * kept + whole * layer)
 
 
 def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
@@ -219,7 +228,6 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
         # an evaluation has no backward pass
         passed = answers * (p + a) + sampled * (p + a) / 3
         seconds = estimate.start_s + total / estimate.flops_per_s + estimate.us_per_token * 1e-6 * passed
-        devices = 1
     else:
         gpu = GPUS[estimate.gpu]
         rate = gpu.peak(config.model.dtype) * estimate.product_share
@@ -229,13 +237,12 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
         drawn = phases["decode"] + evaluation
         drawing = max(drawn / rate, read / (gpu.bandwidth * estimate.bandwidth_share))
         seconds = estimate.start_s + (total - drawn) / rate + drawing
-        devices = 1
-        while sum(memory.values()) > devices * _ROOM * gpu.memory:
-            devices *= 2
-    return Cost(
-        trained_tokens=trained, flops=total, seconds=seconds, phases=phases, memory=memory, devices=devices,
-        usd=dollars(seconds, estimate),
-    )  # fmt: skip
+    cost = Cost(trained_tokens=trained, flops=total, seconds=seconds, phases=phases, memory=memory,
+                usd=dollars(seconds, estimate))  # fmt: skip
+    devices = 1
+    while estimate.gpu and cost.peak_bytes > devices * _ROOM * GPUS[estimate.gpu].memory:
+        devices *= 2
+    return replace(cost, devices=devices)
 
 
 def gpu_here() -> str:
@@ -288,5 +295,5 @@ def _memory(config: RunConfig, work: _Work, p: float, a: float) -> dict[str, flo
     pages = r.num_pages or (running + 1) * -(-round(p + r.max_new_tokens) // r.page_size)
     out["KV"] = pages * r.page_size * work.kv_bytes if grpo else 0.0
     answers = min(config.batch.tokens_per_micro_batch, config.batch.prompts * config.batch.group_size * (p + a))
-    out["activations"] = answers * work.activation_bytes
+    out["activations"] = answers * work.activation_bytes(config.batch.activation_checkpointing)
     return out

@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -110,13 +110,19 @@ class LocalExecutor:
 
     Args:
         threads: that each process computes on.
+        devices: that jobs ask for (`grpo_engine.device.resolve`). Where one of them is cuda each cell sees one GPU alone.
         grace_s: seconds between SIGTERM and SIGKILL when stopping.
         run: what a job does: a function of a module, given the job's arguments, that returns the exit code.
             None: `main`.
     """
 
     def __init__(
-        self, *, threads: int = 1, grace_s: float = 3.0, run: Callable[[Sequence[str]], int] | None = None
+        self,
+        *,
+        threads: int = 1,
+        devices: Collection[str] = (),
+        grace_s: float = 3.0,
+        run: Callable[[Sequence[str]], int] | None = None,
     ) -> None:
         if threads < 1:
             raise ValueError(f"LocalExecutor: threads must be at least 1, got {threads}")
@@ -124,18 +130,32 @@ class LocalExecutor:
         self._threads = threads
         self._grace_s = grace_s
         self._run = run or main
+        from ..device import resolve, visible_gpus  # torch, while that process imports it too
+
+        self._gpus = visible_gpus() if "cuda" in map(resolve, devices) else []
+        self._on_gpu: list[tuple[ForkedProcess, str]] = []  # started, and where
 
     @property
     def slots(self) -> int:
-        """One job a core, or fewer when each has several threads."""
-        return max(1, num_cores() // self._threads)
+        """One job a GPU; on the CPU one a core, or fewer when each has several threads."""
+        return len(self._gpus) or max(1, num_cores() // self._threads)
+
+    def _idlest_gpu(self) -> str:
+        self._on_gpu = [(process, gpu) for process, gpu in self._on_gpu if process.exitcode is None]
+        busy = [gpu for _, gpu in self._on_gpu]
+        return min(self._gpus, key=busy.count)
 
     def start(self, job: Job) -> ForkedProcess:
         """Starts a job with its log appended to; see `Executor`."""
         with open(job.log, "a", encoding="utf-8") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(job.command)}\n")
-        process = ForkedProcess(target=_run_job, args=(self._run, job.arguments, os.fspath(job.log), self._threads))
+        gpu = self._idlest_gpu() if self._gpus and job.cell else None
+        process = ForkedProcess(
+            target=_run_job, args=(self._run, job.arguments, os.fspath(job.log), self._threads, gpu)
+        )
         process.start()
+        if gpu is not None:
+            self._on_gpu.append((process, gpu))
         return process
 
     def poll(self, handle: ForkedProcess) -> int | None:
@@ -154,8 +174,12 @@ class LocalExecutor:
             handle.join()
 
 
-def _run_job(run: Callable[[Sequence[str]], int], arguments: Sequence[str], log: str, threads: int) -> None:
+def _run_job(
+    run: Callable[[Sequence[str]], int], arguments: Sequence[str], log: str, threads: int, gpu: str | None
+) -> None:
     become_job(log)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it starts, which it has not in the server or here
     import torch
 
     torch.set_num_threads(threads)
@@ -235,7 +259,7 @@ def run_study(
         jobs: processes side by side; None: as many as the executor has room for.
         threads: threads of each process.
         console: where progress goes (rich); None: standard error. On a terminal a live table, else plain lines.
-        executor: where jobs run; None: `LocalExecutor(threads=threads)`.
+        executor: where jobs run; None: a `LocalExecutor` with these threads, on the study's device.
         attempts: how often a cell or a model is started before it counts as failed.
         poll_s: seconds between looks at how far the running jobs are.
 
@@ -255,7 +279,8 @@ def run_study(
         study = load_study(folder / STUDY_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / LOCK_FILE, f"{folder}: another process runs this study"):
-        executor = executor or LocalExecutor(threads=threads)  # before the plan: it imports while this process does
+        # before the plan: it imports while this process does
+        executor = executor or LocalExecutor(threads=threads, devices=_devices(study))
         jobs = executor.slots if jobs is None else jobs
         the_plan = measured_plan(folder, plan(study))
         _check_folders(the_plan)
@@ -281,6 +306,11 @@ def run_study(
         )
         display.summary(result)
     return result
+
+
+def _devices(study: StudyConfig) -> set[str]:
+    runs = [*(s.run for s in study.sizes.values()), *(a.run for a in study.axes)]
+    return {study.run.get("device", "auto"), *(r["device"] for r in runs if "device" in r)}
 
 
 def measured_plan(study_dir: str | os.PathLike[str], the_plan: Plan) -> Plan:

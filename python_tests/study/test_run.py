@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from grpo_engine import records, weights
 from grpo_engine.study import run
-from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan, save_study
+from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, num_cores, plan, save_study
 from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
 from grpo_engine.tasks.micro import MicroTokenizer
 
@@ -29,6 +30,7 @@ STUDY = StudyConfig(
     axes=(AxesConfig(kinds=("base", "instruct"), seeds=(0, 1)),),
 )
 NAMES = [c.name for c in plan(STUDY).cells]
+IDS = [c.id for c in plan(STUDY).cells]
 
 
 def finish(cell, folder):
@@ -227,6 +229,14 @@ def test_a_folder_without_a_study_is_an_error(tmp_path):
             run_study(tmp_path, study=STUDY, **{name: 0})
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_engine.device.has_cuda_kernels", lambda: False)
+    on_gpus = STUDY.model_copy(update={"run": STUDY.run | {"device": "cuda"}})
+    with pytest.raises(ValueError, match="device=cuda: this build has no CUDA kernels"):
+        run_study(tmp_path / "gpu", study=on_gpus)
+    assert not list((tmp_path / "gpu").glob("cells/*"))
+
+
 def test_a_model_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
     sizes = {"tiny": SizeConfig(base=str(tmp_path / "nowhere"), params_nominal=1e6)}
     study = StudyConfig(name="demo", sizes=sizes, axes=(AxesConfig(),))
@@ -346,6 +356,29 @@ def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
     assert lines[-2:] == ["3 True", "to stderr"]
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         LocalExecutor(threads=0)
+
+
+def test_each_cell_has_a_gpu_of_its_own(tmp_path, executor, monkeypatch):
+    monkeypatch.setattr("grpo_engine.device.resolve", lambda asked: "cuda" if asked == "auto" else asked)
+    monkeypatch.setattr("grpo_engine.device.visible_gpus", lambda: ["5", "GPU-8f6d"])
+    assert [c.id for c in plan(STUDY).cells] == IDS  # not the planning machine's business
+    assert executor(devices=["cpu"], threads=num_cores()).slots == 1
+    local = executor(devices=["cpu", "auto"])
+    assert local.slots == 2
+    code = "import os, time; print(os.environ.get('CUDA_VISIBLE_DEVICES')); time.sleep({})"
+    cell = plan(STUDY).cells[0]
+
+    def start(name, seconds):
+        return local.start(replace(job(tmp_path, code.format(seconds), name), cell=cell))
+
+    waiting = start("first", 30)
+    for name in ("second", "third"):  # the second GPU falls free
+        assert exit_code(local, start(name, 0)) == 0
+    assert exit_code(local, local.start(job(tmp_path, code.format(0), "model"))) == 0  # pretraining is the CPU's
+    wait_for(lambda: printed(tmp_path / "first.txt"))
+    local.stop([waiting])
+    seen = [printed(tmp_path / f"{name}.txt")[-1] for name in ("first", "second", "third", "model")]
+    assert seen == ["5", "GPU-8f6d", "GPU-8f6d", str(os.environ.get("CUDA_VISIBLE_DEVICES"))]
 
 
 def test_one_job_that_raises_and_one_that_is_killed_leave_the_others_alone(tmp_path, executor):
