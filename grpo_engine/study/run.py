@@ -310,6 +310,7 @@ def run_study(
 
 def _devices(study: StudyConfig) -> set[str]:
     runs = [*(s.run for s in study.sizes.values()), *(a.run for a in study.axes)]
+    runs += [v for a in study.axes for v in a.variants.values()]
     return {study.run.get("device", "auto"), *(r["device"] for r in runs if "device" in r)}
 
 
