@@ -113,6 +113,7 @@ class EvalRecord:
     loss: float
     stderr: float | None  # of pass1, over problems; None for a single problem
     by_grade: dict[str, dict[str, float]] | None = None  # {grade: {"pass1": float, "n": int}}
+    right: list[int] | None = None  # right answers to each problem, in the set's order; None where rewards are not 0 or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
