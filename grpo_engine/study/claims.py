@@ -13,7 +13,8 @@ A verdict is "supported", "not supported" or "undecided", and a difference that 
   * *equivalence* (alike) and *non-inferiority* (is free): supported when the whole interval is inside the margin; not
     supported when it is outside.
 A claim that makes m comparisons takes intervals at 1 - 0.05 / m (Bonferroni; 1 - 0.1 / m where a margin is tested, from
-one side at a time), so that all its verdicts hold together with 95 %. Claims are not adjusted for one another. It is supported when all of its comparisons are, not supported when one is not.
+one side at a time), so that all its verdicts hold together with 95 %. It is supported when all of its comparisons are,
+and not supported when one is not. Claims are not adjusted for one another: of twenty, one may be wrong by chance.
 """
 
 from __future__ import annotations
@@ -72,9 +73,21 @@ class _Side:
     """Mean loss of a group of runs somewhere along their curves."""
 
     value: float
-    draws: np.ndarray  # [draws]
+    lasting: np.ndarray  # [draws], problems drawn anew: what more runs do not reduce
+    draws: np.ndarray  # [draws], and runs
     runs: int
-    lasting: float  # variance that more runs do not reduce
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pair:
+    """A difference that a claim is about."""
+
+    label: str
+    effect: float
+    lasting: np.ndarray  # [draws], see `_Side`
+    draws: np.ndarray  # [draws]
+    runs: tuple[int, int]
+    per_run: float  # its variance for one run a side, beyond what lasts
 
 
 @dataclass(slots=True)
@@ -98,31 +111,29 @@ class _Drawer:
             if key not in self.weights:
                 n = len(rate)
                 self.weights[key] = self.rng.multinomial(n, np.full(n, 1 / n), size=self.draws) / n
-            draws, lasting = self.weights[key] @ rate, float(np.var(rate)) / len(rate)
+            lasting = self.weights[key] @ rate
         else:
-            lasting = float(np.mean([p[2] ** 2 for p in points]))
-            draws = value + math.sqrt(lasting) * self.rng.standard_normal(self.draws)
+            error = math.sqrt(float(np.mean([p[2] ** 2 for p in points])))
+            lasting = value + error * self.rng.standard_normal(self.draws)
+        draws = lasting
         if x is not None and self.freedom:
             spread = self.spread / math.sqrt(len(runs))
             draws = draws + spread * self.rng.standard_t(self.freedom, self.draws)
-        return _Side(value=value, draws=draws, runs=len(runs), lasting=lasting)
+        return _Side(value=value, lasting=lasting, draws=draws, runs=len(runs))
 
-    def compare(
-        self, label: str, effect: float, draws: np.ndarray, runs: tuple[int, int], per_run: float, test: Test,
-        margin: float, level: float,
-    ) -> Comparison:  # fmt: skip
-        """The verdict of a difference; per_run is its variance for one run a side, beyond what lasts."""
-        low, high = map(float, interval(draws, level))
+    def compare(self, pair: _Pair, test: Test, margin: float, level: float) -> Comparison:
+        """The verdict of a difference."""
+        low, high = map(float, interval(pair.draws, level))
         verdict = _decide(low, high, test, margin)
         needed, note = None, ""
         if not self.freedom:
             note = "no group has two runs, so the spread between seeds is unknown and not in the interval"
             verdict = "undecided"
         elif verdict == "undecided":
-            needed, note = _runs_needed(effect, draws, per_run, runs, test, margin, level)
+            needed, note = _runs_needed(pair, test, margin, level)
         return Comparison(
-            label=label, effect=Estimate(value=effect, low=low, high=high), level=level, verdict=verdict, runs=runs,
-            runs_needed=needed, note=note,
+            label=pair.label, effect=Estimate(value=pair.effect, low=low, high=high), level=level, verdict=verdict,
+            runs=pair.runs, runs_needed=needed, note=note,
         )  # fmt: skip
 
 
@@ -155,8 +166,6 @@ def study_claims(data: StudyData, *, draws: int = 4000, seed: int = 0) -> tuple[
 
 # ------------------------------------------------------------------------------------------ the claims
 
-_Pair = tuple[str, float, np.ndarray, tuple[int, int], float]  # label, effect, draws, runs, variance a run
-
 
 def _larger(data: StudyData, drawer: _Drawer, axis: str, name: str) -> Claim | None:
     pairs = []
@@ -178,10 +187,10 @@ def _reuse(data: StudyData, drawer: _Drawer) -> Claim | None:
         for tau, runs in sorted(groups.items()):
             if fresh:
                 label = f"tau {tau:g} against 1, {size} {kind}"
-                pairs.append(_difference(drawer, label, [runs, fresh], data.headline, "prompts_seen"))
+                pairs.append(_difference(drawer, label, [fresh, runs], data.headline, "prompts_seen"))
     claim = _claim(
         "reuse is free", f"Seeing each prompt tau times costs less than {MARGIN:g} of loss at the same number of prompts.",
-        "non-inferiority", MARGIN, [(a, -e, -d, r, v) for a, e, d, r, v in pairs], drawer,
+        "non-inferiority", MARGIN, pairs, drawer,
     )  # fmt: skip
     if claim is None:
         return None
@@ -204,18 +213,27 @@ def _alike(data: StudyData, drawer: _Drawer) -> Claim | None:
         if not all(groups):
             continue
         end = _last(groups, data.headline, "prompts_seen")
-        effect, draws, variance = 0.0, np.zeros(drawer.draws), 0.0
-        for sign, runs in zip((-1, 1), groups, strict=True):
+        gains, variance = [], 0.0
+        for runs in groups:
             before = drawer.side(runs, data.headline, "prompts_seen", None)
             after = drawer.side(runs, data.headline, "prompts_seen", end)
-            effect += sign * math.log(before.value / max(after.value, 1e-9))
-            draws = draws + sign * np.log(np.maximum(before.draws, 1e-9) / np.maximum(after.draws, 1e-9))
+            gains.append(
+                [_log(getattr(before, part)) - _log(getattr(after, part)) for part in ("value", "lasting", "draws")]
+            )
             variance += (drawer.spread / max(after.value, 1e-9)) ** 2
-        pairs.append((f"base less instruct, {size}", effect, draws, (len(groups[1]), len(groups[0])), variance))
+        effect, lasting, draws = (base - instruct for instruct, base in zip(*gains, strict=True))
+        pairs.append(
+            _Pair(label=f"base less instruct, {size}", effect=float(effect), lasting=lasting, draws=draws,
+                  runs=(len(groups[1]), len(groups[0])), per_run=variance)
+        )  # fmt: skip
     return _claim(
         "base and instruct alike", "RL lowers the log of the loss of base and instruct models of a size equally far, to "
         f"{GAIN_MARGIN:g}.", "equivalence", GAIN_MARGIN, pairs, drawer,
     )  # fmt: skip
+
+
+def _log(v: np.ndarray | float) -> np.ndarray:
+    return np.log(np.maximum(v, 1e-9))
 
 
 def _transfer(data: StudyData, drawer: _Drawer) -> Claim | None:
@@ -225,7 +243,7 @@ def _transfer(data: StudyData, drawer: _Drawer) -> Claim | None:
     pairs = []
     for name, inside in sorted(names.items(), key=lambda v: not v[1]):
         for kind in data.kinds:
-            effects, draws, num, variance = [], [], 0, 0.0
+            effects, lasting, draws, num = [], [], [], 0
             for size in data.sizes:
                 runs = [r for r in data.main(size, kind) if len(_evals(r, name)) > 1]
                 if not runs:
@@ -233,15 +251,17 @@ def _transfer(data: StudyData, drawer: _Drawer) -> Claim | None:
                 before = drawer.side(runs, name, "prompts_seen", None)
                 after = drawer.side(runs, name, "prompts_seen", _last([runs], name, "prompts_seen"))
                 effects.append(before.value - after.value)
+                lasting.append(before.lasting - after.lasting)
                 draws.append(before.draws - after.draws)
                 num += len(runs)
-                variance += drawer.spread**2
             if effects:
                 where = "in domain" if inside else "out of domain"
                 label = f"{name} ({where}), {kind}, mean of {len(effects)} sizes"
                 each = round(num / len(effects))
-                variance /= len(effects) ** 2
-                pairs.append((label, float(np.mean(effects)), np.mean(draws, axis=0), (each, each), variance))
+                pairs.append(
+                    _Pair(label=label, effect=float(np.mean(effects)), lasting=np.mean(lasting, axis=0),
+                          draws=np.mean(draws, axis=0), runs=(each, each), per_run=drawer.spread**2 / len(effects))
+                )  # fmt: skip
     return _claim(
         "transfer", "RL lowers the loss on each test set, in and out of domain.", "superiority", MARGIN, pairs, drawer
     )
@@ -275,7 +295,10 @@ def _difference(drawer: _Drawer, label: str, groups: Sequence[Sequence[Run]], ev
     """Loss of the first group minus that of the second, at the largest x that both reached."""
     x = _last(groups, eval_set, axis)
     a, b = (drawer.side(g, eval_set, axis, x) for g in groups)
-    return label, a.value - b.value, a.draws - b.draws, (a.runs, b.runs), 2 * drawer.spread**2
+    return _Pair(
+        label=label, effect=a.value - b.value, lasting=a.lasting - b.lasting, draws=a.draws - b.draws,
+        runs=(a.runs, b.runs), per_run=2 * drawer.spread**2,
+    )  # fmt: skip
 
 
 def _claim(
@@ -285,10 +308,7 @@ def _claim(
         return None
     # a margin is tested from one side at a time, so its interval leaves out twice as much (Schuirmann 1987)
     level = 1 - ALPHA / len(pairs) * (1 if test == "superiority" else 2)
-    comparisons = tuple(
-        drawer.compare(label, effect, draws, runs, variance, test, margin, level)
-        for label, effect, draws, runs, variance in pairs
-    )
+    comparisons = tuple(drawer.compare(pair, test, margin, level) for pair in pairs)
     answers = [c.verdict for c in comparisons]
     verdict: Answer = "undecided"
     if all(a == "supported" for a in answers):
@@ -315,18 +335,15 @@ def _decide(low: float, high: float, test: Test, margin: float) -> Answer:
     return "not supported" if low > margin or high < -margin else "undecided"
 
 
-def _runs_needed(
-    effect: float, draws: np.ndarray, per_run: float, runs: tuple[int, int], test: Test, margin: float, level: float
-) -> tuple[int | None, str]:  # fmt: skip
+def _runs_needed(pair: _Pair, test: Test, margin: float, level: float) -> tuple[int | None, str]:
     """How many runs a side would decide it, should the effect be what it seems; or why none would."""
-    now = per_run * (1 / runs[0] + 1 / runs[1]) / 2
-    lasting = max(float(np.var(draws)) - now, 0.0)
-    z = float(ndtri((1 + level) / 2))
-    for r in range(max(min(runs), 1) + 1, MOST_RUNS + 1):
-        half = z * math.sqrt(lasting + per_run / r)
+    lasting, z, effect = float(np.var(pair.lasting)), float(ndtri((1 + level) / 2)), pair.effect
+    for r in range(min(pair.runs) + 1, MOST_RUNS + 1):
+        half = z * math.sqrt(lasting + pair.per_run / r)
         if _decide(effect - half, effect + half, test, margin) != "undecided":
             return r, f"{r} runs a side would decide it, if the effect is what it seems"
-    if _decide(effect - z * math.sqrt(lasting), effect + z * math.sqrt(lasting), test, margin) == "undecided":
+    half = z * math.sqrt(lasting)
+    if _decide(effect - half, effect + half, test, margin) == "undecided":
         return None, "more runs would not decide it: the number of test problems limits it"
     return None, f"over {MOST_RUNS} runs a side would be needed"
 

@@ -21,13 +21,14 @@ from scipy.special import stdtrit
 from .bootstrap import interval, resample
 from .curves import Curve, keep
 from .law_fit import curve_problem
-from .laws import CURVES, LEVELS, SLOPES
+from .laws import CURVES, LEVELS, SLOPES, LineLevel
 from .least_squares import Data, Joint, Problem
 from .results import HeldOut, LawChoice, r_squared
 
 LEVEL = 0.9  # of prediction intervals
 FIRST = 0.4  # share of a curve from which its late steps are predicted
 LAST = 0.2  # share of a curve that counts as late
+LAST_SIZES = 3  # that a local line of levels goes through
 FEWEST = 5  # points that a curve law may be fitted to
 DRAWS = 100
 
@@ -38,8 +39,9 @@ def largest_size(
     """Predicts every curve of the largest size from the smaller ones, by each pair of a slope law and a level law.
 
     A joint law is fitted to the smaller sizes, its levels are taken at the target's middle X (the X that was planned,
-    which is no result), and a level law of `laws.LEVELS` continues them. The interval holds the draws of the joint fit,
-    the scatter of the smaller sizes about the level law, and the scatter of points about a curve.
+    which is no result), and a level law of `laws.LEVELS`, or a line through the last three of them, continues them. The
+    interval holds the draws of the joint fit, the scatter of the smaller sizes about the level law, and the scatter of
+    points about a curve.
 
     Args:
         curves: of `select_curves`; at least three sizes below the largest of the target's kind, otherwise nothing is
@@ -124,15 +126,17 @@ def _predict_size(target: Curve, below: Sequence[Curve], objective: str, draws: 
         k_target = space.evaluate(thetas, (np.array([target.params]),))[:, 0]
         noise = _point_scatter(residual, y, p.data.log, len(below) + len(theta))
         name = f"{slope.NAME} k"
-        for form in LEVELS.values():
-            spare = len(below) - len(form.PARAMETERS)
-            if spare < 1:
+        near = p.n >= np.sort(p.n)[-LAST_SIZES]
+        levels = [(law, form, np.full(len(below), True)) for law, form in LEVELS.items()]
+        for law, form, those in [*levels, ("local line", LineLevel, near)]:
+            spare = int(those.sum()) - len(form.PARAMETERS)
+            if spare < 1 or (law == "local line" and those.all()):
                 continue
-            e, e_draws = _continue_level(p.n, level, form, target.params, spare, rng)
+            e, e_draws = _continue_level(p.n[those], level[:, those], form, target.params, spare, rng)
             fitted = np.exp(e - k_target[0] * u)
             many = np.exp(e_draws[:, None] - k_target[1:, None] * u)
             band = _band(many, noise, rng)
-            out.append(_score("largest size", f"{name}, {form.NAME} E", target, fitted, band, naive, "nothing"))
+            out.append(_score("largest size", f"{name}, {law} E", target, fitted, band, naive, "nothing"))
         z = np.exp(-k_target[0] * u)
         fitted = z * float(z @ target.loss) / float(z @ z)
         calibrated.append(
@@ -257,8 +261,9 @@ def other_set(curves_by_set: dict[str, Sequence[Curve]], target: str) -> list[He
         band = (fitted * np.exp(-wide), fitted * np.exp(wide))
         rules = {"no change": np.full(len(c.x), c.loss_before)}
         out.append(
-            _score("other set", "mean of the other sets", c, fitted, band, rules, "its loss before RL", label=f"{target} {c.label}")
-        )
+            _score("other set", "mean of the other sets", c, fitted, band, rules, "its loss before RL",
+                   label=f"{target} {c.label}")
+        )  # fmt: skip
     return out
 
 

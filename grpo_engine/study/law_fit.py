@@ -13,7 +13,6 @@ from .laws import (
     LEVELS,
     AdditiveLaw,
     CurveLaw,
-    Law,
     LossDecomposition,
     ReuseLaw,
 )
@@ -157,7 +156,8 @@ def fit_levels(joint: JointFit, *, x: float | None = None, level: float = LEVEL)
         found = problem.solve(scattered, np.repeat(theta[None], len(drawn), axis=0))
         law, parts = problem.space.law(theta), problem.space.values(found)
         parameters = {
-            q: Estimate.of(getattr(law, q), parts[q][:, 0], problem.space.end_of(problem.space.part(q).start, theta), level) for q in parts
+            q: Estimate.of(getattr(law, q), parts[q][:, 0], problem.space.end_of(i, theta), level)
+            for i, q in enumerate(parts)
         }
         out.append(
             LevelFit(
@@ -201,7 +201,8 @@ def _law_fit(problem: Problem, curves: Sequence[Curve], label: str, level: float
             }
         else:
             low, high = profile[q]
-            parameters[q] = Estimate(value=float(values[q][0]), low=low, high=high, at_bound=space.end_of(space.part(q).start, theta))
+            end = space.end_of(space.part(q).start, theta)
+            parameters[q] = Estimate(value=float(values[q][0]), low=low, high=high, at_bound=end)
     why = _at_bounds(parameters)
     for q in names:
         e = parameters[q]

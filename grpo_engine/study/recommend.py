@@ -1,9 +1,10 @@
 """Which size to post-train with RL for a budget or a target, for how many steps, and how far it will get.
 
 A fitted law gives each candidate its loss at what the budget buys it, or the compute at which it reaches a target. The
-smallest predicted loss (or compute) is the pick; whether it is a decision is said by the intervals, which come from the bootstrap draws of the fit: two candidates are compared
-draw by draw, because their errors are shared. What the law was not fitted to is named: a budget beyond the measured
-range (the law has no floor, so it is too hopeful there), a size that was not measured, a fit that data do not carry.
+smallest predicted loss (or compute) is the pick; whether it is a decision is said by the intervals, which come from the
+bootstrap draws of the fit: two candidates are compared draw by draw, because their errors are shared. What the law was
+not fitted to is named: a budget beyond the measured range (the law has no floor, so it is too hopeful there), a size
+that was not measured, a fit that data do not carry, more reuse than was tried, a held-out prediction that failed.
 
 A size that was not measured gets its slope from k(N). Its level, for which there is no law, is interpolated in log N
 between its neighbours, or continued from the three nearest sizes; the error that this procedure makes at the measured

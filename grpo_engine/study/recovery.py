@@ -1,6 +1,6 @@
 """Plants every law in simulated studies and measures how often the intervals hold the truth.
 
-    python -m grpo_engine.study.recovery [--sets 400] [--laws saturating,sigmoid]
+    python -m grpo_engine.study.recovery [--sets 200] [--runs 1 3] [--laws 'saturating k' sigmoid]
 
 A simulated study has the noise of a real one. A test set of 500 problems is answered 4 times each: the problems are the
 same throughout, so what remains is the drawing of answers, with a share of the binomial variance that problems of
@@ -118,8 +118,9 @@ def _joint(slope: Any) -> Plant:
     def loss(n: float, d: np.ndarray, i: int) -> np.ndarray:
         return np.exp(float(level.level(n)) - float(slope.k(n)) * (np.log(d) - middle))
 
+    k = float(slope.k(SIZES[3]))
     truth = {q: getattr(slope, q) for q in slope.PARAMETERS}
-    truth |= {"k of s3": float(slope.k(SIZES[3])), "E of s3": float(level.level(SIZES[3])) + float(slope.k(SIZES[3])) * middle}
+    truth |= {"k of s3": k, "E of s3": float(level.level(SIZES[3])) + k * middle}
 
     def fit(curves: list[Curve], seed: int) -> dict[str, Estimate]:
         sizes = fit_sizes(curves, n_boot=20, seed=seed)  # their intervals are not looked at
@@ -284,13 +285,11 @@ def table(rows: list[Coverage]) -> str:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sets", type=int, default=400, help="simulated studies for each law")
+    parser.add_argument("--sets", type=int, default=200, help="simulated studies for each law")
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 3], help="runs a size")
-    parser.add_argument("--laws", default=",".join(PLANTS), help="comma-separated keys")
+    parser.add_argument("--laws", nargs="+", choices=list(PLANTS), default=list(PLANTS), help="which")
     args = parser.parse_args()
-    # keys hold commas themselves, so they are looked for, not split
-    names = [law for law in PLANTS if law in args.laws]
-    print(table([row for law in names for runs in args.runs for row in measure(law, runs=runs, sets=args.sets)]))
+    print(table([row for law in args.laws for runs in args.runs for row in measure(law, runs=runs, sets=args.sets)]))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def _evaluation(cell, params, step, counters, name, inside, share, mode, rng, no
     gain = start - true_loss(params, 64 * step / cell.tau**0.1, cell.kind)
     gain *= share * (0.3 if cell.method == "pretrain" else 1.0)
     rate = (min(max(1 - start + gain, 0.01), 0.99) if inside else 0.3 + gain) - shift
+    rate = min(max(rate, 0.01), 0.99)
     spread = math.sqrt(rate * (1 - rate) / 500 * (0.4 if mode == "sample" else 1.0))
     samples, right = 4 if mode == "sample" else 1, None
     if counted:

@@ -354,7 +354,8 @@ def test_kinds_apart_and_together():
     assert [c.label for c in both.curves][:2] == ["xs base", "xs instruct"]
     assert both.parameters["K_max"].value == pytest.approx(K_MAX, rel=0.1)
     assert fits.get("data", "all").laws == ()
-    assert {h.target for h in fits.get("data", "all").held_out} == {f"{s} {k}" for s in ("l", "xl") for k in ("base", "instruct")}
+    targets = {h.target for h in fits.get("data", "all").held_out}
+    assert targets == {f"{s} {k}" for s in ("l", "xl") for k in ("base", "instruct")}
     assert {f.law for f in fits.get("data", "base").laws} == set(laws.CURVES) - {"loglinear"}
     assert [c.test for c in fits.get("data", "base").choices] == ["largest size", "late steps"]
     with pytest.raises(ValueError, match="no fit of"):
