@@ -78,8 +78,11 @@ def resample(
     ends = np.cumsum([len(c.x) for c in curves])[:-1]
     residuals = np.split(y - fitted, ends)
     if design is None:
-        designs = [np.stack([f if not log else np.ones(len(f)), f * np.log(c.x) if not log else np.log(c.x)], axis=1)
-                   for c, f in zip(curves, np.split(fitted, ends), strict=True)]  # fmt: skip
+        # d loss = loss d log loss
+        scale = np.split(np.ones(len(y)) if log else fitted, ends)
+        designs = [
+            s[:, None] * np.stack([np.ones(len(c.x)), np.log(c.x)], axis=1) for s, c in zip(scale, curves, strict=True)
+        ]
     else:
         designs = np.split(design, ends)
     deviations = [_deviation(c, log) for c in curves]

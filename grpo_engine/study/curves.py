@@ -174,6 +174,40 @@ def select_curves(
     return curves, selection, left_out
 
 
+def curves_by(
+    table: pyarrow.Table, column: str, *, size: str | None = None, **selection: Any
+) -> dict[Any, list[Curve]]:
+    """Curves for each value of "tau" or "eval_set": what reuse laws and tests across sets compare.
+
+    Args:
+        table: see `select_curves`.
+        column: "tau" or "eval_set".
+        size: only this one; None takes all.
+        selection: further arguments of `select_curves`.
+
+    Returns:
+        Curves by value, rising; values without a curve are left out.
+
+    Raises:
+        ValueError: another column, or a wrong argument of the selection.
+    """
+    if column not in ("tau", "eval_set"):
+        raise ValueError(f"column must be 'tau' or 'eval_set', got {column!r}")
+    method, kind = selection.get("method", "grpo"), selection.get("kind", "all")
+    rows = [
+        r for r in table.select(["size", "method", "kind", "mode", column]).to_pylist()
+        if r["method"] == method and kind in ("all", r["kind"]) and r["mode"] == selection.get("mode", "sample")
+        and size in (None, r["size"]) and r[column] is not None
+    ]  # fmt: skip
+    out = {}
+    for value in sorted({round(r[column]) if column == "tau" else r[column] for r in rows}):
+        curves, _, _ = select_curves(table, **{**selection, column: value})
+        mine = [c for c in curves if size in (None, c.size)]
+        if mine:
+            out[value] = mine
+    return out
+
+
 def _curve(
     rows: list[dict[str, Any]], label: str, size: str, kind: str, n: float, column: str, min_step: int,
     max_step: int | None, left_out: list[str],

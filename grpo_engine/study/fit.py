@@ -366,7 +366,7 @@ def fit_axis(
         objective: one of `least_squares.OBJECTIVES`; "linear" is that of Tan et al.
         n_boot: bootstrap draws.
         seed: of the draws.
-        shapes: whether laws that saturate are fitted to each curve, and tested on its late steps, too.
+        shapes: whether laws that saturate are fitted to each curve, and held-out tests are made, too.
         selection: further arguments of `select_curves`.
 
     Returns:
@@ -400,7 +400,7 @@ def fit_axis(
             out, verdict=Verdict.of([f"1 size, and a law of two parameters needs at least {MIN_SIZES}"])
         )
     joint = fit_joint(curves, axis=axis, kind=kind, objective=objective, n_boot=n_boot, seed=seed, sizes=sizes)
-    held = growing_sizes(curves, objective=objective, seed=seed)
+    held = growing_sizes(curves, objective=objective, seed=seed) if shapes else []
     return dataclasses.replace(
         out,
         joint=joint,
@@ -431,7 +431,7 @@ def fit_table(
         objective: one of `least_squares.OBJECTIVES`.
         n_boot: bootstrap draws.
         seed: of the draws.
-        shapes: whether laws that saturate are fitted to each curve, and tested on its late steps, too.
+        shapes: whether laws that saturate are fitted to each curve, and held-out tests are made, too.
         selection: further arguments of `select_curves`.
 
     Returns:

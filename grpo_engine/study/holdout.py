@@ -233,7 +233,7 @@ def other_set(curves_by_set: dict[str, Sequence[Curve]], target: str) -> list[He
 
     Args:
         curves_by_set: curves of the same runs on each set, each with a loss at step 0; sets may be evaluated at fewer
-            steps.
+            steps. `curves.curves_by(table, "eval_set")` gives them.
         target: the set to predict.
 
     Returns:

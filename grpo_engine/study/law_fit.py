@@ -98,7 +98,7 @@ def fit_reuse(curves: Sequence[Curve], *, objective: str = "linear", level: floa
 
     Args:
         curves: along the axis "data", of one size and kind, each with its count of different prompts: at least one
-            that repeats and one that does not. `select_curves(tau=...)` gives one for each tau.
+            that repeats and one that does not. `curves.curves_by(table, "tau")` gives them.
         objective: one of `least_squares.OBJECTIVES`.
         level: of the profile intervals.
 

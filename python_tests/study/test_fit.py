@@ -149,23 +149,6 @@ def test_each_size_weighs_the_same_whatever_its_points():
     assert b.objective_value == pytest.approx(a.objective_value, rel=1e-9)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """95 % intervals over 30 data sets, for one run a size and for three that drift apart."""
-    for runs, drift in ((1, 0.0), (3, 0.015)):
-        joint, own, num = 0, 0, 30
-        for seed in range(num):
-            table = law_table(sizes=THREE, runs=runs, noise=0.01, drift=drift, seed=seed)
-            curves, _, _ = select_curves(table, axis="data")
-            sizes = fit.fit_sizes(curves, n_boot=100, seed=seed)
-            own += sum(s.k.low <= k_saturating(s.params) <= s.k.high for s in sizes)
-            e = fit.fit_joint(curves, axis="data", n_boot=100, seed=seed, sizes=sizes).parameters["K_max"]
-            joint += e.low <= K_MAX <= e.high
-        # 95 % of 30 is 28.5: below 24 is seen once in 3,000 tries. Three runs leave a size's own spread badly known
-        assert joint >= 24, (runs, joint)
-        assert own >= 0.75 * 3 * num, (runs, own)
-        assert joint + own < 4 * num, "intervals that never miss are too wide"
-
-
 def test_intervals_grow_with_the_noise_and_cover_runs():
     quiet, loud = (axis_fit(law_table(noise=s, seed=2), n_boot=60).joint.parameters["K_max"] for s in (0.003, 0.03))
     assert loud.high - loud.low > 4 * (quiet.high - quiet.low)
@@ -346,16 +329,15 @@ def test_ablations_and_other_sets_stay_out():
 
 def test_kinds_apart_and_together():
     table = law_table(kinds=("base", "instruct"), noise=0.004, runs=2)
-    fits = fit.fit_table(table, n_boot=20, shapes=True)
-    assert [(f.axis, f.kind) for f in fits.fits] == [
-        (a, k) for a in ("compute", "data") for k in ("base", "instruct", "all")
-    ]
+    fits = fit.fit_table(table, axes=("data",), n_boot=20, shapes=True)
+    assert [(f.axis, f.kind) for f in fits.fits] == [("data", k) for k in ("base", "instruct", "all")]
     both = fits.get("data", "all").joint
     assert [c.label for c in both.curves][:2] == ["xs base", "xs instruct"]
     assert both.parameters["K_max"].value == pytest.approx(K_MAX, rel=0.1)
     assert fits.get("data", "all").laws == ()
-    targets = {h.target for h in fits.get("data", "all").held_out}
-    assert targets == {f"{s} {k}" for s in ("l", "xl") for k in ("base", "instruct")}
+    assert fits.get("data", "all").held_out == ()
+    largest = [h for h in fits.get("data", "base").held_out if h.test == "largest size"]
+    assert {h.target for h in largest} == {"l", "xl"}
     assert {f.law for f in fits.get("data", "base").laws} == set(laws.CURVES) - {"loglinear"}
     assert [c.test for c in fits.get("data", "base").choices] == ["largest size", "late steps"]
     with pytest.raises(ValueError, match="no fit of"):

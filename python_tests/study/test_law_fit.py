@@ -3,11 +3,12 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from law_tables import SIZES, law_table
 
 from grpo_engine.study import fit, laws
-from grpo_engine.study.curves import Curve, select_curves
+from grpo_engine.study.curves import Curve, curves_by, select_curves
 from grpo_engine.study.law_fit import fit_curve, fit_levels, fit_reuse, fit_surface
 
 
@@ -128,6 +129,27 @@ def test_worth_of_repeats():
     for q in law.PARAMETERS:
         assert got.parameters[q].low < getattr(law, q) < got.parameters[q].high
     assert got.verdict.ok
+
+
+def test_curves_of_a_table_by_reuse_and_by_set():
+    law, rows = laws.ReuseLaw(k=0.1, E=0.0, worth=6.0), []
+    schema = law_table().schema
+    for tau, pool in ((1.0, 6400), (4.0, 1600), (25.0, 256)):
+        for r in law_table(sizes={"m": 2e6, "l": 6e6}, tau=tau).to_pylist():
+            seen = max(r["prompts_seen"], 1)
+            unique = min(seen, pool)
+            new = {"run_id": f"{r['run_id']}-{tau}", "unique_prompts": unique, "loss": float(law.loss(seen, unique))}
+            rows.append(r | new)
+    rows += law_table(sizes={"m": 2e6}, eval_set="word").to_pylist()
+    table = pa.Table.from_pylist(rows, schema=schema)
+    by_tau = curves_by(table, "tau", size="m", axis="data", eval_set="chain")
+    assert {tau: [c.label for c in curves] for tau, curves in by_tau.items()} == {1: ["m"], 4: ["m"], 25: ["m"]}
+    got = fit_reuse([c for curves in by_tau.values() for c in curves])
+    assert got.parameters["worth"].value == pytest.approx(6.0, rel=1e-3)
+    by_set = curves_by(table, "eval_set", axis="data")
+    assert {name: [c.label for c in curves] for name, curves in by_set.items()} == {"chain": ["m", "l"], "word": ["m"]}
+    with pytest.raises(ValueError, match="column must be 'tau' or 'eval_set', got 'seed'"):
+        curves_by(table, "seed", axis="data")
 
 
 def test_free_repeats_have_no_upper_end():
