@@ -238,7 +238,9 @@ def study_recommend(
     data: Annotated[float | None, typer.Option(help="Budget in prompts seen.")] = None,
     target_loss: Annotated[float | None, typer.Option(help="The test loss that is wanted.")] = None,
     gpu: Gpu = None,
-    hours: Annotated[float | None, typer.Option(help="Budget in hours of --gpu, all GPUs added up.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Budget in hours of --gpu.")] = None,
+    num_gpus: Annotated[int, typer.Option(help="How many of --gpu.")] = 1,
+    unique_prompts: Annotated[int | None, typer.Option(help="Different prompts there are.")] = None,
     kind: Annotated[str | None, typer.Option(help="base or instruct; none: each that there is.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -251,14 +253,11 @@ def study_recommend(
     from grpo_engine.study.forecast import gpu_here
     from grpo_engine.study.report import recommendations
 
-    if (gpu is None) != (hours is None):
-        raise ValueError("--gpu and --hours go together")
-    if gpu == "here":
-        gpu = gpu_here()
-    budgets = {"compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu and (gpu, hours)}
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"give one of --compute, --data, --target-loss and --gpu with --hours, got {len(given)}")
+    asked = {
+        "compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu_here() if gpu == "here" else gpu,
+        "hours": hours, "num_gpus": num_gpus, "unique_prompts": unique_prompts,
+    }  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None}
     found = recommendations(study_dir, kind=kind, **given)
     if as_json:
         print(json.dumps({k: asdict(r) for k, r in found.items()}, indent=1))

@@ -11,7 +11,7 @@ STEP = StepRecord(step=1, prompts_seen=64, unique_prompts=60, trained_tokens=600
 EVAL = EvalRecord(
     step=0, prompts_seen=0, unique_prompts=0, trained_tokens=0, compute_6nt=0.0, compute_ledger=0.0, eval_set="chain",
     in_domain=True, mode="sample", temperature=0.7, num_problems=500, num_samples=4, pass1=0.25, loss=0.75,
-    stderr=0.01, by_grade={"0": {"pass1": 0.5, "n": 250}},
+    stderr=0.01, by_grade={"0": {"pass1": 0.5, "n": 250}}, right=[4, 0],
 )  # fmt: skip
 HEADER = {
     "run_id": "abc", "method": "grpo", "config": {"seed": 3, "batch": {"group_size": 8}},

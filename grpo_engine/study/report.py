@@ -51,7 +51,6 @@ from .figures import (
     tick_text,
 )
 from .fit import AxisFit, Estimate, Fits, draws_of, fit_table, interval, read_fits, write_fits
-from .gpus import budget as gpu_budget
 from .importers import TABLE_FILE, read_table, write_table
 from .recommend import Recommendation, recommend
 
@@ -1019,61 +1018,29 @@ def _recommendation_section(picks: Sequence[tuple[str, str, Recommendation]]) ->
 
 
 def recommendations(
-    study_dir: str | os.PathLike[str],
-    *,
-    kind: str | None = None,
-    gpu: tuple[str, float] | None = None,
-    target_loss: float | None = None,
-    **budget: float,
+    study_dir: str | os.PathLike[str], *, kind: str | None = None, **asked: Any
 ) -> dict[str, Recommendation]:
-    """What `recommend` says for a budget, from the records of a study.
+    """What `recommend` says, from the records of a study.
 
     Args:
         study_dir: the study's folder; its laws are fitted where fits.json is missing.
         kind: "base" or "instruct"; None: each that was fitted.
-        gpu: (name, hours) in place of a budget of compute; see `gpus.budget`.
-        target_loss: in place of a budget, the smallest compute (or, without it, number of prompts) at which some size is
-            predicted to reach this.
-        budget: a keyword of `recommend`.
+        asked: keywords of `recommend`.
 
     Returns:
-        Kind to recommendation.
+        Kind to recommendation: along data for a budget of prompts, else along compute, or what there is.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_data`, `gpus.budget` and `recommend`; no law of this kind.
+        FileNotFoundError, ValueError: see `load_data` and `recommend`; no law of this kind.
     """
     folder = Path(study_dir)
     fits = read_fits(folder / FITS_FILE) if (folder / FITS_FILE).is_file() else fit_study(folder)
-    if gpu is not None:
-        budget = {"compute": gpu_budget(*gpu)}
     kinds = [k for k in dict.fromkeys(f.kind for f in fits.fits) if k in ((kind,) if kind else ("base", "instruct"))]
     if not kinds:
         raise ValueError(f"{folder}: no law was fitted to {kind or 'any'} models")
-    first = "data" if "prompts" in budget else "compute"
+    first = "data" if "prompts" in asked else "compute"
     axis = first if first in _axes(fits) else _axes(fits)[0]
-    if target_loss is not None:
-        unit = "compute" if axis == "compute" else "prompts"
-        return {k: recommend(f := fits.get(axis, k), **{unit: _reaching(f, unit, target_loss)}) for k in kinds}
-    return {k: recommend(fits.get(axis, k), **budget) for k in kinds}
-
-
-def _reaching(fit: AxisFit, unit: str, target_loss: float) -> float:
-    """The smallest budget at which the best size is predicted to have a loss, to a hundredth of it."""
-    if not 0 < target_loss < 1:
-        raise ValueError(f"target_loss: must be between 0 and 1, got {target_loss}")
-
-    def misses(amount: float) -> bool:
-        return recommend(fit, **{unit: amount}).candidates[0].loss.value > target_loss
-
-    low, high = min(s.x_min for s in fit.sizes), max(s.x_max for s in fit.sizes) * 1e6
-    if misses(high):
-        raise ValueError(f"target_loss: {target_loss} is not reached with a million times the {unit} of this study")
-    if not misses(low):
-        raise ValueError(f"target_loss: {target_loss} is above what the smallest {unit} of this study reaches already")
-    while high > 1.01 * low:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if misses(middle) else (low, middle)
-    return high
+    return {k: recommend(fits.get(axis, k), **asked) for k in kinds}
 
 
 def round_to(value: float, digits: int) -> float:
