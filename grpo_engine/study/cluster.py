@@ -102,7 +102,8 @@ class RayExecutor:
     def __post_init__(self) -> None:
         ray = _import("ray", "ray")
         if not ray.is_initialized():
-            ray.init(address=self.address, num_cpus=self.num_cpus, include_dashboard=False, log_to_driver=False,
+            address = self.address or os.environ.get("RAY_ADDRESS") or "local"  # "local": a cluster of our own
+            ray.init(address=address, num_cpus=self.num_cpus, include_dashboard=False, log_to_driver=False,
                      runtime_env={"env_vars": {"PYTHONPATH": _ROOT}})  # fmt: skip
         self._task = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=0)(run_command)
 
