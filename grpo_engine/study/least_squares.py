@@ -39,6 +39,7 @@ LOGARITHMIC = ("log", "huber")  # objectives of errors of log L
 HUBER = 1.345  # standard deviations: 95 % efficient where the noise is normal
 STEP = 1e-30  # of the complex step
 GRID = {0: 1, 1: 25, 2: 11, 3: 7}  # values of each parameter that is not linear, by their number; more take 5
+LEAST = 1e-9  # a smaller loss counts as this where its logarithm is taken
 CHUNK = 4_000_000  # complex numbers of a derivative held at once
 
 
@@ -244,10 +245,12 @@ def _levenberg_marquardt(
 
     def at(t: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         root = np.sqrt(weight[rows])
-        r, d = residual(t, y[rows], weight[rows])
-        r, d = root * r, root[:, None, :] * d
-        cost = np.einsum("bn,bn->b", r, r)
-        return np.where(np.isfinite(cost), cost, np.inf), np.einsum("bqn,bn->bq", d, r), d @ d.transpose(0, 2, 1)
+        with np.errstate(over="ignore", invalid="ignore"):  # a step too far is refused by its infinite cost
+            r, d = residual(t, y[rows], weight[rows])
+            r, d = root * r, root[:, None, :] * d
+            cost = np.einsum("bn,bn->b", r, r)
+            gradient, normal = np.einsum("bqn,bn->bq", d, r), d @ d.transpose(0, 2, 1)
+        return np.where(np.isfinite(cost), cost, np.inf), gradient, normal
 
     cost, gradient, normal = at(theta, live)
     damping = np.full(len(theta), 1e-3)
@@ -292,7 +295,7 @@ class Problem:
         """See `Residual`."""
         given, slope = self.space.jacobian(theta, self.coordinates)
         if self.data.log:
-            safe = np.maximum(given, 1e-300)
+            safe = np.maximum(given, LEAST)
             return np.log(safe) - y, slope / safe[:, None, :]
         return given - y, slope
 
@@ -315,7 +318,7 @@ class Problem:
     def error(self, theta: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Fitted minus measured [..., n], of log L where the objective is."""
         given = self.space.evaluate(theta, self.coordinates)
-        return (np.log(np.maximum(given, 1e-300)) if self.data.log else given) - y
+        return (np.log(np.maximum(given, LEAST)) if self.data.log else given) - y
 
     def design(self, theta: np.ndarray) -> np.ndarray:
         """Derivative [n, q] of the fitted values (of their logs, where errors are those of log L)."""

@@ -181,6 +181,15 @@ def test_other_forms_of_the_slope():
     assert other.loss("m", 64.0) == pytest.approx(0.7, abs=0.005)
 
 
+@pytest.mark.parametrize("objective", ["huber", "binomial"])
+def test_other_objectives_find_the_law_too(objective):
+    table = law_table(noise=0.005, runs=2, num_problems=500, num_samples=4)
+    joint = axis_fit(table, objective=objective).joint
+    assert joint.objective == objective and joint.verdict.ok
+    assert joint.parameters["K_max"].value == pytest.approx(K_MAX, rel=0.1)
+    assert joint.profile.low < N0 < joint.profile.high
+
+
 def test_residuals_are_what_the_law_leaves():
     curves, _, _ = select_curves(law_table(noise=0.01), axis="data")
     joint = fit.fit_joint(curves, axis="data", n_boot=20)
