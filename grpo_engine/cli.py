@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,9 @@ Overrides = Annotated[
     typer.Argument(help="Settings to change, dotted: optimizer.lr=1e-5 batch.group_size=16", show_default=False),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run or study; made when absent.")]
+Preset = Annotated[str, typer.Argument(help="Preset (smoke, micro, paper, paper-v3) or YAML file.")]
+Gpu = Annotated[str | None, typer.Option(help="a100, h100, h200, b200, l40s, l4 or mi300x; here: the one of this machine.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StudyDir = Annotated[Path, typer.Argument(help="Folder of a study, as given to `study run --out`.")]
 
 
@@ -97,31 +101,51 @@ def evaluate(
 
 @study_app.command("plan")
 def study_plan(
-    preset: Annotated[str, typer.Argument(help="Preset (smoke, micro, paper) or YAML file.")],
+    preset: Preset,
+    gpu: Gpu = None,
+    usd_per_hour: Annotated[float | None, typer.Option(help="Price of one device for an hour.")] = None,
+    as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """List the cells of a study and what each will cost, and run nothing."""
-    from grpo_engine.study.design import load_study, plan, plan_table
+    """List the cells of a study, what each needs and what it will cost, and run nothing; no weights or data are read.
 
-    console.print(plan_table(plan(load_study(preset, overrides or []))))
+    Example: grpo-engine study plan paper --gpu h200 --usd-per-hour 3
+    """
+    from grpo_engine.study.design import load_study, plan, plan_json, plan_view
+    from grpo_engine.study.forecast import gpu_here
+
+    assumed = {"estimate.gpu": gpu_here() if gpu == "here" else gpu, "estimate.usd_per_hour": usd_per_hour}
+    settings = [f"{k}={v}" for k, v in assumed.items() if v is not None]
+    the_plan = plan(load_study(preset, [*settings, *(overrides or [])]))
+    if as_json:
+        print(json.dumps(plan_json(the_plan), indent=1))
+    else:
+        Console(width=max(console.width, 110)).print(plan_view(the_plan), highlight=False)
 
 
 @study_app.command("run")
 def study_run(
-    preset: Annotated[str, typer.Argument(help="Preset (smoke, micro, paper) or YAML file.")],
+    preset: Preset,
     out: Out,
-    jobs: Annotated[int | None, typer.Option(help="Processes side by side; none: one a GPU, or one a CPU core.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Cells side by side; none: as many as there is room for.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
+    backend: Annotated[str, typer.Option(help="Where cells run: local, ray or slurm.")] = "local",
+    cluster: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of the backend, name=value: slurm_partition=gpu, address=auto; repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their cost, and run nothing.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Run a study: what is missing is run, what is done is kept; then fit its laws and write the report."""
+    from grpo_engine.study.cluster import make_executor
     from grpo_engine.study.design import load_study
     from grpo_engine.study.run import run_study
 
     if dry_run:
-        return study_plan(preset, overrides)
-    result = run_study(out, study=load_study(preset, overrides or []), jobs=jobs, threads=threads)
+        return study_plan(preset, overrides=overrides)
+    executor = make_executor(backend, out, threads=threads, options=cluster or [])
+    result = run_study(out, study=load_study(preset, overrides or []), jobs=jobs, threads=threads, executor=executor)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
     _report(out)
@@ -129,13 +153,17 @@ def study_run(
 
 @study_app.command("status")
 def study_status(study_dir: StudyDir) -> None:
-    """Say which cells are done, running, begun or missing."""
+    """Say which cells are done, running, failed, begun or missing; only records are read."""
     from grpo_engine.study.run import study_status as status
 
-    table = Table("cell", "state", "seconds")
-    for s in status(study_dir):
-        table.add_row(s.cell.name, str(s), "-" if s.seconds is None else f"{s.seconds:.0f}")
+    table = Table("cell", "state", "test loss", "seconds")
+    found = status(study_dir)
+    for s in found:
+        loss, seconds = "-" if s.loss is None else f"{s.loss:.3f}", "-" if s.seconds is None else f"{s.seconds:.0f}"
+        table.add_row(s.cell.name, str(s), loss, seconds)
     console.print(table)
+    counts = Counter(s.state for s in found)
+    console.print(", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "partial", "missing") if counts[s]))
 
 
 @study_app.command("fit")
@@ -144,6 +172,99 @@ def study_fit(study_dir: StudyDir) -> None:
     from grpo_engine.study.report import fit_study, law_table
 
     console.print(law_table(fit_study(study_dir)))
+
+
+@study_app.command("import")
+def study_import(
+    log_format: Annotated[str, typer.Argument(metavar="FORMAT", help="csv, verl, trl or wandb.")],
+    paths: Annotated[list[Path], typer.Argument(help="Logs, one a run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; what it holds already stays.")],
+    size: Annotated[str, typer.Option(help="Size of the model, a label: 7B.")],
+    model: Annotated[str | None, typer.Option(help="Model folder, or a Qwen2.5 name, that --params is counted from")] = None,
+    params: Annotated[int | None, typer.Option(help="Parameters without embedding and head.")] = None,
+    params_nominal: Annotated[float | None, typer.Option(help="Parameters by the model's name: 7e9.")] = None,
+    kind: Annotated[str, typer.Option(help="base or instruct.")] = "base",
+    prompts_per_step: Annotated[int | None, typer.Option(help="Prompts of a step; gives the data axis.")] = None,
+    dataset_prompts: Annotated[int | None, typer.Option(help="Different prompts there are; gives their reuse.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Answers to a prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the evaluation.")] = None,
+    num_problems: Annotated[int | None, typer.Option(help="Problems of the evaluation set.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Answers to each.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the run.")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Name of the run; none: its file's.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="SET=KEY: evaluation set and the log's key of its pass rate; repeatable.")
+    ] = None,
+    out_of_domain: Annotated[list[str] | None, typer.Option(help="A set that is out of domain; repeatable.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="csv: OURS=THEIRS, a column of our table; repeatable.")] = None,
+    step: Annotated[str | None, typer.Option(help="wandb: the step column.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="wandb: the running count of tokens.")] = None,
+) -> None:
+    """Take another trainer's logs into a folder that `study fit`, `report` and `recommend` read.
+
+    Example: grpo-engine study import verl 7b.log --out runs/ours --size 7B --model Qwen2.5-7B --prompts-per-step 512
+    """
+    from grpo_engine.config import ModelSource
+    from grpo_engine.study.forecast import num_params
+    from grpo_engine.study.importers import RunInfo, import_logs
+
+    if model is not None and params is None:
+        params = num_params(ModelSource(path=model))
+    run = RunInfo(
+        size=size, kind=kind, params_non_embedding=params, params_nominal=params_nominal,
+        prompts_per_step=prompts_per_step, dataset_prompts=dataset_prompts, group_size=group_size,
+        temperature=temperature, num_problems=num_problems, num_samples=num_samples, seed=seed, run_id=run_id,
+    )  # fmt: skip
+    table = import_logs(
+        out, log_format, paths, run=run, metrics=_pairs("--metric", metric), out_of_domain=out_of_domain or (),
+        columns=_pairs("--column", column), step=step, tokens=tokens,
+    )  # fmt: skip
+    runs, sizes = (len(set(table.column(name).to_pylist())) for name in ("run_id", "size"))
+    console.print(f"{out}: {table.num_rows} evaluations of {runs} runs and {sizes} sizes", soft_wrap=True)
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str] | None:
+    if not given:
+        return None
+    if bad := [g for g in given if "=" not in g]:
+        raise ValueError(f"{option} must be NAME=VALUE, got {bad[0]!r}")
+    return dict(g.split("=", 1) for g in given)
+
+
+@study_app.command("recommend")
+def study_recommend(
+    study_dir: StudyDir,
+    compute: Annotated[float | None, typer.Option(help="Budget in FLOPs, 6NT.")] = None,
+    data: Annotated[float | None, typer.Option(help="Budget in prompts seen.")] = None,
+    target_loss: Annotated[float | None, typer.Option(help="The test loss that is wanted.")] = None,
+    gpu: Gpu = None,
+    hours: Annotated[float | None, typer.Option(help="Budget in hours of --gpu.")] = None,
+    num_gpus: Annotated[int, typer.Option(help="How many of --gpu.")] = 1,
+    unique_prompts: Annotated[int | None, typer.Option(help="Different prompts there are.")] = None,
+    kind: Annotated[str | None, typer.Option(help="base or instruct; none: each that there is.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which size to train for a budget, for how many steps, and how far it will get, with how sure that is.
+
+    Example: grpo-engine study recommend runs/smoke --compute 1e12
+    """
+    from dataclasses import asdict
+
+    from grpo_engine.study.forecast import gpu_here
+    from grpo_engine.study.report import recommendations
+
+    asked = {
+        "compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu_here() if gpu == "here" else gpu,
+        "hours": hours, "num_gpus": num_gpus, "unique_prompts": unique_prompts,
+    }  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None}
+    found = recommendations(study_dir, kind=kind, **given)
+    if as_json:
+        print(json.dumps({k: asdict(r) for k, r in found.items()}, indent=1))
+        return
+    for name, r in found.items():
+        console.print(f"[bold]{name} models[/bold]")
+        Console(width=max(console.width, 110)).print(r.render_text(), highlight=False, markup=False)
 
 
 @study_app.command("report")

@@ -52,8 +52,9 @@ class TaskConfig(Config):
     train: str | None = None  # parquet only: file in verl's format
     evals: dict[str, str] = {}  # parquet only: name -> file
     train_problems: Positive | None = None  # how many different training problems; None: all, or as many as needed
+    subset: Literal["nested", "independent"] = "nested"  # which: a smaller number's are among a larger one's, or not
     eval_problems: Positive | None = 500  # problems an evaluation set is cut to; None: all
-    shuffle: bool = True  # False: the file's own order (a curriculum, in the paper's files)
+    shuffle: bool = True  # False: the file's own order (a curriculum, in the paper's files); generated ones by grade
 
     @pydantic.model_validator(mode="after")
     def _files(self) -> TaskConfig:

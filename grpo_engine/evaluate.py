@@ -32,6 +32,7 @@ class EvalResult:
     pass1: float  # mean over problems of the mean reward of its answers
     stderr: float | None  # of pass1 over problems; None for a single problem
     by_grade: Mapping[str, Mapping[str, float]] | None  # {grade: {"pass1", "n"}}; None when ungraded
+    right: list[int] | None = None  # right answers to each problem; None where rewards are not 0 or 1
 
     @property
     def loss(self) -> float:
@@ -131,7 +132,9 @@ def _asks(eval_set: EvalSet, tokenizer: Tokenizer, config: RunConfig) -> list[As
 
 def _result(eval_set: EvalSet, ask: Ask, values: Sequence[float]) -> EvalResult:
     P, samples = len(ask.prompts), ask.group_size
-    by_problem = torch.tensor(values, dtype=torch.float64).view(P, samples).mean(dim=1)
+    rewards = torch.tensor(values, dtype=torch.float64).view(P, samples)
+    by_problem = rewards.mean(dim=1)
+    counted = bool(((rewards == 0) | (rewards == 1)).all())
     return EvalResult(
         eval_set=eval_set.name,
         in_domain=eval_set.in_domain,
@@ -142,6 +145,7 @@ def _result(eval_set: EvalSet, ask: Ask, values: Sequence[float]) -> EvalResult:
         pass1=by_problem.mean().item(),
         stderr=by_problem.std(correction=1).item() / math.sqrt(P) if P > 1 else None,
         by_grade=_by_grade(eval_set.problems, by_problem.tolist()),
+        right=rewards.sum(dim=1).int().tolist() if counted else None,
     )
 
 

@@ -28,10 +28,14 @@ def forward_flops(model: Model, *, tokens: int, pairs: int, head_rows: int) -> f
     Returns:
         ``2 N T + 4 L H E pairs + 2 D V head_rows`` with N the non-embedding parameters.
     """
-    c: ModelConfig = model.config
+    return shape_flops(model.config, model.num_non_embedding, tokens=tokens, pairs=pairs, head_rows=head_rows)
+
+
+def shape_flops(c: ModelConfig, params: int, *, tokens: float, pairs: float, head_rows: float) -> float:
+    """`forward_flops` of an architecture with so many non-embedding parameters."""
     attention = 4.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
     head = 2.0 * c.hidden_size * c.vocab_size * head_rows
-    return 2.0 * model.num_non_embedding * tokens + attention + head
+    return 2.0 * params * tokens + attention + head
 
 
 def causal_pairs(length: int) -> int:

@@ -121,10 +121,16 @@ def _end_with_asker() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def end_with_parent() -> None:
+    """Has this process killed when the one that started it is gone; Linux only, elsewhere it does nothing."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+
 def _end_with_server() -> None:
     # nobody would learn how this process ends
     server = os.getppid()
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     threads = len(os.listdir(f"/proc/{server}/task"))
     if threads != 1:
         raise RuntimeError(f"the process that was forked has {threads} threads, not 1: an import has started some")

@@ -6,12 +6,14 @@ A run directory holds
     steps.jsonl     one `StepRecord` a line: deterministic, bit-identical after a kill and a resume
     evals.jsonl     one `EvalRecord` a line: deterministic as well
     timings.jsonl   one `TimingRecord` a line: wall-clock, different in every run; only cost figures read it
+    order.txt       uid of every training prompt in the order they are seen, one a line; P lines are a step
     checkpoint/     written by `grpo_engine.checkpoint`
     summary.json    written last: a run with a summary is complete
 
-Every object carries `"schema": 1`. A value that was not measured is `null`. JSON has no NaN and no infinity, so a
-value that is not finite is written as `null` *and named*, with what it was, under the key `"non_finite"` of the
-same object: `{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike.
+Every object carries `"schema": 2`; records of schema 1, which lack `EvalRecord.right`, are read too. A value
+that was not measured is `null`. JSON has no NaN and no infinity, so a value that is not finite is written as `null`
+*and named*, with what it was, under the key `"non_finite"` of the same object:
+`{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get
 if TYPE_CHECKING:
     import pyarrow
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # schemas that are read; a field that the older lacks has a default
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 EVALS_FILE = "evals.jsonl"
 TIMINGS_FILE = "timings.jsonl"
+ORDER_FILE = "order.txt"
 SUMMARY_FILE = "summary.json"
 CELL_FILE = "cell.json"  # written by a study beside the run's own files: which cell this run is
 
@@ -113,6 +117,7 @@ class EvalRecord:
     loss: float
     stderr: float | None  # of pass1, over problems; None for a single problem
     by_grade: dict[str, dict[str, float]] | None = None  # {grade: {"pass1": float, "n": int}}
+    right: list[int] | None = None  # right answers to each problem, in the set's order; None where rewards are not 0 or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,8 +210,7 @@ def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "recor
         ValueError: another schema number, a missing field or one that `cls` does not have.
         TypeError: a value of the wrong type (an integer is accepted where a float is wanted).
     """
-    if obj.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: schema must be {SCHEMA}, got {obj.get('schema')!r}")
+    _check_schema(obj, where)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {k: v for k, v in obj.items() if k not in ("schema", "non_finite")}
     if unknown := sorted(set(values) - set(fields)):
@@ -228,6 +232,11 @@ def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "recor
     if cls is TimingRecord:
         values["phase"] = {n: PhaseCost(**cost) for n, cost in values["phase"].items()}
     return cls(**values)
+
+
+def _check_schema(obj: Mapping[str, Any], where: str) -> None:
+    if obj.get("schema") not in READABLE:
+        raise ValueError(f"{where}: schema must be one of {READABLE}, got {obj.get('schema')!r}")
 
 
 @functools.cache
@@ -528,8 +537,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: no such file.
     """
     obj = read_object(path)
-    if obj.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema must be {SCHEMA}, got {obj.get('schema')!r}")
+    _check_schema(obj, str(path))
     return obj
 
 
@@ -649,11 +657,11 @@ _TABLE = (
     ("loss", "float64"),
     ("stderr", "float64"),
 )
-TABLE_COLUMNS = tuple(name for name, _ in _TABLE)
+TABLE_COLUMNS = tuple(name for name, _ in _TABLE)  # those of one value; right comes after them
 
 
 def table_schema() -> pyarrow.Schema:
-    """The Arrow schema of `runs.parquet`: one row an evaluation record, `TABLE_COLUMNS` in order.
+    """The Arrow schema of `runs.parquet`: one row an evaluation record, `TABLE_COLUMNS` in order and right.
 
     Returns:
         A pyarrow schema whose metadata holds the record schema number under b"grpo_engine_schema".
@@ -661,6 +669,7 @@ def table_schema() -> pyarrow.Schema:
     import pyarrow as pa
 
     fields = [pa.field(name, getattr(pa, kind)()) for name, kind in _TABLE]
+    fields.append(pa.field("right", pa.list_(pa.int32())))
     return pa.schema(fields, metadata={b"grpo_engine_schema": str(SCHEMA).encode()})
 
 
@@ -684,7 +693,7 @@ def runs_table(
     """
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {name: [] for name in TABLE_COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in table_schema().names}
     for item in run_dirs:
         run = item if isinstance(item, Run) else read_run(item, allow_incomplete=allow_incomplete)
         try:
@@ -705,9 +714,8 @@ def runs_table(
         except KeyError as error:
             raise KeyError(f"{run.path / RUN_FILE}: no {error.args[0]!r}") from None
         for record in run.evals:
-            row = fixed | {n: getattr(record, n) for n in TABLE_COLUMNS if n not in fixed}
-            for name in TABLE_COLUMNS:
-                columns[name].append(row[name])
+            for name, column in columns.items():
+                column.append(fixed[name] if name in fixed else getattr(record, name))
     return pa.table(columns, schema=table_schema())
 
 

@@ -28,6 +28,7 @@ from grpo_engine.progress import RunProgress
 from grpo_engine.rewards.pool import RewardPool
 from grpo_engine.rollout import Engine
 from grpo_engine.step import StepOutcome, grpo_step, learning_rate
+from grpo_engine.tasks.subset import difficulty, subset
 from grpo_engine.tokenizer import Tokenizer, load_tokenizer
 from grpo_engine.types import Problem, Task
 
@@ -178,6 +179,9 @@ class Run:
             lengths = state.lengths
             state.restore(self.model, self.optimizer)
         else:
+            if c.method == "grpo":
+                seen = (p.uid for step in range(1, c.steps + 1) for p in self._problems(step))
+                records.write_bytes_atomic(self.out / records.ORDER_FILE, "".join(f"{u}\n" for u in seen).encode())
             records.write_json_atomic(self.out / records.RUN_FILE, self._header())
         self.steps, self.evals, self.timings = (
             records.JsonlWriter(self.out / name, truncate_to=length) for name, length in lengths.items()
@@ -284,7 +288,7 @@ class Run:
             self.engine,
             self.reference,
             self.optimizer,
-            problems_of_step(self.task.train, step=step, count=P, seed=self.config.seed, shuffle=self.config.task.shuffle),
+            self._problems(step),
             tokenizer=self.tokenizer,
             pool=self.pool,
             config=self.config,
@@ -294,6 +298,12 @@ class Run:
         )
         self._count(step, outcome.trained_tokens)
         return self._record(step, **_step_fields(outcome, prompts=P, has_reference=self.reference is not None))
+
+    def _problems(self, step: int) -> list[Problem]:
+        c = self.config
+        return problems_of_step(
+            self.task.train, step=step, count=c.batch.prompts, seed=c.seed, shuffle=c.task.shuffle
+        )
 
     def _pretrain_step(self, step: int) -> records.StepRecord:
         outcome = pretrain.control_step(
@@ -373,11 +383,12 @@ def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
     Args:
         config: which.
         seed: of the run; generated training problems depend on it, test problems do not.
-        needed: training problems that the run draws; a generator makes that many unless config.train_problems says
-            otherwise.
+        needed: training problems that the run draws; a generator makes that many, or config.train_problems if that
+            is more.
 
     Returns:
-        A `Task` whose evaluation sets hold at most config.eval_problems problems each.
+        A `Task` with config.train_problems training problems (see `subset`), where there are as many, and at most
+        config.eval_problems problems in each evaluation set.
 
     Raises:
         ValueError: a bad file, the fault named.
@@ -385,16 +396,18 @@ def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
     if config.name == "parquet":
         from grpo_engine.tasks.parquet import parquet_task
 
-        return parquet_task(
-            train=config.train,
-            evals=config.evals,
-            train_problems=config.train_problems,
-            eval_problems=config.eval_problems,
-        )
-    from grpo_engine.tasks.micro import micro_task
+        task = parquet_task(train=config.train, evals=config.evals, eval_problems=config.eval_problems)
+    else:
+        from grpo_engine.tasks.micro import micro_task
 
-    return micro_task(
-        train_problems=config.train_problems or needed, eval_problems=config.eval_problems, seed=seed
+        count = max(needed, config.train_problems or 0)
+        task = micro_task(train_problems=count, eval_problems=config.eval_problems, seed=seed)
+        if not config.shuffle:
+            task = dataclasses.replace(task, train=sorted(task.train, key=difficulty))
+    if config.train_problems is None:
+        return task
+    return dataclasses.replace(
+        task, train=subset(task.train, config.train_problems, seed=seed, how=config.subset)
     )
 
 

@@ -58,6 +58,7 @@ def test_pass1_and_its_standard_error(setting):
     assert result.stderr == pytest.approx((values.std() / 12**0.5).item())
     assert (result.num_problems, result.num_samples, result.temperature) == (12, 2, 0.7)
     assert sum(g["n"] for g in result.by_grade.values()) == 12
+    assert result.right == (2 * values).int().tolist()
 
 
 def test_greedy_is_one_answer_and_repeats(setting):

@@ -11,7 +11,7 @@ STEP = StepRecord(step=1, prompts_seen=64, unique_prompts=60, trained_tokens=600
 EVAL = EvalRecord(
     step=0, prompts_seen=0, unique_prompts=0, trained_tokens=0, compute_6nt=0.0, compute_ledger=0.0, eval_set="chain",
     in_domain=True, mode="sample", temperature=0.7, num_problems=500, num_samples=4, pass1=0.25, loss=0.75,
-    stderr=0.01, by_grade={"0": {"pass1": 0.5, "n": 250}},
+    stderr=0.01, by_grade={"0": {"pass1": 0.5, "n": 250}}, right=[4, 0],
 )  # fmt: skip
 HEADER = {
     "run_id": "abc", "method": "grpo", "config": {"seed": 3, "batch": {"group_size": 8}},
@@ -51,12 +51,19 @@ def test_a_record_survives_the_round_trip(record):
     assert records.from_json(type(record), json.loads(line)) == record
 
 
+def test_a_record_of_the_first_schema_is_read():
+    line = records.to_json(EVAL)
+    old = {k: v for k, v in line.items() if k != "right"} | {"schema": 1}
+    assert records.from_json(EvalRecord, old) == EvalRecord(**(vars_of(EVAL) | {"right": None}))
+    assert records.from_json(EvalRecord, line | {"right": [4, 0, 1]}).right == [4, 0, 1]
+
+
 def test_a_non_finite_number_is_null_and_named(tmp_path):
     with JsonlWriter(tmp_path / "x.jsonl") as out:
         out.write({"step": 1, "loss": math.nan, "deep": {"kl": -math.inf}, "list": [1.0, math.inf]})
     (obj,) = records.read_jsonl(tmp_path / "x.jsonl").records
     assert obj == {
-        "schema": 1, "step": 1, "loss": None, "deep": {"kl": None}, "list": [1.0, None],
+        "schema": 2, "step": 1, "loss": None, "deep": {"kl": None}, "list": [1.0, None],
         "non_finite": {"loss": "nan", "deep.kl": "-inf", "list[1]": "inf"},
     }  # fmt: skip
 
@@ -80,7 +87,7 @@ def test_a_tensor_of_one_element_is_a_number_and_a_larger_one_an_error():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"schema": 2}, ValueError, "f:3: schema must be 1, got 2"),
+        ({"schema": 3}, ValueError, r"f:3: schema must be one of \(1, 2\), got 3"),
         ({"step": "1"}, TypeError, "StepRecord.step must be int, got '1'"),
         ({"step": True}, TypeError, "StepRecord.step must be int, got True"),
         ({"speed": 1}, ValueError, "StepRecord has no field speed"),
@@ -168,7 +175,7 @@ def test_an_atomic_write_replaces_or_leaves(tmp_path):
     records.write_json_atomic(path, {"a": 1})
     with pytest.raises(TypeError):
         records.write_json_atomic(path, {"a": object()})
-    assert records.read_json(path) == {"schema": 1, "a": 1}
+    assert records.read_json(path) == {"schema": 2, "a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -213,7 +220,7 @@ def test_steps_must_rise(tmp_path):
 
 def test_the_table_has_the_declared_columns(tmp_path):
     table = records.runs_table([make_run(tmp_path / "r")])
-    assert tuple(table.column_names) == records.TABLE_COLUMNS
+    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "right")
     row = table.to_pylist()[0]
     assert (row["study"], row["cell"], row["seed"], row["group_size"]) == (None, "r", 3, 8)
     assert row["tau"] == 4.0  # 128 prompts seen, 32 different ones

@@ -238,6 +238,19 @@ def test_each_pass_over_the_problems_has_its_own_order():
     assert sum((problems_of_step(problems, step=s, count=4, seed=1, shuffle=False) for s in range(1, 6)), []) == problems * 2
 
 
+def test_the_order_of_the_training_prompts_is_recorded(undisturbed):
+    lines = (undisturbed / records.ORDER_FILE).read_text().splitlines()
+    steps = records.read_run(undisturbed).steps
+    assert len(lines) == steps[-1].prompts_seen == 12 * 8 and len(set(lines)) == steps[-1].unique_prompts
+    assert all(uid.startswith("chain/") for uid in lines)
+
+
+def test_an_evaluation_records_the_right_answers_to_every_problem(undisturbed):
+    for e in records.read_run(undisturbed).evals:
+        assert len(e.right) == e.num_problems and all(0 <= s <= e.num_samples for s in e.right)
+        assert sum(e.right) / (e.num_problems * e.num_samples) == pytest.approx(e.pass1)
+
+
 def test_evaluations_are_log_spaced_and_hold_both_ends():
     def steps(count, last):
         return eval_steps(RunConfig(steps=last, evaluation={"count": count}))

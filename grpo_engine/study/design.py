@@ -1,15 +1,15 @@
 """A study is a list of cells that can be read before it is paid for.
 
-`StudyConfig` says what varies (sizes, kinds, seeds, data reuse, group size) and `plan` expands it into `Cell`s: one
-run each, with a resolved `RunConfig`, an identity that is a hash of it, and an estimate of what it will cost. Two
-blocks of axes that meet in one configuration share its cell, so no run is paid for twice.
+`StudyConfig` says what varies (sizes, kinds, seeds, data reuse, order, group size, the algorithm's switches) and `plan`
+expands it into `Cell`s: one run each, with a resolved `RunConfig`, an identity that is a hash of it, and an estimate of
+what it will cost (`forecast.py`). Two blocks of axes that meet in one configuration share its cell, so no run is paid
+for twice.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from ..config import Config, ModelSource, RunConfig, apply_overrides, load_yaml, validate
-from ..records import run_id
+from ..config import Config, ModelSource, Positive, RunConfig, apply_overrides, load_yaml, validate
+from ..records import PHASES, run_id
+from .forecast import Cost, EstimateConfig, dollars, forecast, num_params, pretraining
+from .gpus import GPUS
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 Kind = Literal["base", "instruct"]
+Order = Literal["curriculum", "shuffled"]
 PLAN_FILE = "plan.json"
 STUDY_FILE = "study.yaml"
 CELLS = "cells"
@@ -38,6 +42,7 @@ class SizeConfig(Config):
     instruct: str | None = None
     params_nominal: Annotated[float, Field(gt=0)] | None = None  # what the name says (0.5e9), recorded only
     run: dict[str, Any] = {}  # overrides of the run at this size, dotted ("optimizer.lr": 1e-4)
+    answer_tokens: dict[Kind, Annotated[float, Field(gt=0)]] = {}  # for the estimate, in place of its own
 
 
 class AxesConfig(Config):
@@ -48,7 +53,10 @@ class AxesConfig(Config):
     kinds: tuple[Kind, ...] = ("base",)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     tau: tuple[Annotated[float, Field(ge=1)], ...] = (1.0,)  # data reuse: prompts seen / different prompts
+    unique: tuple[Positive, ...] = ()  # or the number of different prompts, in place of tau
+    order: tuple[Order, ...] = ()  # easy to hard, or each pass in an order of its own; empty: the run's own
     group_size: tuple[Annotated[int, Field(ge=2)], ...] = ()  # empty: the run's own
+    variants: dict[str, dict[str, Any]] = {}  # name -> overrides, dotted; one without overrides is the plain run
     control: tuple[Kind, ...] = ()  # and, for these kinds, a plain-pretraining run of the same length per size and seed
     run: dict[str, Any] = {}  # overrides for this block, dotted
 
@@ -58,22 +66,13 @@ class AxesConfig(Config):
             values = getattr(self, axis)
             if not values:
                 raise ValueError(f"axes {self.name!r}: {axis} must not be empty")
-        for axis in ("sizes", "kinds", "seeds", "tau", "group_size", "control"):
+        for axis in ("sizes", "kinds", "seeds", "tau", "unique", "order", "group_size", "control"):
             values = getattr(self, axis)
             if len(set(values)) != len(values):
                 raise ValueError(f"axes {self.name!r}: {axis} holds a value twice: {list(values)}")
+        if self.unique and self.tau != (1.0,):
+            raise ValueError(f"axes {self.name!r}: give tau or unique, and not both")
         return self
-
-
-class EstimateConfig(Config):
-    """What the plan assumes of cells that have not run (`grpo_engine.study.run.measured_plan` knows the others)."""
-
-    prompt_tokens: Annotated[float, Field(gt=0)] = 6.0  # a prompt
-    answer_tokens: Annotated[float, Field(gt=0)] = 5.0  # an answer
-    flops_per_s: Annotated[float, Field(gt=0)] = 40e9  # a process, on large matrices
-    us_per_token: Annotated[float, Field(ge=0)] = 6.0  # a trained token, besides: what does not shrink with N
-    start_s: Annotated[float, Field(ge=0)] = 4.0  # until a process does its first step
-    eval_sets: Annotated[int, Field(ge=1)] = 4
 
 
 class StudyConfig(Config):
@@ -127,21 +126,12 @@ class ModelNeed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
-    """An estimate, or a measurement where `measured`."""
-
-    trained_tokens: float
-    flops: float
-    seconds: float  # of one process
-    measured: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """One run of the study."""
 
     id: str  # 12 hexadecimal digits, of the resolved configuration (its name left out)
     name: str  # readable and unique in the study: "s-base-seed0", "m-base-tau25-seed1", "s-base-control-seed0"
+    variant: str  # order and switches that differ from the study's own; "" for its plain runs
     axes: tuple[str, ...]  # the blocks that asked for it
     method: Literal["grpo", "pretrain"]
     size: str
@@ -173,7 +163,9 @@ def load_study(source: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     """Reads a study from a YAML file or a preset.
 
     Args:
-        source: a path that ends in .yaml or .yml, or a preset's name ("smoke", "micro", "paper").
+        source: a path that ends in .yaml or .yml, or a preset's name ("smoke", "micro", "paper"). A file with a line
+            `extends: paper` says only what is different: its mappings are merged into those of the preset or file that
+            it names, everything else in it replaces.
         overrides: dotted, "run.steps=20"; see `grpo_engine.config.apply_overrides`.
 
     Returns:
@@ -183,10 +175,27 @@ def load_study(source: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
         ValueError: a wrong key or value, named by its dotted path; no such preset.
         FileNotFoundError: no such file.
     """
-    data = apply_overrides(load_yaml(os.fspath(source)), overrides)
+    data = apply_overrides(_extended(source), overrides)
     study = validate(StudyConfig, data, where=f"study {os.fspath(source)}")
     _cells(study)
     return study
+
+
+def _extended(source: str | os.PathLike[str]) -> dict[str, Any]:
+    def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+        both = {
+            k: merged(below[k], v) if isinstance(v, Mapping) and isinstance(below.get(k), Mapping) else v
+            for k, v in above.items()
+        }
+        return {**below, **both}
+
+    data, seen = load_yaml(os.fspath(source)), [os.fspath(source)]
+    while (parent := data.pop("extends", None)) is not None:
+        if parent in seen:
+            raise ValueError(f"study {source}: it extends itself: {' -> '.join([*seen, parent])}")
+        seen.append(parent)
+        data = merged(load_yaml(parent), data)
+    return data
 
 
 def save_study(study: StudyConfig, path: str | os.PathLike[str]) -> None:
@@ -209,27 +218,23 @@ def plan(study: StudyConfig) -> Plan:
         study: the study.
 
     Returns:
-        The plan, with estimated costs: 6 N T for training, 2 N T for the reference pass where there is one and for
-        sampling, and evaluation; seconds by the rates of `study.estimate`.
+        The plan, with the costs that `forecast` gives it.
 
     Raises:
         ValueError: a cell's configuration is wrong, or two different cells would get one name; the message
             names the cell.
     """
-    sizes: dict[tuple[str, Kind], int] = {}
     cells = []
     needs: dict[ModelNeed, None] = {}
     for cell in _cells(study):
-        key = (cell["size"], cell["kind"])
-        if key not in sizes:
-            sizes[key] = num_params(cell["config"].model)
         need = None
         if cell["config"].model.path is None:
             need = ModelNeed(size=cell["size"], kind=cell["kind"])
             needs[ModelNeed(size=cell["size"], kind="base")] = None
             needs[need] = None
-        cost = _run_cost(cell["config"], sizes[key], study.estimate)
-        cells.append(Cell(**cell, needs=need, cost=cost))
+        own = study.sizes[cell["size"]].answer_tokens.get(cell["kind"])
+        estimate = study.estimate.model_copy(update={"answer_tokens": own} if own else {})
+        cells.append(Cell(**cell, needs=need, cost=forecast(cell["config"], estimate)))
     order = sorted(needs, key=lambda n: (list(study.sizes).index(n.size), n.kind))
     return Plan(study=study, cells=tuple(cells), models=tuple((n, _model_cost(n, study)) for n in order))
 
@@ -239,13 +244,14 @@ def _cells(study: StudyConfig) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for block in study.axes:
         sizes = block.sizes or tuple(study.sizes)
-        for size, kind, tau, group in itertools.product(
-            sizes, block.kinds, block.tau, block.group_size or (None,)
-        ):
-            for seed in block.seeds:
-                _add(found, _cell(study, block, size, kind, seed, tau, group, "grpo"))
+        reuse: list[dict[str, Any]] = [{"unique": u} for u in block.unique] or [{"tau": t} for t in block.tau]
+        for size, kind, data, group, order, variant, seed in itertools.product(
+            sizes, block.kinds, reuse, block.group_size or (None,), block.order or (None,), block.variants or ("",),
+            block.seeds,
+        ):  # fmt: skip
+            _add(found, _cell(study, block, size, kind, seed, group=group, order=order, variant=variant, **data))
         for size, kind, seed in itertools.product(sizes, block.control, block.seeds):
-            _add(found, _cell(study, block, size, kind, seed, 1.0, None, "pretrain"))
+            _add(found, _cell(study, block, size, kind, seed, method="pretrain"))
     names: dict[str, str] = {}
     for cell in found.values():
         if cell["name"] in names:
@@ -272,9 +278,13 @@ def _cell(
     size: str,
     kind: Kind,
     seed: int,
-    tau: float,
-    group: int | None,
-    method: Literal["grpo", "pretrain"],
+    *,
+    tau: float = 1.0,
+    unique: int | None = None,
+    group: int | None = None,
+    order: Order | None = None,
+    variant: str = "",
+    method: Literal["grpo", "pretrain"] = "grpo",
 ) -> dict[str, Any]:
     entry = study.sizes[size]
     folder = entry.base if kind == "base" else entry.instruct
@@ -284,21 +294,33 @@ def _cell(
     data["model"] |= {"path": folder} if folder else {"size": size}
     if entry.params_nominal is not None:
         data["model"]["params_nominal"] = entry.params_nominal
+    parts = [size, kind, *(["control"] if method == "pretrain" else [])]
+    plain: RunConfig = validate(RunConfig, data, where=f"study {study.name}, cell {'-'.join(parts)}")
+    switches = []
+    if order is not None and (order == "shuffled") != plain.task.shuffle:
+        data = apply_overrides(data, [f"task.shuffle={json.dumps(order == 'shuffled')}"])
+        switches.append(order)
+    if variant and block.variants[variant]:
+        data = apply_overrides(data, _dotted(block.variants[variant]))
+        switches.append(variant)
     if group is not None:
         data = apply_overrides(data, [f"batch.group_size={group}"])
-    parts = [size, kind, *(["control"] if method == "pretrain" else [])]
-    default = validate(RunConfig, data, where=f"study {study.name}, cell {'-'.join(parts)}")
+    seen = plain.steps * plain.batch.prompts
+    if unique is not None:
+        if unique > seen:
+            raise ValueError(f"axes {block.name!r}: unique={unique} is more than the {seen} prompts that a run sees")
+        tau = seen / unique
     if tau != 1:
-        unique = max(1, round(default.steps * default.batch.prompts / tau))
-        data = apply_overrides(data, [f"task.train_problems={unique}"])
-        parts.append(f"tau{tau:g}")
-    if group is not None and group != _default_group(study, block, size):
+        data = apply_overrides(data, [f"task.train_problems={unique or max(1, round(seen / tau))}"])
+        parts.append(f"U{unique}" if unique else f"tau{tau:g}")
+    if group is not None and group != plain.batch.group_size:
         parts.append(f"G{group}")
-    name = "-".join([*parts, f"seed{seed}"])
+    name = "-".join([*parts, *switches, f"seed{seed}"])
     config: RunConfig = validate(RunConfig, data | {"name": name}, where=f"study {study.name}, cell {name}")
     return {
         "id": run_id(config.model_dump(mode="json", exclude={"name"})),
         "name": name,
+        "variant": "-".join(switches),
         "axes": (block.name,),
         "method": method,
         "size": size,
@@ -309,12 +331,6 @@ def _cell(
         "config": config,
         "overrides": tuple(_difference(config)),
     }
-
-
-def _default_group(study: StudyConfig, block: AxesConfig, size: str) -> int:
-    data = apply_overrides(study.run, _dotted(study.sizes[size].run))
-    data = apply_overrides(data, _dotted(block.run))
-    return (data.get("batch") or {}).get("group_size", RunConfig().batch.group_size)
 
 
 def _dotted(overrides: Mapping[str, Any]) -> list[str]:
@@ -346,119 +362,61 @@ def _difference(config: RunConfig) -> list[str]:
     return walk(config.model_dump(mode="json", exclude={"model": {unused}}), default, "")
 
 
-# ------------------------------------------------------------------------------------------- costs
-
-
-def num_params(source: ModelSource) -> int:
-    """Non-embedding parameters of a model, without loading its weights.
-
-    Args:
-        source: a folder with config.json, or a size of the embedded ladder.
-
-    Returns:
-        N of the scaling laws. For a folder that is not there (yet), the nominal size, if one is given: enough for
-        an estimate.
-
-    Raises:
-        FileNotFoundError, ValueError: no config.json and no nominal size, or the ladder has no such size.
-    """
-    if source.path is not None and source.params_nominal and not (Path(source.path) / "config.json").is_file():
-        return round(source.params_nominal)
-    import torch
-
-    from ..model import Model
-
-    with torch.device("meta"):
-        return Model(_architecture(source)).num_non_embedding
-
-
-def _architecture(source: ModelSource) -> Any:
-    if source.path is not None:
-        from ..weights import read_config
-
-        return read_config(source.path)
-    from ..pretrain import architecture
-
-    return architecture(source.size)
-
-
-def _run_cost(config: RunConfig, params: int, estimate: EstimateConfig) -> Cost:
-    answers = config.steps * config.batch.prompts * config.batch.group_size
-    tokens = answers * (estimate.prompt_tokens + estimate.answer_tokens)
-    flops = 6.0 * params * tokens
-    if config.method == "grpo":
-        if config.loss.kl_coef > 0:
-            flops += 2.0 * params * tokens
-        prompts = config.steps * config.batch.prompts * estimate.prompt_tokens  # a prompt is computed once a group
-        flops += 2.0 * params * (prompts + answers * estimate.answer_tokens)
-    tokens_evaluated = _eval_answers(config, estimate) * (estimate.prompt_tokens + estimate.answer_tokens)
-    flops += 2.0 * params * tokens_evaluated
-    passed = tokens + tokens_evaluated / 3  # an evaluation has no backward pass
-    seconds = estimate.start_s + flops / estimate.flops_per_s + estimate.us_per_token * 1e-6 * passed
-    return Cost(trained_tokens=tokens, flops=flops, seconds=seconds)
-
-
-def _eval_answers(config: RunConfig, estimate: EstimateConfig) -> float:
-    count = config.evaluation.count
-    others = math.ceil(count / config.evaluation.others_every) if count else 0
-    passes = count + (estimate.eval_sets - 1) * others
-    each = config.evaluation.samples + (1 if config.evaluation.greedy else 0)
-    return passes * (config.task.eval_problems or 500) * each
-
-
 def _model_cost(need: ModelNeed, study: StudyConfig) -> Cost:
     from ..pretrain import training_tokens
 
     params = num_params(ModelSource(size=need.size, kind=need.kind))
-    tokens = float(training_tokens(need.size, need.kind))
-    flops = 6.0 * params * tokens
-    estimate = study.estimate
-    seconds = estimate.start_s + flops / estimate.flops_per_s + estimate.us_per_token * 1e-6 * tokens
-    return Cost(trained_tokens=tokens, flops=flops, seconds=seconds)
+    return pretraining(params, float(training_tokens(need.size, need.kind)), study.estimate)
 
 
 # ---------------------------------------------------------------------------------------- as a table
 
 
-def plan_rows(plan: Plan, states: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """The plan as rows for a table or for JSON: models first, then cells.
 
     Args:
         plan: the plan.
-        states: what is known of each cell or model by name ("done", "running 12 of 40", ...); None for a dry run.
 
     Returns:
-        One dict a row: id, name, axes, method, size, kind, seed, tau, group_size, steps, trained_tokens, flops,
-        seconds, measured, state, overrides.
+        One dict a row: id, name, axes, method, size, kind, seed, tau, group_size, variant, steps, overrides, and the
+        cost: params (N), trained_tokens, compute_6nt, compute_6nt_nominal (with the size that the name says, as the
+        paper counts; null where none is given), flops, phases, memory, peak_bytes, devices, seconds (of one device),
+        usd, measured.
     """
     rows = []
     for need, cost in plan.models:
-        rows.append(
-            {
-                "id": None, "name": f"model {need.name}", "axes": [], "method": "prepare", "size": need.size,
-                "kind": need.kind, "seed": None, "tau": None, "group_size": None, "steps": None,
-                "overrides": [], "state": (states or {}).get(f"model {need.name}"),
-            }
-            | _cost_row(cost)
-        )  # fmt: skip
+        source = ModelSource(size=need.size, kind=need.kind)
+        about = {"name": f"model {need.name}", "method": "prepare", "size": need.size, "kind": need.kind}
+        rows.append(_BLANK | about | _cost_row(source, cost))
     for cell in plan.cells:
-        rows.append(
-            {
-                "id": cell.id, "name": cell.name, "axes": list(cell.axes), "method": cell.method, "size": cell.size,
-                "kind": cell.kind, "seed": cell.seed, "tau": cell.tau, "group_size": cell.group_size,
-                "steps": cell.config.steps, "overrides": list(cell.overrides),
-                "state": (states or {}).get(cell.name),
-            }
-            | _cost_row(cell.cost)
-        )  # fmt: skip
+        about = {
+            "id": cell.id, "name": cell.name, "axes": list(cell.axes), "method": cell.method, "size": cell.size,
+            "kind": cell.kind, "seed": cell.seed, "tau": cell.tau, "group_size": cell.group_size,
+            "variant": cell.variant, "steps": cell.config.steps, "overrides": list(cell.overrides),
+        }  # fmt: skip
+        rows.append(about | _cost_row(cell.config.model, cell.cost))
     return rows
 
 
-def _cost_row(cost: Cost) -> dict[str, Any]:
+_BLANK: dict[str, Any] = {"id": None, "axes": [], "seed": None, "tau": None, "group_size": None, "variant": "",
+                          "steps": None, "overrides": []}  # fmt: skip
+
+
+def _cost_row(source: ModelSource, cost: Cost) -> dict[str, Any]:
+    params, nominal = num_params(source), source.params_nominal
     return {
+        "params": params,
         "trained_tokens": cost.trained_tokens,
+        "compute_6nt": 6.0 * params * cost.trained_tokens,
+        "compute_6nt_nominal": None if nominal is None else 6.0 * nominal * cost.trained_tokens,
         "flops": cost.flops,
+        "phases": dict(cost.phases),
+        "memory": dict(cost.memory),
+        "peak_bytes": cost.peak_bytes,
+        "devices": cost.devices,
         "seconds": cost.seconds,
+        "usd": cost.usd,
         "measured": cost.measured,
     }
 
@@ -473,56 +431,113 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         A JSON-like dict.
     """
     rows = plan_rows(plan)
+    total = {k: sum(r[k] for r in rows) for k in ("trained_tokens", "flops", "seconds")}
     return {
         "study": plan.study.name,
+        "device": plan.study.estimate.gpu or "cpu",
         "cells": [r for r in rows if r["method"] != "prepare"],
         "models": [r for r in rows if r["method"] == "prepare"],
-        "total": {k: sum(r[k] for r in rows) for k in ("trained_tokens", "flops", "seconds")},
+        "total": total | {"usd": dollars(total["seconds"], plan.study.estimate)},
     }
 
 
-def plan_table(plan: Plan, states: Mapping[str, str] | None = None, *, jobs: int | None = None) -> Table:
-    """The plan as a table with a total, for a dry run or `study status`.
+def plan_view(plan: Plan, *, jobs: int | None = None) -> Group:
+    """The plan for a terminal: every cell, FLOPs by phase and memory of each size, and what all of it costs.
 
     Args:
         plan: the plan.
-        states: as for `plan_rows`; None leaves the column out.
-        jobs: processes side by side, for the estimate of the wall-clock time; None: one a CPU core.
+        jobs: processes side by side on the CPU, for the wall-clock time; None: one a core.
 
     Returns:
-        A rich table; times that are estimates carry a "~".
+        Tables 100 columns wide, and a line below them; times that are estimates carry a "~".
     """
+    from rich.console import Group
+    from rich.text import Text
+
+    rows = plan_rows(plan)
+    return Group(_cell_table(plan, rows), Text(), _phase_table(rows), Text(), _memory_table(plan, rows), Text(),
+                 Text(_total(plan, jobs or num_cores())))  # fmt: skip
+
+
+def _table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
     from rich.table import Table
 
-    jobs = jobs or num_cores()
-    rows = plan_rows(plan, states)
-    total = plan_json(plan)["total"]
-    wall = max(total["seconds"] / jobs, max(r["seconds"] for r in rows))
-    table = Table(
-        title=f"study {plan.study.name}",
-        title_justify="left",
-        caption=f"{len(plan.cells)} cells and {len(plan.models)} models to prepare: {human(total['trained_tokens'])} "
-        f"tokens, {total['flops']:.1e} FLOPs, about {duration(total['seconds'])} of one process, "
-        f"about {duration(wall)} with {jobs} at once",
-        caption_justify="left",
-    )
-    for name in ("id", "cell"):
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in text:
         table.add_column(name, no_wrap=True)
-    for name in ("steps", "tokens", "FLOPs", "time"):
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    if states is not None:
-        table.add_column("state")
-    for r in rows:
-        table.add_row(
-            r["id"] or "",
-            r["name"],
-            "" if r["steps"] is None else str(r["steps"]),
-            human(r["trained_tokens"]),
-            f"{r['flops']:.1e}",
-            ("" if r["measured"] else "~") + duration(r["seconds"]),
-            *([r["state"] or ""] if states is not None else []),
-        )
     return table
+
+
+def _cell_table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Table:
+    gpu, priced = plan.study.estimate.gpu, plan.study.estimate.usd_per_hour is not None
+    nominal = any(r["compute_6nt_nominal"] for r in rows)
+    table = _table(
+        f"study {plan.study.name}", ["cell"],
+        ["N", "steps", "tokens", "6NT", *(["nominal 6NT"] if nominal else []), "all FLOPs",
+         *([f"{gpu}s", "hours each"] if gpu else ["time"]), *(["USD"] if priced else [])],
+    )  # fmt: skip
+    for r in rows:
+        seconds = r["seconds"] / r["devices"]
+        guess = "" if r["measured"] else "~"
+        table.add_row(
+            r["name"], human(r["params"]), "" if r["steps"] is None else str(r["steps"]), human(r["trained_tokens"]),
+            f"{r['compute_6nt']:.2e}", *([f"{r['compute_6nt_nominal'] or 0:.2e}"] if nominal else []),
+            f"{r['flops']:.2e}", *([str(r["devices"]), f"{guess}{seconds / 3600:.1f}"] if gpu else []),
+            *([] if gpu else [guess + duration(seconds)]), *([f"{r['usd'] or 0:,.0f}"] if priced else []),
+        )  # fmt: skip
+    return table
+
+
+def _phase_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = [n for n in PHASES if any(r["phases"].get(n) for r in rows)]
+    table = _table("FLOPs by phase, all cells and models of a size", ["size", "kind"], [*names, "all"])
+    groups = dict.fromkeys((r["size"], r["kind"]) for r in rows)
+    for size, kind in groups:
+        mine = [r for r in rows if (r["size"], r["kind"]) == (size, kind)]
+        sums = [sum(r["phases"].get(n, 0.0) for r in mine) for n in names]
+        table.add_row(size, kind, *(f"{v:.1e}" for v in sums), f"{sum(r['flops'] for r in mine):.1e}")
+    return table
+
+
+def _memory_table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The cell of each size that needs the most."""
+    gpu = plan.study.estimate.gpu
+    parts = list(dict.fromkeys(n for r in rows for n in r["memory"]))
+    table = _table("Memory of a run", ["size"], [*parts, "at most", *([f"{gpu}s"] if gpu else [])])
+    for size in plan.study.sizes:
+        mine = [r for r in rows if r["size"] == size and r["memory"]]
+        if mine:
+            r = max(mine, key=lambda r: r["peak_bytes"])
+            values = [*(r["memory"].get(n, 0.0) for n in parts), r["peak_bytes"]]
+            table.add_row(size, *(f"{human(v)}B" for v in values), *([str(r["devices"])] if gpu else []))
+    return table
+
+
+def _total(plan: Plan, jobs: int) -> str:
+    total, estimate = plan_json(plan)["total"], plan.study.estimate
+    made = f" and {len(plan.models)} models to prepare" if plan.models else ""
+    text = f"{len(plan.cells)} cells{made}: {human(total['trained_tokens'])} tokens, {total['flops']:.2e} FLOPs, "
+    if estimate.gpu:
+        facts = GPUS[estimate.gpu]
+        types = dict.fromkeys(c.config.model.dtype for c in plan.cells)
+        rates = ", ".join(f"{facts.peak(t):.3g} FLOP/s in {t}" for t in types)
+        text += f"about {total['seconds'] / 3600:,.0f} {estimate.gpu} hours"
+        basis = (
+            f"Assumed: {estimate.product_share:.0%} of {rates}, decoding at no more than {estimate.bandwidth_share:.0%} of "
+            f"{facts.bandwidth:.3g} bytes/s, nothing lost between GPUs."
+        )
+        if any(c.cost.devices > 1 for c in plan.cells):
+            basis += " A run that needs several GPUs can be planned; running it on them is not built yet."
+    else:
+        costs = [c.cost.seconds for c in plan.cells] + [c.seconds for _, c in plan.models]
+        wall = max(total["seconds"] / jobs, *costs)
+        text += f"about {duration(total['seconds'])} of one process, about {duration(wall)} with {jobs} at once"
+        basis = f"Assumed: {estimate.flops_per_s:.2g} FLOP/s a process (estimate.flops_per_s)."
+    if total["usd"] is not None:
+        text += f", {total['usd']:,.0f} USD"
+    return f"{text}. {basis}"
 
 
 def num_cores() -> int:
@@ -537,9 +552,9 @@ def human(number: float) -> str:
         number: not negative.
 
     Returns:
-        Text of at most seven characters for numbers under 1e15.
+        Text of at most seven characters for numbers under 1e18.
     """
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"

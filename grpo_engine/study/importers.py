@@ -5,6 +5,7 @@
     read_verl         verl: the file logger's jsonl, or captured console output
     read_wandb_csv    a chart or a run history exported from Weights & Biases
     read_digitized    points read off published figures, as in `digitized_base_D.csv`
+    import_logs       any of the first four, into the `runs.parquet` of a folder that `study fit` and `report` read
 
 Every reader gives a table with `records.table_schema()`; several are joined by `pyarrow.concat_tables`. What a log does
 not say (parameters, prompts a step, answers a prompt) comes from a `RunInfo`; what nobody says stays null. Nothing is
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
+from .design import STUDY_FILE
 
 if TYPE_CHECKING:
     import pyarrow
 
+TABLE_FILE = "runs.parquet"
 Metric = str | Mapping[str, float]  # a key of the log, or several with weights: {"val/a": 335, "val/b": 165}
 
 _INTEGERS = (
@@ -38,8 +41,6 @@ _INTEGERS = (
 _FLOATS = (
     "params_nominal", "tau", "compute_6nt", "compute_ledger", "temperature", "pass1", "loss", "stderr",
 )  # fmt: skip
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInfo:
     """What a foreign log does not say about its run. None stays null in the table."""
@@ -554,3 +555,131 @@ def read_digitized(path: str | os.PathLike[str], *, column: str = "test_loss") -
         seen = _whole(cells["D"], f"{where} 'D'")
         rows.append(row | {"loss": loss, "prompts_seen": seen, "unique_prompts": seen})
     return _table(rows, str(path))
+
+
+# ------------------------------------------------------------------------------------------ into a study
+
+FORMATS = ("csv", "verl", "trl", "wandb")
+
+
+def import_logs(
+    out: str | os.PathLike[str],
+    log_format: str,
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    run: RunInfo,
+    metrics: Mapping[str, Metric] | None = None,
+    out_of_domain: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    step: str | None = None,
+    tokens: str | None = None,
+) -> pyarrow.Table:
+    """Adds the evaluations in some logs to the table of a folder, for `study fit` and `study report`.
+
+    A study is imported in several calls where its sizes have logs of their own, as each call tells the size of what it
+    reads. A run that is there already is replaced.
+
+    Args:
+        out: folder; made when absent, and no study that was run here.
+        log_format: one of `FORMATS`.
+        paths: logs of runs that `run` describes; each is a run, named by its file (see the readers).
+        run: what the logs do not say. For csv it gives the columns that are not in the file.
+        metrics, out_of_domain: see the readers; for csv the columns of the sets' pass rates.
+        columns: csv only: column of our table -> column of the file.
+        step, tokens: wandb only; see `read_wandb_csv`.
+
+    Returns:
+        The whole table of the folder, `runs.parquet`.
+
+    Raises:
+        ValueError: an unknown format, an argument that is not the format's, two logs of one name, a folder with a
+            study of its own, or what the reader raises.
+        FileNotFoundError: no such log.
+    """
+    import pyarrow as pa
+
+    if log_format not in FORMATS:
+        raise ValueError(f"log_format must be one of {', '.join(FORMATS)}, got {log_format!r}")
+    for name, given, owner in (("columns", columns, "csv"), ("step", step, "wandb"), ("tokens", tokens, "wandb")):
+        if given and log_format != owner:
+            raise ValueError(f"{name}: only {owner} logs have it, got {given!r} for {log_format}")
+    folder = Path(out)
+    if (folder / STUDY_FILE).exists():
+        raise ValueError(f"{folder}: holds a study that was run here; import into a folder of its own")
+    found = []
+    for path in paths:
+        if log_format == "csv":
+            found.append(_csv_of_run(path, run, columns or {}, metrics, out_of_domain))
+        elif log_format == "wandb":
+            if not metrics:
+                raise ValueError("metrics: must be named for wandb logs")
+            found.append(read_wandb_csv(path, runs=run, metrics=metrics, step=step, tokens=tokens,
+                                        out_of_domain=out_of_domain))  # fmt: skip
+        else:
+            read = read_verl if log_format == "verl" else read_trl
+            found.append(read(path, run=run, metrics=metrics, out_of_domain=out_of_domain))
+    names = [set(t.column("run_id").to_pylist()) for t in found]
+    if twice := sorted(n for i, a in enumerate(names) for n in a if any(n in b for b in names[:i])):
+        raise ValueError(f"two logs are called {', '.join(twice)}: import them one by one with run_id")
+    known = read_table(folder)
+    if known is not None:
+        new = set().union(*names)
+        keep = [r not in new for r in known.column("run_id").to_pylist()]
+        found.insert(0, known.filter(pa.array(keep, type=pa.bool_())))
+    table = pa.concat_tables(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder, table)
+    return table
+
+
+def _csv_of_run(
+    path: str | os.PathLike[str], run: RunInfo, columns: Mapping[str, str], metrics: Mapping[str, Metric] | None,
+    out_of_domain: Sequence[str],
+) -> pyarrow.Table:  # fmt: skip
+    about = {
+        "size": run.size, "kind": run.kind, "method": run.method, "mode": run.mode, "run_id": run.run_id or Path(path).stem,
+        "params_non_embedding": run.params_non_embedding, "params_nominal": run.params_nominal, "seed": run.seed,
+        "group_size": run.group_size, "temperature": run.temperature, "num_problems": run.num_problems,
+        "num_samples": run.num_samples, "study": run.study,
+    }  # fmt: skip
+    sets: list[tuple[dict[str, str], dict[str, Any]]] = [(dict(columns), {})]
+    if metrics:
+        _outside(metrics, out_of_domain)
+        sets = [
+            ({**columns, "pass1": str(key)}, {"eval_set": name, "in_domain": name not in out_of_domain})
+            for name, key in metrics.items()
+        ]
+    rows = []
+    for theirs, of_set in sets:
+        constants = {k: v for k, v in (about | of_set).items() if v is not None and k not in theirs}
+        per_step = None if "prompts_seen" in theirs else run.prompts_per_step
+        rows += read_csv(path, columns=theirs, constants=constants, prompts_per_step=per_step).to_pylist()
+    for r in rows:
+        if run.dataset_prompts is not None and r["unique_prompts"] is None and r["prompts_seen"] is not None:
+            r["unique_prompts"] = min(r["prompts_seen"], run.dataset_prompts)
+    return _table(rows, str(path))
+
+
+def write_table(folder: Path, table: pyarrow.Table) -> None:
+    """Writes a study's `runs.parquet`, whole or not at all."""
+    import io
+
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(table, out)
+    records.write_bytes_atomic(folder / TABLE_FILE, out.getvalue())
+
+
+def read_table(folder: Path) -> pyarrow.Table | None:
+    """A study's `runs.parquet`; None where there is none. A column that an older one lacks is null."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if not (folder / TABLE_FILE).is_file():
+        return None
+    table, schema = pyarrow.parquet.read_table(folder / TABLE_FILE), records.table_schema()
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names).cast(schema)

@@ -1,9 +1,10 @@
-"""Which size to post-train with RL for a budget, for how many steps, and how far it will get.
+"""Which size to post-train with RL for a budget or a target, for how many steps, and how far it will get.
 
-A fitted law gives each candidate its loss at what the budget buys it. The smallest predicted loss is the pick; whether
-it is a decision is said by the intervals, which come from the bootstrap draws of the fit: two candidates are compared
-draw by draw, because their errors are shared. What the law was not fitted to is named: a budget beyond the measured
-range (the law has no floor, so it is too hopeful there), a size that was not measured, a fit that data do not carry.
+A fitted law gives each candidate its loss at what the budget buys it, or the compute at which it reaches a target. The
+smallest predicted loss (or compute) is the pick; whether it is a decision is said by the intervals, which come from the
+bootstrap draws of the fit: two candidates are compared draw by draw, because their errors are shared. What the law was
+not fitted to is named: a budget beyond the measured range (the law has no floor, so it is too hopeful there), a size
+that was not measured, a fit that data do not carry, more reuse than was tried, a held-out prediction that failed.
 
 A size that was not measured gets its slope from k(N). Its level, for which there is no law, is interpolated in log N
 between its neighbours, or continued from the three nearest sizes; the error that this procedure makes at the measured
@@ -18,12 +19,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .fit import AxisFit, CurveLevel, Estimate, JointFit, draws_of, interval
+from . import gpus
+from .bootstrap import interval
+from .holdout import prediction
+from .results import AxisFit, CurveLevel, Estimate, JointFit, draws_of
+
+MOST_LOG_X = 200.0  # of an x that would reach a target: beyond it, never
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One size under the budget."""
+    """One size under the budget, or on its way to the target."""
 
     label: str
     params: float
@@ -31,9 +37,12 @@ class Candidate:
     prompts: float | None  # seen, under this budget
     steps: float | None
     compute: float | None  # FLOPs, 6NT
+    tokens: float | None  # trained on, prompts and answers
+    reuse: float | None  # prompts seen over the different prompts there are; None where that number is not given
     loss: Estimate  # of the mean over runs, not of a single run
-    behind: Estimate | None  # its loss minus the pick's; None for the pick
-    best_share: float  # of the draws in which it has the smallest loss
+    needs: Estimate | None  # for a target loss: compute (or prompts, along "data" without a rate) until it is reached
+    behind: Estimate | None  # its loss minus the pick's (for a target, log of its `needs` over the pick's); None: the pick
+    best_share: float  # of the draws in which it is the best
     notes: tuple[str, ...]  # where the law is stretched
 
 
@@ -43,13 +52,15 @@ class Recommendation:
 
     axis: str
     kind: str
-    budget: str  # "compute" or "prompts"
+    budget: str  # "compute", "prompts" or "loss"
     amount: float
+    group_size: int | None  # answers to a prompt, of the runs that were fitted
     pick: str  # the smallest predicted loss
     decided: bool
     tied: tuple[str, ...]  # candidates that the data cannot tell from the pick
     why: str
-    candidates: tuple[Candidate, ...]  # by predicted loss, the pick first
+    candidates: tuple[Candidate, ...]  # the pick first, then by predicted loss (or `needs`)
+    distrust: tuple[str, ...]  # why this must not be trusted, each a sentence; empty: no reason was found
 
     def render_text(self) -> str:
         """The recommendation as plain text: what to do, how sure it is, and a table of the candidates.
@@ -57,28 +68,43 @@ class Recommendation:
         Returns:
             Several lines without a trailing line end.
         """
-        unit = "FLOPs" if self.budget == "compute" else "prompts"
+        unit = {"compute": " FLOPs", "prompts": " prompts", "loss": " loss"}[self.budget]
         best = self.candidates[0]
-        plan = [f"{self.amount:.3g} {unit}"]
-        if best.prompts is not None and self.budget == "compute":
+        plan = [f"{self.amount:.3g}{unit}"]
+        if best.compute is not None and self.budget == "loss":
+            plan.append(f"{best.compute:.3g} FLOPs")
+        if best.prompts is not None and self.budget != "prompts":
             plan.append(f"{best.prompts:,.0f} prompts")
         if best.steps is not None:
             plan.append(f"{best.steps:,.0f} steps")
+        if best.reuse is not None:
+            plan.append(f"each prompt {max(best.reuse, 1.0):.3g} times")
         loss = f"{best.loss.value:.3f} ({best.loss.low:.3f} to {best.loss.high:.3f})"
         verb = "Train" if self.decided else "No size is established as the best; the law's guess is"
         lines = [f"{verb} {self.pick}: {', '.join(plan)}, predicted test loss {loss}.", self.why, ""]
-        head = ("size", "N", "prompts", "steps", "loss", "95 % interval", "behind the pick", "best in", "notes")
+        target = self.budget == "loss"
+        what = ("needs", "95 % interval", "times the pick's") if target else ("loss", "95 % interval", "behind the pick")
+        head = ("size", "N", "prompts", "steps", *what, "best in", "notes")
         rows = [head]
         for c in self.candidates:
-            gap = "-" if c.behind is None else f"{c.behind.value:+.3f} ({c.behind.low:+.3f} to {c.behind.high:+.3f})"
+            shown, digits = (c.needs, ".3g") if c.needs is not None else (c.loss, ".3f")
+            gap = "-"
+            if c.behind is not None:
+                parts = [c.behind.value, c.behind.low, c.behind.high]
+                parts = [f"{math.exp(v):.3g}" if target else f"{v:+.3f}" for v in parts]
+                gap = f"{parts[0]} ({parts[1]} to {parts[2]})"
             rows.append(
                 (
                     c.label, f"{c.params:.3g}", "-" if c.prompts is None else f"{c.prompts:,.0f}",
-                    "-" if c.steps is None else f"{c.steps:,.0f}", f"{c.loss.value:.3f}",
-                    f"{c.loss.low:.3f} to {c.loss.high:.3f}", gap, f"{100 * c.best_share:.0f} %", "; ".join(c.notes),
+                    "-" if c.steps is None else f"{c.steps:,.0f}", f"{shown.value:{digits}}",
+                    f"{shown.low:{digits}} to {shown.high:{digits}}", gap, f"{100 * c.best_share:.0f} %",
+                    "; ".join(c.notes),
                 )
             )  # fmt: skip
         widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+        for reason in self.distrust:
+            if reason not in self.why:
+                lines.insert(-1, f"Do not trust this: {reason}")
         lines += ["  ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         return "\n".join(lines)
 
@@ -88,16 +114,29 @@ def recommend(
     *,
     compute: float | None = None,
     prompts: float | None = None,
+    target_loss: float | None = None,
+    gpu: str | None = None,
+    hours: float | None = None,
+    num_gpus: int = 1,
+    utilisation: float = gpus.UTILISATION,
+    unique_prompts: int | None = None,
     sizes: Mapping[str, float] | None = None,
     kind: str | None = None,
 ) -> Recommendation:
-    """Picks a size for a budget.
+    """Picks a size for a budget, or the cheapest way to a target loss.
 
     Args:
         fit: the fit of one axis, "compute" or "data". A budget in the other unit is converted with the measured compute
             a prompt of each size.
-        compute: budget in FLOPs (6NT); give this or `prompts`.
+        compute: budget in FLOPs (6NT); give exactly one of this, `prompts`, `target_loss` and `hours`.
         prompts: budget in prompts seen.
+        target_loss: loss to be reached, in (0, 1); the pick needs the least compute (prompts, where the compute a prompt is
+            unknown).
+        gpu: a key of `gpus.GPUS`: with `hours` the budget, with another budget only a check of the memory.
+        hours: budget in hours of `num_gpus` such GPUs; see `gpus.budget` for what is assumed.
+        num_gpus: how many.
+        utilisation: share of the peak that a whole step reaches.
+        unique_prompts: different prompts there are; tells how often each would be seen.
         sizes: candidates, label -> parameters, in the N that the fit used. A label of a measured curve must have its
             parameters; any other is interpolated or extrapolated. None takes the measured ones.
         kind: whose levels an unmeasured size gets, where the fit holds several kinds.
@@ -115,12 +154,25 @@ def recommend(
         raise ValueError(f"fit: there is no joint law to recommend from: {fit.verdict.why}")
     if fit.axis not in ("compute", "data"):
         raise ValueError(f"fit: its axis must be 'compute' or 'data', got {fit.axis!r}")
-    if (compute is None) == (prompts is None):
-        raise ValueError(f"compute, prompts: exactly one must be given, got {compute} and {prompts}")
-    budget, amount = ("compute", compute) if prompts is None else ("prompts", prompts)
-    assert amount is not None
+    given = {"compute": compute, "prompts": prompts, "target_loss": target_loss, "hours": hours}
+    asked = [name for name, value in given.items() if value is not None]
+    if len(asked) != 1:
+        raise ValueError(f"compute, prompts, target_loss, hours: exactly one must be given, got {asked or 'none'}")
+    if hours is not None:
+        if gpu is None:
+            raise ValueError(f"gpu: must be one of {list(gpus.GPUS)} with hours, got None")
+        compute = gpus.budget(gpu, hours, count=num_gpus, utilisation=utilisation)
+    if gpu is not None and gpu not in gpus.GPUS:
+        raise ValueError(f"gpu must be one of {list(gpus.GPUS)}, got {gpu!r}")
+    budget, amount = next(
+        (b, float(v)) for b, v in (("compute", compute), ("prompts", prompts), ("loss", target_loss)) if v is not None
+    )
     if not (amount > 0 and math.isfinite(amount)):
         raise ValueError(f"{budget}: must be positive and finite, got {amount}")
+    if budget == "loss" and amount >= 1:
+        raise ValueError(f"target_loss: must be below 1, got {amount}")
+    if unique_prompts is not None and unique_prompts < 1:
+        raise ValueError(f"unique_prompts: must be at least 1, got {unique_prompts}")
     known = {c.label: c for c in joint.curves}
     if sizes is None:
         sizes = {c.label: c.params for c in joint.curves}
@@ -132,25 +184,24 @@ def recommend(
         if label in known and not math.isclose(n, known[label].params, rel_tol=1e-3):
             raise ValueError(f"sizes: {label} was measured with {known[label].params:.6g} parameters, got {n:.6g}")
     rng = np.random.default_rng(joint.bootstrap.seed)  # for the level of sizes that were not measured
-    parts = [_predict(fit, joint, known.get(label), label, n, budget, amount, kind, rng) for label, n in sizes.items()]
-    order = sorted(range(len(parts)), key=lambda i: (parts[i][0], parts[i][2]["params"]))
-    losses = np.stack([parts[i][1] for i in order])  # [S, draws]
-    share = np.bincount(losses.argmin(axis=0), minlength=len(order)) / losses.shape[1]
+    parts = [
+        _predict(fit, joint, known.get(label), label, n, budget, amount, kind, rng, unique_prompts)
+        for label, n in sizes.items()
+    ]
+    order = sorted(range(len(parts)), key=lambda i: (parts[i].score, parts[i].fields["params"]))
+    scores = np.stack([parts[i].draws for i in order])  # [S, draws]
+    share = np.bincount(scores.argmin(axis=0), minlength=len(order)) / scores.shape[1]
     candidates, tied = [], []
     for rank, i in enumerate(order):
-        value, draws, rest = parts[i]
-        gap = None
+        p, gap = parts[i], None
         if rank > 0:
-            gap = _estimate(value - parts[order[0]][0], draws - losses[0])
-            if gap.low is None or gap.low <= 0:
-                tied.append(rest["label"])
-        candidates.append(
-            Candidate(**rest, loss=_estimate(value, draws), behind=gap, best_share=float(share[rank]))
-        )
+            gap = _estimate(p.score - parts[order[0]].score, p.draws - scores[0])
+            if gap.low is None or not gap.low > 0:
+                tied.append(p.fields["label"])
+        candidates.append(Candidate(**p.fields, behind=gap, best_share=float(share[rank])))
     pick = candidates[0]
-    reasons = []
-    if not joint.verdict.ok:
-        reasons.append(f"The data do not carry the law: {joint.verdict.why}.")
+    distrust = _distrust(fit, joint, pick, gpu, num_gpus)
+    reasons = [r for r in distrust if r.startswith("The data do not carry")]
     if tied:
         cheapest = min([pick, *(c for c in candidates if c.label in tied)], key=lambda c: c.params)
         reasons.append(
@@ -164,10 +215,95 @@ def recommend(
         reasons.append(f"{pick.label} is{others} beyond the 95 % interval of each difference, in the measured range.")
     reasons.append(f"Intervals: {joint.bootstrap.method}.")
     return Recommendation(
-        axis=fit.axis, kind=fit.kind, budget=budget, amount=float(amount), pick=pick.label,
-        decided=joint.verdict.ok and not tied and not pick.notes, tied=tuple(tied), why=" ".join(reasons),
-        candidates=tuple(candidates),
+        axis=fit.axis, kind=fit.kind, budget=budget, amount=amount, group_size=fit.selection.group_size,
+        pick=pick.label, decided=joint.verdict.ok and not tied and not pick.notes, tied=tuple(tied),
+        why=" ".join(reasons), candidates=tuple(candidates), distrust=distrust,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierPoint:
+    """The best size at one compute budget."""
+
+    compute: float
+    pick: str
+    params: float  # N*
+    params_span: tuple[float, float]  # smallest and largest N that is the best in at least 5 % of the draws
+    loss: Estimate
+    decided: bool
+
+
+def frontier(
+    fit: AxisFit,
+    *,
+    count: int = 13,
+    sizes: Mapping[str, float] | None = None,
+    kind: str | None = None,
+) -> tuple[FrontierPoint, ...]:
+    """N*(C): the best size at each compute budget inside the measured range.
+
+    Args:
+        fit: see `recommend`; along "data" the compute a prompt must be known.
+        count: budgets, evenly in the logarithm, from where the first size ends to where the last one does.
+        sizes: candidates, see `recommend`.
+        kind: see `recommend`.
+
+    Returns:
+        The points, compute rising.
+
+    Raises:
+        ValueError: see `recommend`.
+    """
+    ends = []
+    for s in fit.sizes:
+        per_prompt = 1.0 if fit.axis == "compute" else s.compute_per_prompt
+        if per_prompt is None:
+            raise ValueError(f"fit: the compute a prompt of {s.label} is unknown, so there is no frontier in compute")
+        ends.append(s.x_max * per_prompt)
+    out = []
+    for c in np.geomspace(min(ends), max(ends), count) if ends else ():
+        r = recommend(fit, compute=float(c), sizes=sizes, kind=kind)
+        likely = [o.params for o in r.candidates if o.best_share >= 0.05]
+        best = r.candidates[0]
+        out.append(
+            FrontierPoint(compute=float(c), pick=best.label, params=best.params, params_span=(min(likely), max(likely)),
+                          loss=best.loss, decided=r.decided)
+        )  # fmt: skip
+    return tuple(out)
+
+
+def _distrust(fit: AxisFit, joint: JointFit, pick: Candidate, gpu: str | None, num_gpus: int) -> tuple[str, ...]:
+    out = []
+    if not joint.verdict.ok:
+        out.append(f"The data do not carry the law: {joint.verdict.why}.")
+    if pick.notes:
+        out.append(f"For {pick.label} the law is stretched: {'; '.join(pick.notes)}.")
+    if pick.reuse is not None and pick.reuse > 1:
+        out.append(
+            f"Each prompt would be seen {pick.reuse:.3g} times, and the law was fitted to runs with a reuse of "
+            f"{fit.selection.tau:g}."
+        )
+    largest = [h for h in fit.held_out if h.test == "largest size" and h.used == "nothing"]
+    chosen = prediction(largest, largest[-1].target) if largest else None
+    if chosen is not None:
+        worse = [rule for rule, skill in chosen.skill.items() if skill is not None and skill <= 0]
+        if worse:
+            out.append(
+                f"Predicted from the smaller sizes, {chosen.target} was off by {100 * chosen.log_error:.0f} %, no better "
+                f"than the rule {worse[0]!r}."
+            )
+    curve = next((c for c in joint.curves if c.label == pick.label), None)
+    if curve is not None and curve.r2 is not None and curve.r2 < 0.5:
+        out.append(f"The law explains {100 * max(curve.r2, 0):.0f} % of the variance of {pick.label}'s own curve.")
+    if gpu is not None:
+        need = gpus.BYTES_PER_PARAMETER * pick.params
+        have = gpus.GPUS[gpu].memory * num_gpus
+        if need > have:
+            out.append(
+                f"{pick.label} needs at least {need / 1e9:.0f} GB to train ({gpus.BYTES_PER_PARAMETER} bytes a parameter), "
+                f"and {num_gpus} x {gpu} have {have / 1e9:.0f}."
+            )
+    return tuple(out)
 
 
 def _estimate(value: float, draws: np.ndarray) -> Estimate:
@@ -175,43 +311,99 @@ def _estimate(value: float, draws: np.ndarray) -> Estimate:
     return Estimate(value=float(value), low=float(low), high=float(high))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Line:
+    """The law of one size: log L = level - k (log x - middle), and its draws [draws]."""
+
+    k: float
+    level: float
+    k_draws: np.ndarray
+    level_draws: np.ndarray
+    middle: float
+
+    def loss(self, x: float) -> tuple[float, np.ndarray]:
+        """Loss at x, and its draws."""
+        u = math.log(x) - self.middle
+        return math.exp(self.level - self.k * u), np.exp(self.level_draws - self.k_draws * u)
+
+    def log_x(self, loss: float) -> tuple[float, np.ndarray]:
+        """Log of the x at which the loss is reached, and its draws; infinite where the loss does not fall."""
+
+        def solve(k: np.ndarray, level: np.ndarray) -> np.ndarray:
+            out = self.middle + (level - math.log(loss)) / np.where(k > 0, k, 1.0)
+            return np.where(k > 0, np.minimum(out, MOST_LOG_X), MOST_LOG_X)
+
+        return float(solve(np.array(self.k), np.array(self.level))), solve(self.k_draws, self.level_draws)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A candidate before it is compared: the smallest score wins."""
+
+    score: float
+    draws: np.ndarray
+    fields: dict[str, object]
+
+
 def _predict(
     fit: AxisFit, joint: JointFit, curve: CurveLevel | None, label: str, n: float, budget: str, amount: float,
-    kind: str | None, rng: np.random.Generator,
-) -> tuple[float, np.ndarray, dict[str, object]]:  # fmt: skip
-    """Loss, its draws, and the fields of a candidate that need no comparison."""
+    kind: str | None, rng: np.random.Generator, unique_prompts: int | None,
+) -> _Part:  # fmt: skip
     per_prompt, per_step = _rates(fit, label, n)
-    if per_prompt is None and (budget == "compute") != (fit.axis == "compute"):
-        raise ValueError(
-            f"{budget}: the fit is along {fit.axis}, and the compute a prompt of {label} is unknown, so the budget "
-            "cannot be converted"
-        )
-    if budget == "compute":
-        compute, prompts = amount, None if per_prompt is None else amount / per_prompt
-    else:
-        compute, prompts = None if per_prompt is None else amount * per_prompt, amount
-    x = compute if fit.axis == "compute" else prompts
-    assert x is not None
+    unit = 1.0  # x of the law for one FLOP or prompt of the budget
+    if budget != "loss" and (budget == "compute") != (fit.axis == "compute"):
+        if per_prompt is None:
+            raise ValueError(
+                f"{budget}: the fit is along {fit.axis}, and the compute a prompt of {label} is unknown, so the budget "
+                "cannot be converted"
+            )
+        unit = per_prompt if budget == "prompts" else 1.0 / per_prompt
     notes = []
     if curve is not None:
-        value, draws = float(joint.loss(label, x)), joint.loss_draws(label, x)
+        i = joint.index(curve.label)
+        k_draws, e_draws = draws_of(joint, np.array([n]))
+        middle = curve.log_x_mean
+        line = _Line(
+            k=curve.k.value, level=curve.E.value - curve.k.value * middle, k_draws=k_draws[:, 0],
+            level_draws=e_draws[:, i] - k_draws[:, 0] * middle, middle=middle,
+        )  # fmt: skip
         low, high = curve.x_min, curve.x_max
     else:
         same = _curves_of(joint, kind)
-        value, draws, how = _unmeasured(joint, same, n, x, rng)
+        line, how = _unmeasured(joint, same, n, rng)
         notes.append(how)
         low, high = min(c.x_min for c in same), max(c.x_max for c in same)
+    needs = None
+    if budget == "loss":
+        log_x, log_draws = line.log_x(amount)
+        x = math.exp(log_x)
+        # along "data" the compute decides, where it is known
+        scale = per_prompt if fit.axis == "data" and per_prompt is not None else 1.0
+        needs = _estimate(scale * x, scale * np.exp(log_draws))
+        score, draws = log_x + math.log(scale), log_draws + math.log(scale)
+        loss = Estimate(value=amount, low=amount, high=amount)
+        if log_x >= MOST_LOG_X:
+            notes.append("its loss does not fall to the target")
+    else:
+        x = amount * unit
+        score, draws = line.loss(x)
+        loss = _estimate(score, draws)
+        if score > 1:
+            notes.append("a loss above 1 does not exist: the law does not hold here")
     if x > 1.05 * high:
         notes.append(f"{x / high:.3g} times beyond the last measured point, and the law has no floor")
     elif x < low / 1.05:
         notes.append(f"before the first measured point by a factor of {low / x:.3g}")
-    if value > 1:
-        notes.append("a loss above 1 does not exist: the law does not hold here")
-    rest = {
+    compute = x if fit.axis == "compute" else (None if per_prompt is None else x * per_prompt)
+    prompts = x if fit.axis == "data" else (None if per_prompt is None else x / per_prompt)
+    fields = {
         "label": label, "params": float(n), "measured": curve is not None, "prompts": prompts, "compute": compute,
-        "steps": None if per_step is None or prompts is None else prompts / per_step, "notes": tuple(notes),
+        "steps": None if per_step is None or prompts is None else prompts / per_step,
+        "tokens": None if compute is None else compute / (6.0 * n),
+        "reuse": None if unique_prompts is None or prompts is None else prompts / unique_prompts,
+        "loss": loss, "needs": needs, "notes": tuple(notes),
     }  # fmt: skip
-    return value, draws, rest
+    return _Part(score=score, draws=draws, fields=fields)
 
 
 def _rates(fit: AxisFit, label: str, n: float) -> tuple[float | None, float | None]:
@@ -249,9 +441,9 @@ def _level(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _unmeasured(
-    joint: JointFit, same: Sequence[CurveLevel], n: float, x: float, rng: np.random.Generator
-) -> tuple[float, np.ndarray, str]:
-    """Loss, draws and a note for a size without a curve."""
+    joint: JointFit, same: Sequence[CurveLevel], n: float, rng: np.random.Generator
+) -> tuple[_Line, str]:
+    """The law of a size without a curve, and a note."""
     if len(same) < 2:
         raise ValueError(f"sizes: the level of a size that was not measured needs two measured ones, got {len(same)}")
     known = np.log([c.params for c in same])
@@ -262,8 +454,6 @@ def _unmeasured(
     levels = np.array([c.E.value for c in same]) - k_value[:-1] * middle
     level_draws = e_draws[:, columns] - k_draws[:, :-1] * middle
     log_n = math.log(n)
-    value = float(_level(log_n, known, levels)) - float(k_value[-1]) * (math.log(x) - middle)
-    draws = _level(log_n, known, level_draws) - k_draws[:, -1] * (math.log(x) - middle)
     inside = known[0] <= log_n <= known[-1]
     # what the procedure gets wrong where the answer is known: interior sizes for interpolation, the ends otherwise
     places = range(1, len(same) - 1) if inside else (0, len(same) - 1)
@@ -273,8 +463,11 @@ def _unmeasured(
         if len(same) > 2
     ]
     scatter = float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0
-    draws = draws + scatter * rng.standard_normal(len(draws))
+    line = _Line(
+        k=float(k_value[-1]), level=float(_level(log_n, known, levels)), k_draws=k_draws[:, -1],
+        level_draws=_level(log_n, known, level_draws) + scatter * rng.standard_normal(len(k_draws)), middle=middle,
+    )  # fmt: skip
     how = "not measured: its level is that between its neighbours" if inside else "not measured, beyond the measured N"
     if not errors:
         how += ", with an error that two sizes cannot tell"
-    return math.exp(value), np.exp(draws), how
+    return line, how

@@ -17,12 +17,13 @@ they were independent, which is cautious, as both answered the same problems.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,13 +50,14 @@ from .figures import (
     size_colors,
     tick_text,
 )
-from .fit import AxisFit, Estimate, Fits, draws_of, fit_table, interval, write_fits
+from .fit import AxisFit, Estimate, Fits, draws_of, fit_table, interval, read_fits, write_fits
+from .importers import TABLE_FILE, read_table, write_table
 from .recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
+    import pyarrow
     from rich.console import Group
 
-TABLE_FILE = "runs.parquet"
 FITS_FILE = "fits.json"
 REPORT = "report"
 AXIS_NAMES = {"compute": "6NT", "ledger": "ledger", "data": "prompts"}
@@ -83,17 +85,31 @@ class Point:
         return 1.0 - self.pass1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportedCell:
+    """What is known of a run whose log was imported."""
+
+    size: str
+    kind: str
+    method: str
+    tau: float
+    group_size: int | None
+    variant: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StudyData:
     """The finished cells of a study, and ways to look at them."""
 
-    plan: Plan
+    name: str
+    plan: Plan | None  # None: imported from the logs of another trainer
     runs: dict[str, Run]  # cell name -> run, finished cells only, in the plan's order
     missing: tuple[str, ...]
     headline: str  # the in-domain set whose loss the laws are about
-    group_size: int  # of the main runs
+    group_size: int | None  # of the main runs; None: not known
     params: dict[str, int]  # size -> N
-    cells: dict[str, Cell] = field(default_factory=dict)
+    table: pyarrow.Table  # of `records.runs_table`
+    cells: dict[str, Cell | ImportedCell] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[str]:
@@ -105,9 +121,10 @@ class StudyData:
         """Kinds with a finished main run, base first."""
         return [k for k in ("base", "instruct") if any(self.main(s, k) for s in self.sizes)]
 
-    def select(self, size: str, keep: Callable[[Cell], bool]) -> list[Run]:
-        """Finished runs of a size whose cell is wanted."""
-        return [r for n, r in self.runs.items() if self.cells[n].size == size and keep(self.cells[n])]
+    def select(self, size: str, keep: Callable[[Cell | ImportedCell], bool]) -> list[Run]:
+        """Finished runs of a size whose cell is wanted; variants of the algorithm and of the order are not."""
+        found = ((self.cells[n], r) for n, r in self.runs.items())
+        return [r for c, r in found if c.size == size and not c.variant and keep(c)]
 
     def main(self, size: str, kind: str) -> list[Run]:
         """GRPO runs without reuse and with the study's own group size."""
@@ -146,6 +163,8 @@ def load_data(study_dir: str | os.PathLike[str]) -> StudyData:
             (named by file and line).
     """
     folder = Path(study_dir)
+    if not (folder / STUDY_FILE).is_file() and (table := read_table(folder)) is not None:
+        return _imported(folder, table)
     the_plan = plan(load_study(folder / STUDY_FILE))
     runs, missing = {}, []
     for cell in the_plan.cells:
@@ -156,21 +175,72 @@ def load_data(study_dir: str | os.PathLike[str]) -> StudyData:
     cells = {c.name: c for c in the_plan.cells}
     if not any(cells[name].method == "grpo" for name in runs):
         raise ValueError(f"{folder}: no GRPO cell is finished yet, so there is nothing to report")
+    return StudyData(
+        name=the_plan.study.name,
+        plan=the_plan,
+        runs=runs,
+        missing=tuple(missing),
+        headline=_headline(folder, runs),
+        group_size=_usual_group(c for c in the_plan.cells if not c.variant),
+        params={cells[n].size: r.header["model"]["params_non_embedding"] for n, r in runs.items()},
+        table=records.runs_table(runs.values()),
+        cells=cells,
+    )
+
+
+def _headline(folder: Path, runs: Mapping[str, Run]) -> str:
     counts = Counter(
         e.eval_set for r in runs.values() for e in r.evals if e.mode == "sample" and e.in_domain
     )
     if not counts:
         raise ValueError(f"{folder}: no run evaluated an in-domain set with sampling (evaluation.count is 0?)")
-    groups = Counter(c.group_size for c in the_plan.cells if c.method == "grpo" and c.tau == 1)
+    return counts.most_common(1)[0][0]
+
+
+def _usual_group(cells: Iterable[Cell | ImportedCell]) -> int | None:
+    groups = Counter(c.group_size for c in cells if c.method == "grpo" and c.tau == 1)
+    return groups.most_common(1)[0][0] if groups else None
+
+
+def _imported(folder: Path, table: pyarrow.Table) -> StudyData:
+    """The rows of a table of other trainers' logs as runs; what they do not say is NaN."""
+    by_run: dict[str, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        by_run.setdefault(row["run_id"], []).append(row)
+    names = [f.name for f in dataclasses.fields(EvalRecord) if f.name in table.column_names]
+    runs, cells, params = {}, {}, {}
+    for name, rows in sorted(by_run.items()):
+        rows.sort(key=lambda r: r["step"])
+        first = rows[0]
+        wanted = [{n: math.nan if r[n] is None and n in COUNTERS else r[n] for n in names} for r in rows]
+        runs[name] = Run(path=folder, header={"run_id": name}, cell=None, steps=[], timings=[], summary={},
+                         evals=[EvalRecord(**w) for w in wanted])  # fmt: skip
+        reuse = first["tau"] or 1.0
+        cells[name] = ImportedCell(
+            size=first["size"], kind=first["kind"], method=first["method"], group_size=first["group_size"],
+            tau=1.0 if round(reuse) == 1 else round(reuse, 1),
+        )  # fmt: skip
+        n = first[PARAMS[_params_of(table)]]
+        if n is None:
+            raise ValueError(f"{folder}: run {name}: its parameters are not known: import it again with --params or --model")
+        params[first["size"]] = n
+    if not any(c.method == "grpo" for c in cells.values()):
+        raise ValueError(f"{folder}: no run of method grpo was imported")
+    studies = {s for s in table.column("study").to_pylist() if s}
     return StudyData(
-        plan=the_plan,
-        runs=runs,
-        missing=tuple(missing),
-        headline=counts.most_common(1)[0][0],
-        group_size=groups.most_common(1)[0][0],
-        params={cells[n].size: r.header["model"]["params_non_embedding"] for n, r in runs.items()},
+        name=" and ".join(sorted(studies)) or folder.resolve().name, plan=None, runs=runs, missing=(),
+        headline=_headline(folder, runs), group_size=_usual_group(cells.values()), params=params, table=table,
         cells=cells,
-    )
+    )  # fmt: skip
+
+
+COUNTERS = ("prompts_seen", "unique_prompts", "trained_tokens", "compute_6nt", "compute_ledger")
+PARAMS = {"non_embedding": "params_non_embedding", "nominal": "params_nominal"}
+
+
+def _params_of(table: pyarrow.Table) -> str:
+    """Which N a table's runs all have; the nominal one where one of them lacks the other."""
+    return "nominal" if table.column(PARAMS["non_embedding"]).null_count else "non_embedding"
 
 
 def _mean(evals: Sequence[EvalRecord]) -> Point:
@@ -224,21 +294,31 @@ def fit_study(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Fits:
 
 
 def _fit(data: StudyData, folder: Path, n_boot: int) -> Fits:
-    import io
+    import pyarrow as pa
 
-    import pyarrow.parquet
-
-    table = records.runs_table(data.runs.values())
-    out = io.BytesIO()
-    pyarrow.parquet.write_table(table, out)
-    records.write_bytes_atomic(folder / TABLE_FILE, out.getvalue())
+    if data.plan is not None:
+        write_table(folder, data.table)
+    plain = {r.header["run_id"] for n, r in data.runs.items() if not data.cells[n].variant}
+    mask = [r in plain for r in data.table.column("run_id").to_pylist()]
+    table = data.table.drop_columns("right").filter(pa.array(mask, type=pa.bool_()))
     kinds = [*data.kinds, "all"] if len(data.kinds) > 1 else data.kinds
-    chosen = {"eval_set": data.headline, "group_size": data.group_size, "n_boot": n_boot}
-    fits = fit_table(table, axes=("compute", "data"), kinds=kinds, **chosen)
-    ledger = fit_table(table, axes=("ledger",), kinds=data.kinds, shapes=False, **chosen)
-    fits = replace(fits, fits=(*fits.fits, *ledger.fits))
+    chosen = {"eval_set": data.headline, "group_size": data.group_size, "n_boot": n_boot, "params": _params_of(table)}
+    axes = [a for a in ("compute", "data", "ledger") if _known(table, AXIS_COLUMNS[a])]
+    if not axes:
+        raise ValueError(f"{folder}: neither compute nor prompts seen are known of any run, so there is no law to fit")
+    fits = fit_table(table, axes=[a for a in axes if a != "ledger"], kinds=kinds, **chosen)
+    if "ledger" in axes:
+        ledger = fit_table(table, axes=("ledger",), kinds=data.kinds, shapes=False, **chosen)
+        fits = replace(fits, fits=(*fits.fits, *ledger.fits))
     write_fits(folder / FITS_FILE, fits)
     return fits
+
+
+AXIS_COLUMNS = {"compute": "compute_6nt", "data": "prompts_seen", "ledger": "compute_ledger"}
+
+
+def _known(table: pyarrow.Table, column: str) -> bool:
+    return table.column(column).null_count < table.num_rows
 
 
 def law_table(fits: Fits) -> Group:
@@ -339,7 +419,7 @@ def _by_reason(found: Iterable[tuple[AxisFit, Sequence[str]]]) -> list[str]:
 def _misses(data: StudyData, fits: Fits) -> list[str]:
     """Sizes whose last points the fitted law misses by more than the noise: the curve bends, the law does not."""
     out = []
-    for kind in data.kinds:
+    for kind in data.kinds if "data" in _axes(fits) else ():
         fit = fits.get("data", kind)
         if not fit.joint or not fit.verdict.ok:
             continue
@@ -441,7 +521,7 @@ def _slope_figure(data: StudyData, fits: Fits) -> Figure | None:
     if len(data.sizes) < 2:
         return None
     panels = []
-    for axis in ("compute", "data"):
+    for axis in _axes(fits):
         series, carried = [], []
         for kind in data.kinds:
             fit = fits.get(axis, kind)
@@ -770,7 +850,7 @@ def _findings(data: StudyData, fits: Fits) -> list[str]:
     if against:
         words = _in_words(against, "RL ends lower", "the control ends lower", "there is no difference beyond the noise")
         out.append(f"Base models against plain pretraining of the same length: {words} ({'; '.join(numbers)}).")
-    for axis in ("compute", "data"):
+    for axis in _axes(fits):
         found = [f for f in fits.fits if f.axis == axis and f.kind in data.kinds]
         parts = []
         for f in found:
@@ -898,8 +978,8 @@ def _picks(data: StudyData, fits: Fits) -> list[tuple[str, str, Recommendation]]
     """(kind, budget in words, recommendation) for the budgets that the runs ended with, rising."""
     out = []
     for kind in data.kinds:
-        for axis, unit in (("compute", "FLOPs"), ("data", "prompts")):
-            fit = fits.get(axis, kind)
+        for axis in _axes(fits):
+            fit, unit = fits.get(axis, kind), {"compute": "FLOPs", "data": "prompts"}[axis]
             if fit.joint is None:
                 continue
             for amount in sorted({round_to(s.x_max, 2) for s in fit.sizes}):
@@ -937,6 +1017,32 @@ def _recommendation_section(picks: Sequence[tuple[str, str, Recommendation]]) ->
     return _Section(id="recommendation", title="Which size to train", text=[text], tables=[table], points=reasons)
 
 
+def recommendations(
+    study_dir: str | os.PathLike[str], *, kind: str | None = None, **asked: Any
+) -> dict[str, Recommendation]:
+    """What `recommend` says, from the records of a study.
+
+    Args:
+        study_dir: the study's folder; its laws are fitted where fits.json is missing.
+        kind: "base" or "instruct"; None: each that was fitted.
+        asked: keywords of `recommend`.
+
+    Returns:
+        Kind to recommendation: along data for a budget of prompts, else along compute, or what there is.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_data` and `recommend`; no law of this kind.
+    """
+    folder = Path(study_dir)
+    fits = read_fits(folder / FITS_FILE) if (folder / FITS_FILE).is_file() else fit_study(folder)
+    kinds = [k for k in dict.fromkeys(f.kind for f in fits.fits) if k in ((kind,) if kind else ("base", "instruct"))]
+    if not kinds:
+        raise ValueError(f"{folder}: no law was fitted to {kind or 'any'} models")
+    first = "data" if "prompts" in asked else "compute"
+    axis = first if first in _axes(fits) else _axes(fits)[0]
+    return {k: recommend(fits.get(axis, k), **asked) for k in kinds}
+
+
 def round_to(value: float, digits: int) -> float:
     """A number with so many significant digits.
 
@@ -953,6 +1059,16 @@ def round_to(value: float, digits: int) -> float:
 def _method_points(data: StudyData) -> list[str]:
     run = next(iter(data.runs.values()))
     head = next(e for e in run.evals if e.eval_set == data.headline and e.mode == "sample")
+    if data.plan is None:
+        nominal = _params_of(data.table) == "nominal"
+        return [
+            "The runs are of another trainer: their evaluations come from its logs, and nothing is known of them but "
+            f"what {TABLE_FILE} holds.",
+            f"Test loss L = 1 - pass@1 on {data.headline}. Data D: prompts seen. Compute: 6 N T, T the tokens that the "
+            f"log counts, N {'what the model is called' if nominal else 'without the embedding and the output head'}.",
+            "Logs have no standard errors: those shown are of the spread between runs alone, and none where there is "
+            "one run.",
+        ]
     config = data.plan.cells[0].config
     samples = f"{head.num_samples} answers to each" if head.num_samples > 1 else "one answer to each"
     return [
@@ -986,15 +1102,14 @@ def _limits(data: StudyData) -> list[str]:
             f"{len(data.sizes)} sizes carry a law of k(N) with two parameters only barely; whether it saturates, and "
             "where, needs more sizes and larger ones."
         )
-    rates = {
-        c.size: c.config.optimizer.lr for c in data.plan.cells if c.method == "grpo" and c.name in data.runs
-    }
+    cells = data.plan.cells if data.plan else ()
+    rates = {c.size: c.config.optimizer.lr for c in cells if c.method == "grpo" and c.name in data.runs}
     if len(set(rates.values())) > 1:
         listed = ", ".join(f"{s} {rates[s]:g}" for s in data.sizes if s in rates)
         out.append(f"The learning rate differs by size ({listed}), so size and learning rate cannot be told apart.")
     if not any(c.method == "pretrain" for n, c in data.cells.items() if n in data.runs):
         out.append("There is no control, so what RL adds beyond plain training of the same length is not known.")
-    if all(c.config.model.path is None for c in data.plan.cells):
+    if cells and all(c.config.model.path is None for c in cells):
         out.append(
             "These are models of thousands of parameters on generated problems. The numbers test the method; they "
             "say nothing of the size of the effects in language models."
@@ -1006,8 +1121,13 @@ def _limits(data: StudyData) -> list[str]:
     return out
 
 
+def _axes(fits: Fits) -> list[str]:
+    """Of compute and data, what the laws were fitted against."""
+    return [a for a in ("compute", "data") if any(f.axis == a for f in fits.fits)]
+
+
 def _sections(data: StudyData, fits: Fits) -> list[_Section]:
-    loss_figures = [_loss_figure(data, fits, axis) for axis in ("compute", "data")]
+    loss_figures = [_loss_figure(data, fits, axis) for axis in _axes(fits)]
     slopes = _slope_figure(data, fits)
     kinds, control, transfer, cost = (
         f(data) for f in (_kinds_figure, _control_figure, _transfer_figure, _cost_figure)
@@ -1024,7 +1144,8 @@ def _sections(data: StudyData, fits: Fits) -> list[_Section]:
     ]
     if control:
         sections.append(_Section(id="control", title=control.title, figures=[control]))
-    sections.append(_Section(id="learning", title="Learning curves", figures=[_learning_figure(data)]))
+    if any(r.steps for r in data.runs.values()):
+        sections.append(_Section(id="learning", title="Learning curves", figures=[_learning_figure(data)]))
     if transfer:
         sections.append(
             _Section(id="transfer", title=transfer.title, figures=[transfer], tables=[_transfer_table(data)])
@@ -1060,18 +1181,24 @@ def _page(data: StudyData, sections: Sequence[_Section], findings: Sequence[str]
         shown.append({"id": s.id, "title": s.title, "text": s.text, "figures": figures, "tables": s.tables,
                       "points": s.points})  # fmt: skip
     run = next(iter(data.runs.values()))
-    hardware, versions = run.header["hardware"], run.header["versions"]
+    hardware, versions = run.header.get("hardware"), run.header.get("versions")
+    where = (
+        f"Runs: {hardware.get('cpu')}, {hardware.get('cores')} cores; Python {versions.get('python')}, torch "
+        f"{versions.get('torch')}."
+        if hardware and versions
+        else "The runs are of another trainer."
+    )
     warnings = []
     if data.missing:
         warnings.append(
-            f"{len(data.missing)} of {len(data.plan.cells)} cells are not finished and not in this report: "
+            f"{len(data.missing)} of {len(data.cells)} cells are not finished and not in this report: "
             f"{', '.join(data.missing)}."
         )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    name = data.plan.study.name
+    name = data.name
     problems = len(data.sizes)
     return environment.get_template("report.html").render(
         study=name,
@@ -1082,8 +1209,7 @@ def _page(data: StudyData, sections: Sequence[_Section], findings: Sequence[str]
         warnings=warnings,
         findings=findings,
         sections=shown,
-        footer=f"Made from the records in {TABLE_FILE} by grpo_engine. Runs: {hardware.get('cpu')}, "
-        f"{hardware.get('cores')} cores; Python {versions.get('python')}, torch {versions.get('torch')}.",
+        footer=f"Made from the records in {TABLE_FILE} by grpo_engine. {where}",
         plotly_js=Markup(get_plotlyjs()),
         panels=Markup(json.dumps(panels, allow_nan=False, ensure_ascii=False).replace("</", "<\\/")),
     )

@@ -9,7 +9,7 @@ A cell with a summary is done and is never run again; any other is started, and 
 checkpoint. So the same command, given again after a failure, a Ctrl-C or a power cut, does what is missing.
 
 `run_study` decides what runs when; an `Executor` says where. `LocalExecutor` starts processes on this machine, which
-are forks of one that has imported everything.
+are forks of one that has imported everything; `cluster.py` has those for Ray and Slurm.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from .design import (
     PLAN_FILE,
     STUDY_FILE,
     Cell,
-    Cost,
     ModelNeed,
     Plan,
     StudyConfig,
@@ -49,6 +48,7 @@ from .design import (
     plan_json,
     save_study,
 )
+from .forecast import Cost, dollars
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -231,6 +231,7 @@ class _Tracked:
     handle: Any = None
     started: float = 0.0
     seconds: float | None = None  # how long it took
+    attempts: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
 
 
@@ -242,13 +243,15 @@ def run_study(
     threads: int = 1,
     console: Console | None = None,
     executor: Executor | None = None,
+    attempts: int = 2,
     poll_s: float = 0.2,
 ) -> StudyResult:
     """Runs every cell that is not done yet.
 
     Models of the embedded ladder are made first where they are not cached (base before instruct); whatever can run
-    beside them does. The longest chain goes first. A cell that fails is reported and the others go on. SIGINT and
-    SIGTERM end all processes; what they had finished of their cells stays, and the next run resumes there.
+    beside them does. The longest chain goes first. A cell that fails is tried again from its last checkpoint, then
+    reported, and the others go on. SIGINT and SIGTERM end all processes; what they had finished of their cells stays,
+    and the next run resumes there.
 
     Args:
         study_dir: the study's folder; made when absent.
@@ -257,6 +260,7 @@ def run_study(
         threads: threads of each process.
         console: where progress goes (rich); None: standard error. On a terminal a live table, else plain lines.
         executor: where jobs run; None: a `LocalExecutor` with these threads, on the study's device.
+        attempts: how often a cell or a model is started before it counts as failed.
         poll_s: seconds between looks at how far the running jobs are.
 
     Returns:
@@ -265,11 +269,12 @@ def run_study(
     Raises:
         StudyLocked: another process runs this study.
         FileNotFoundError: `study` is None and the folder has no study.yaml.
-        ValueError: `jobs` is not positive, a wrong study, or a model folder that is not there.
+        ValueError: `jobs` or `attempts` is not positive, a wrong study, or a model folder that is not there.
     """
     folder = Path(study_dir)
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"run_study: jobs must be at least 1, got {jobs}")
+    for name, value in (("jobs", jobs), ("attempts", attempts)):
+        if value is not None and value < 1:
+            raise ValueError(f"run_study: {name} must be at least 1, got {value}")
     if study is None:
         study = load_study(folder / STUDY_FILE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +291,7 @@ def run_study(
         started = time.monotonic()
         with _Interrupt() as interrupt, display:
             try:
-                _loop(folder, tracked, jobs, executor, display, interrupt, poll_s)
+                _loop(folder, tracked, jobs, attempts, executor, display, interrupt, poll_s)
             finally:
                 executor.stop([t.handle for t in tracked.values() if t.state == "running"])
         cells = [t for t in tracked.values() if t.job.cell]
@@ -305,6 +310,7 @@ def run_study(
 
 def _devices(study: StudyConfig) -> set[str]:
     runs = [*(s.run for s in study.sizes.values()), *(a.run for a in study.axes)]
+    runs += [v for a in study.axes for v in a.variants.values()]
     return {study.run.get("device", "auto"), *(r["device"] for r in runs if "device" in r)}
 
 
@@ -330,8 +336,9 @@ def measured_plan(study_dir: str | os.PathLike[str], the_plan: Plan) -> Plan:
             last = run.steps[-1]
             seconds = sum(c.seconds for c in total_cost(run.timings).values())
             measured[cell.name] = Cost(
-                trained_tokens=last.trained_tokens, flops=last.compute_ledger, seconds=seconds, measured=True
-            )
+                trained_tokens=last.trained_tokens, flops=last.compute_ledger, seconds=seconds, measured=True,
+                usd=dollars(seconds, the_plan.study.estimate),
+            )  # fmt: skip
     estimated = sum(c.cost.seconds for c in the_plan.cells if c.name in measured)
     factor = sum(c.seconds for c in measured.values()) / estimated if estimated else 1.0
     cells = [
@@ -364,6 +371,7 @@ def _write_plan(folder: Path, the_plan: Plan) -> None:
         )
         description = {
             "study": the_plan.study.name, "cell": cell.id, "name": cell.name, "axes": cell.axes,
+            "variant": cell.variant,
             "method": cell.method, "size": cell.size, "kind": cell.kind, "seed": cell.seed, "tau": cell.tau,
             "group_size": cell.group_size, "steps": cell.config.steps,
         }  # fmt: skip
@@ -428,6 +436,7 @@ def _loop(
     folder: Path,
     tracked: dict[str, _Tracked],
     jobs: int,
+    attempts: int,
     executor: Executor,
     display: _Display,
     interrupt: _Interrupt,
@@ -444,9 +453,12 @@ def _loop(
                 continue
             t.seconds = time.monotonic() - t.started
             ended = code == 0 and (t.job.cell is None or records.is_complete(folder / t.job.cell.folder))
-            t.state = "done" if ended else "failed"
+            again = t.attempts < attempts and interrupt.signal is None
+            t.state = "done" if ended else "waiting" if again else "failed"
             t.progress = read_progress(folder / t.job.cell.folder) if t.job.cell else {}
             t.progress["code"] = code
+            if t.state == "failed":
+                records.write_json_atomic(_failure_file(t.job), {"reason": _failure(t).reason, "attempts": t.attempts})
             display.ended(t)
         for t in tracked.values():
             if t.state == "waiting" and any(tracked[n].state in ("failed", "blocked") for n in t.job.after):
@@ -456,8 +468,10 @@ def _loop(
             if running >= jobs:
                 break
             if t.state == "waiting" and all(tracked[n].state == "done" for n in t.job.after):
+                _failure_file(t.job).unlink(missing_ok=True)
                 t.handle = executor.start(t.job)
                 t.state, t.started = "running", time.monotonic()
+                t.attempts += 1
                 running += 1
                 display.started(t)
         display.update()
@@ -467,6 +481,11 @@ def _loop(
         until = time.monotonic() + poll_s
         while interrupt.signal is None and time.monotonic() < until and all(executor.poll(h) is None for h in busy):
             interrupt.wait(_LOOK_S)  # a place that falls free is taken at once
+
+
+def _failure_file(job: Job) -> Path:
+    """Beside the job's log; there while its last attempt has failed."""
+    return job.log.with_suffix(".failed.json")
 
 
 def _failure(t: _Tracked) -> Failure:
@@ -618,6 +637,8 @@ class _Display:
         self.tracked = tracked
         self.num_skipped = num_skipped
         self.jobs = jobs
+        self.losses: dict[str, float] = {}  # the last of each cell
+        self.last_loss = ""
         self.live: Any = None
         self.last = time.monotonic()
 
@@ -655,12 +676,15 @@ class _Display:
     def ended(self, t: _Tracked) -> None:
         if t.state == "failed":
             self._say(str(_failure(t)))
+        elif t.state == "waiting":
+            self._say(f"{t.job.name}: {_failure(t).reason}; it is started again ({t.job.log})")
         elif not self.live:
             loss = t.progress.get("loss")
             end = f", test loss {loss:.3f}" if loss is not None else ""
             self._say(f"{t.job.name}: done in {duration(t.seconds or 0)}{end} ({self._counts()})")
 
     def update(self) -> None:
+        self._note_losses()
         if self.live:
             self.live.update(self._table())
         elif time.monotonic() - self.last >= self.EVERY_S:
@@ -668,7 +692,7 @@ class _Display:
             running = "; ".join(
                 f"{t.job.name} {self._step(t)}".strip() for t in self.tracked.values() if t.state == "running"
             )
-            self._say(f"{self._counts()}: {running}")
+            self._say(f"{self._counts(every=True)}: {running}")
 
     def summary(self, result: StudyResult) -> None:
         text = f"study {self.study}: {len(result.done) + len(result.skipped)} of {self.num_cells} cells done"
@@ -680,10 +704,24 @@ class _Display:
             text += f"; not started for want of their model: {', '.join(result.blocked)}"
         self._say(f"{text} ({duration(result.seconds)})")
 
-    def _counts(self) -> str:
-        done = self.num_skipped + sum(t.state == "done" and t.job.cell is not None for t in self.tracked.values())
-        left = self._seconds_left()
-        return f"{done} of {self.num_cells} cells" + (f", about {duration(left)} left" if left is not None else "")
+    def _counts(self, *, every: bool = False) -> str:
+        """Cells done and time left; with `every`, also what runs, what failed and the last test loss."""
+        of = {s: [t for t in self.tracked.values() if t.state == s] for s in ("done", "running", "failed")}
+        parts = [f"{self.num_skipped + sum(t.job.cell is not None for t in of['done'])} of {self.num_cells} cells"]
+        if every:
+            parts += [f"{len(of[s])} {s}" for s in ("running", "failed") if of[s]]
+        if (left := self._seconds_left()) is not None:
+            parts.append(f"about {duration(left)} left")
+        if every and self.last_loss:
+            parts.append(self.last_loss)
+        return ", ".join(parts)
+
+    def _note_losses(self) -> None:
+        for t in self.tracked.values():
+            loss = t.progress.get("loss")
+            if loss is not None and self.losses.get(t.job.name) != loss:
+                self.losses[t.job.name] = loss
+                self.last_loss = f"last test loss {loss:.3f} ({t.job.name})"
 
     def _seconds_left(self) -> float | None:
         """Estimates of the plan, scaled by how they did so far, over the processes that can be kept busy."""
@@ -713,7 +751,7 @@ class _Display:
     def _table(self) -> RenderableType:
         from rich.table import Table
 
-        table = Table(title=f"{self.study}: {self._counts()}", title_justify="left", expand=False)
+        table = Table(title=f"{self.study}: {self._counts(every=True)}", title_justify="left", expand=False)
         for name, side in (("cell", "left"), ("state", "left"), ("reward", "right"), ("test loss", "right"),
                            ("time left", "right")):  # fmt: skip
             table.add_column(name, justify=side)  # type: ignore[arg-type]
@@ -753,19 +791,21 @@ class CellStatus:
     """How far one cell is."""
 
     cell: Cell
-    state: Literal["done", "running", "partial", "missing"]
+    state: Literal["done", "running", "failed", "partial", "missing"]
     step: int
     seconds: float | None  # of its recorded steps; None before the first step
+    loss: float | None = None  # the last sampled test loss of the first set in domain
+    reason: str | None = None  # of a failure
 
     def __str__(self) -> str:
         steps = self.cell.config.steps
         if self.state in ("running", "partial"):
             return f"{self.state} {self.step} of {steps}"
-        return self.state
+        return self.state if self.reason is None else f"failed at {self.step} of {steps} ({self.reason})"
 
 
 def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
-    """What of a study is done, running, begun or missing.
+    """What of a study is done, running, failed, begun or missing, from its records alone.
 
     Args:
         study_dir: a folder that `run_study` was given.
@@ -781,11 +821,15 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
     out = []
     for cell in plan(load_study(folder / STUDY_FILE)).cells:
         path = folder / cell.folder
-        step = read_progress(path).get("step", 0)
+        progress, reason = read_progress(path), None
+        step = progress.get("step", 0)
+        failed = (path / LOG_FILE).with_suffix(".failed.json")
         if records.is_complete(path):
             state = "done"
         elif _is_locked(path / LOCK_FILE):
             state = "running"
+        elif failed.is_file():
+            state, reason = "failed", records.read_json(failed)["reason"]
         else:
             state = "partial" if step else "missing"
         seconds = None
@@ -793,7 +837,9 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
             found = records.read_jsonl(path / records.TIMINGS_FILE, allow_torn=True).records
             timings = [records.from_json(records.TimingRecord, o, where=str(path)) for o in found]
             seconds = sum(c.seconds for c in total_cost(timings).values()) if timings else None
-        out.append(CellStatus(cell=cell, state=state, step=step, seconds=seconds))  # type: ignore[arg-type]
+        out.append(
+            CellStatus(cell=cell, state=state, step=step, seconds=seconds, loss=progress.get("loss"), reason=reason)  # type: ignore[arg-type]
+        )
     return tuple(out)
 
 

@@ -81,7 +81,6 @@ def parquet_task(
     *,
     train: str | Path,
     evals: Mapping[str, str | Path],
-    train_problems: int | None = None,
     eval_problems: int | None = None,
     name: str = "parquet",
 ) -> Task:
@@ -94,8 +93,7 @@ def parquet_task(
     Args:
         train: file to train on.
         evals: name of an evaluation set to its file; may be empty.
-        train_problems: at most this many training problems, spaced evenly over the file; None: all.
-        eval_problems: the same for each evaluation set.
+        eval_problems: at most this many problems of each evaluation set, spaced evenly over its file; None: all.
         name: of the task.
 
     Returns:
@@ -105,9 +103,8 @@ def parquet_task(
         FileNotFoundError: no such file.
         ValueError: as `read_problems`, or no training problem is left.
     """
-    for argument, value in (("train_problems", train_problems), ("eval_problems", eval_problems)):
-        if value is not None and value < 1:
-            raise ValueError(f"parquet_task: {argument} must be at least 1 or None, got {value}")
+    if eval_problems is not None and eval_problems < 1:
+        raise ValueError(f"parquet_task: eval_problems must be at least 1 or None, got {eval_problems}")
     test = {set_name: _read(Path(path)) for set_name, path in evals.items()}
     held_out = {_same_text(p.prompt) for problems in test.values() for p in problems}
     everything = _read(Path(train))
@@ -122,7 +119,7 @@ def parquet_task(
     trained = {p.domain for p in training}
     return Task(
         name=name,
-        train=_spaced(training, train_problems),
+        train=training,
         evals={
             set_name: EvalSet(
                 name=set_name,

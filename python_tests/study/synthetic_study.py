@@ -22,10 +22,14 @@ def true_loss(params, prompts, kind="base"):
     return start * max(prompts, 32.0) ** -k * 32.0**k
 
 
-def make_study(folder, *, sizes=("xs", "s", "m"), steps=60, axes=None, noise=1.0, seed=0, unfinished=()):
+def make_study(
+    folder, *, sizes=("xs", "s", "m"), steps=60, axes=None, noise=1.0, seed=0, unfinished=(), counted=False, spread=0.0
+):
     """Makes the folder of a study that has run; gives back its plan.
 
-    noise scales the binomial noise of 500 problems x 4 samples; cells named in `unfinished` have no summary.
+    noise scales the binomial noise of 500 problems x 4 samples; cells named in `unfinished` have no summary. `counted`
+    records each problem's right answers: problems of unequal difficulty, the same in every run. `spread` is the
+    standard deviation over runs of the loss at the end.
     """
     axes = axes or (AxesConfig(kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),)
     study = StudyConfig(
@@ -35,11 +39,13 @@ def make_study(folder, *, sizes=("xs", "s", "m"), steps=60, axes=None, noise=1.0
     folder.mkdir(parents=True, exist_ok=True)
     _write_plan(folder, the_plan)
     for number, cell in enumerate(the_plan.cells):
-        _run(folder / cell.folder, cell, random.Random(1000 * seed + number), noise, cell.name not in unfinished)
+        _run(folder / cell.folder, cell, random.Random(1000 * seed + number), noise, cell.name not in unfinished, counted,
+             spread)  # fmt: skip
     return the_plan
 
 
-def _run(path, cell, rng, noise, done):
+def _run(path, cell, rng, noise, done, counted=False, spread=0.0):
+    shift = rng.gauss(0, spread) if spread else 0.0
     params, steps = PARAMS[cell.size], cell.config.steps
     tokens = 64 * cell.group_size * 12
     records.write_json_atomic(
@@ -65,7 +71,8 @@ def _run(path, cell, rng, noise, done):
         for step in due:
             for name, inside, share in SETS if step in (0, steps) else SETS[:1]:
                 for mode in ("sample", "greedy"):
-                    evals.write(_evaluation(cell, params, step, so_far(step), name, inside, share, mode, rng, noise))
+                    evals.write(_evaluation(cell, params, step, so_far(step), name, inside, share, mode, rng, noise, counted,
+                                            shift * math.log(max(step, 1)) / math.log(steps)))  # fmt: skip
     with JsonlWriter(path / "steps.jsonl") as out:
         for step in range(1, steps + 1):
             reward = 1 - true_loss(params, 64 * step, cell.kind) + rng.gauss(0, 0.02)
@@ -93,14 +100,27 @@ def _run(path, cell, rng, noise, done):
         records.write_json_atomic(path / "summary.json", {"run_id": cell.id, "steps": steps})
 
 
-def _evaluation(cell, params, step, counters, name, inside, share, mode, rng, noise):
+def _evaluation(cell, params, step, counters, name, inside, share, mode, rng, noise, counted=False, shift=0.0):
     start = true_loss(params, 0, cell.kind)
     gain = start - true_loss(params, 64 * step / cell.tau**0.1, cell.kind)
     gain *= share * (0.3 if cell.method == "pretrain" else 1.0)
-    rate = min(max(1 - start + gain, 0.01), 0.99) if inside else 0.3 + gain
+    rate = (min(max(1 - start + gain, 0.01), 0.99) if inside else 0.3 + gain) - shift
+    rate = min(max(rate, 0.01), 0.99)
     spread = math.sqrt(rate * (1 - rate) / 500 * (0.4 if mode == "sample" else 1.0))
-    rate = min(max(rate + noise * rng.gauss(0, spread), 0.0), 1.0)
+    samples, right = 4 if mode == "sample" else 1, None
+    if counted:
+        ease = [(j + 0.5) / 500 for j in range(500)]
+        right = [sum(rng.random() < _solved(rate, e) for _ in range(samples)) for e in ease]
+        rate = sum(right) / (500 * samples)
+    else:
+        rate = min(max(rate + noise * rng.gauss(0, spread), 0.0), 1.0)
     return EvalRecord(
         **counters, eval_set=name, in_domain=inside, mode=mode, temperature=0.7 if mode == "sample" else 0.0,
-        num_problems=500, num_samples=4 if mode == "sample" else 1, pass1=rate, loss=1 - rate, stderr=spread,
+        num_problems=500, num_samples=samples, pass1=rate, loss=1 - rate, stderr=spread, right=right,
     )  # fmt: skip
+
+
+def _solved(rate, ease):
+    """Probability that a problem is solved: even over `ease` in (0, 1), the rate on average."""
+    width = min(rate, 1 - rate)
+    return rate + width * (2 * ease - 1)

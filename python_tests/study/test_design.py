@@ -4,9 +4,11 @@ import json
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from grpo_engine.cli import app
 from grpo_engine.config import RunConfig, load_run_config
-from grpo_engine.study import design
+from grpo_engine.study import design, forecast
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, load_study, plan, save_study
 
 RUN = {"steps": 10, "batch": {"prompts": 8, "group_size": 4}, "loss": {"kl_coef": 0.0}}
@@ -105,7 +107,7 @@ def test_a_folder_of_weights_needs_no_preparation(tmp_path):
     assert the_plan.models == () and cell.needs is None
     assert cell.config.model.path == str(tmp_path) and cell.config.model.params_nominal == 1e4
     per_layer = (32 * 32 + 32) + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
-    assert design.num_params(cell.config.model) == 2 * per_layer + 32
+    assert forecast.num_params(cell.config.model) == 2 * per_layer + 32
     with pytest.raises(ValueError, match="size tiny has no folder for its instruct model"):
         study(sizes=sizes, axes=(AxesConfig(kinds=("instruct",)),))
     with pytest.raises(ValueError, match="size tiny is a folder of weights"):
@@ -116,13 +118,10 @@ def test_costs_rise_with_size_and_count_the_phases_that_there_are():
     cells = {c.name: c for c in plan(study(run=RUN | {"evaluation": {"count": 0}})).cells}
     xs, s = cells["xs-base-seed0"].cost, cells["s-base-seed0"].cost
     assert s.flops > xs.flops and s.seconds > xs.seconds and s.trained_tokens == xs.trained_tokens
-    answers, estimate = 10 * 8 * 4, design.EstimateConfig()
-    sampled = 10 * 8 * estimate.prompt_tokens + answers * estimate.answer_tokens
-    trained = answers * (estimate.prompt_tokens + estimate.answer_tokens)
-    params = design.num_params(cells["s-base-seed0"].config.model)
-    assert s.trained_tokens == trained
-    assert s.flops == pytest.approx(params * (6 * trained + 2 * sampled))
-    assert cells["s-base-control-seed0"].cost.flops == pytest.approx(params * 6 * trained)
+    control = cells["s-base-control-seed0"].cost
+    assert set(k for k, v in s.phases.items() if v) == {"prefill", "decode", "forward", "backward"}
+    assert set(k for k, v in control.phases.items() if v) == {"forward", "backward"}
+    assert s.flops == sum(s.phases.values()) and "reference" not in s.memory
 
 
 def test_a_study_survives_its_file(tmp_path):
@@ -166,28 +165,104 @@ def test_the_embedded_presets_resolve(preset):
     assert len(the_plan.study.sizes) >= 3
 
 
-def test_the_paper_preset_can_be_planned_without_its_weights():
+def test_the_paper_preset_is_the_54_runs():
     the_plan = plan(load_study("paper"))
     assert len(the_plan.cells) == 54 and the_plan.models == ()
     assert all(c.config.optimizer.lr == 1e-6 and c.config.batch.prompts == 512 for c in the_plan.cells)
     assert all(c.config.steps * 512 <= 53904 for c in the_plan.cells)
-    costs = {c.size: c.cost.flops for c in the_plan.cells if c.name.endswith("base-seed0")}
-    assert costs["14B"] == pytest.approx(2 * costs["7B"])
+    assert [sum(c.axes == (name,) for c in the_plan.cells) for name in ("main", "reuse", "group")] == [30, 16, 8]
+    assert {c.config.task.train_problems for c in the_plan.cells if c.tau > 1} == {
+        25600, 12800, 10240, 5120, 2560, 2048, 1024, 512
+    }  # fmt: skip
+
+
+# final compute of a run, read off the paper's figures; 6 N T with the nominal N
+PAPER_COMPUTE = {
+    "base": {"0.5B": 1.2e18, "1.5B": 4.4e18, "3B": 8.3e18, "7B": 2.0e19, "14B": 4.0e19, "32B": 8.3e19, "72B": 2.2e20},
+    "instruct": {"0.5B": 1.15e18, "1.5B": 3.9e18, "3B": 9e18, "7B": 2.2e19, "14B": 4.5e19, "32B": 8.8e19, "72B": 2.5e20},
+}  # fmt: skip
+
+
+def test_the_papers_runs_are_predicted_to_take_what_the_paper_shows():
+    rows = {r["name"]: r for r in design.plan_json(plan(load_study("paper-v3")))["cells"]}
+    assert len(rows) == 66
+    for kind, figures in PAPER_COMPUTE.items():
+        for size, compute in figures.items():
+            assert rows[f"{size}-{kind}-seed0"]["compute_6nt_nominal"] == pytest.approx(compute, rel=0.1), (size, kind)
+
+
+def test_the_micro_preset_has_the_papers_54_runs_and_controls():
+    the_plan = plan(load_study("micro"))
+    runs = [c for c in the_plan.cells if c.method == "grpo"]
+    assert len(runs) == 54 and len({c.size for c in runs}) == 5
+    assert {c.axes for c in runs if c.size == "m" and c.seed == 0 and c.tau == 1} == {("main", "reuse")}  # run once
+    assert all(c.method == "pretrain" and c.axes == ("main",) for c in the_plan.cells if c not in runs)
+
+
+def test_the_command_prints_a_plan_as_json():
+    result = CliRunner().invoke(app, ["study", "plan", "paper", "--gpu", "h200", "--usd-per-hour", "3", "--json"])
+    assert result.exit_code == 0, result.exception
+    found = json.loads(result.output)
+    assert len(found["cells"]) == 54 and found["device"] == "h200"
+    assert found["total"]["usd"] == pytest.approx(sum(c["usd"] for c in found["cells"]))
+    result = CliRunner().invoke(app, ["study", "plan", "paper", "--gpu", "tpu"])
+    assert "estimate.gpu" in str(result.exception) and "got 'tpu'" in str(result.exception)
+
+
+def test_an_extended_study_says_only_what_is_different(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "extends: smoke\nname: mine\nrun: {steps: 7, batch: {prompts: 32}}\nsizes: {xs: {run: {optimizer.lr: 1e-3}}}\n"
+    )
+    ours, smoke = load_study(tmp_path / "mine.yaml"), load_study("smoke")
+    assert (ours.name, ours.run["steps"], ours.run["batch"]) == ("mine", 7, smoke.run["batch"] | {"prompts": 32})
+    assert ours.sizes["xs"].run == {"optimizer.lr": 1e-3} and ours.sizes["m"] == smoke.sizes["m"]
+    assert ours.axes == smoke.axes
+    (tmp_path / "loop.yaml").write_text(f"extends: {tmp_path / 'loop.yaml'}\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        load_study(tmp_path / "loop.yaml")
+
+
+def test_order_unique_prompts_and_switches_are_axes():
+    axes = (
+        AxesConfig(name="order", sizes=("s",), order=("shuffled", "curriculum")),
+        AxesConfig(name="unique", sizes=("s",), unique=(80, 20)),
+        AxesConfig(name="loss", sizes=("s",), variants={"grpo": {}, "dr": {"advantage.std": "none"}}),
+    )
+    cells = {c.name: c for c in plan(study(axes=axes)).cells}
+    assert {n: c.variant for n, c in cells.items()} == {
+        "s-base-seed0": "", "s-base-curriculum-seed0": "curriculum", "s-base-U20-seed0": "", "s-base-dr-seed0": "dr",
+    }  # fmt: skip
+    assert cells["s-base-seed0"].axes == ("order", "unique", "loss")
+    assert not cells["s-base-curriculum-seed0"].config.task.shuffle
+    assert (cells["s-base-U20-seed0"].tau, cells["s-base-U20-seed0"].config.task.train_problems) == (4, 20)
+    assert cells["s-base-dr-seed0"].config.advantage.std == "none"
+    with pytest.raises(ValueError, match="unique=90 is more than the 80 prompts that a run sees"):
+        plan(study(axes=(AxesConfig(unique=(90,)),)))
+    with pytest.raises(ValueError, match="give tau or unique, and not both"):
+        AxesConfig(unique=(9,), tau=(2,))
 
 
 def test_the_plan_can_be_read():
     the_plan = plan(study())
-    rows = design.plan_rows(the_plan, {"s-base-seed0": "done"})
-    assert [r["state"] for r in rows if r["name"] == "s-base-seed0"] == ["done"]
+    rows = design.plan_rows(the_plan)
     total = design.plan_json(the_plan)["total"]
     assert total["flops"] == pytest.approx(sum(r["flops"] for r in rows))
     json.dumps(design.plan_json(the_plan), allow_nan=False)
-    console = Console(file=io.StringIO(), width=200)
-    console.print(design.plan_table(the_plan, {"s-base-seed0": "done"}, jobs=2))
-    text = console.file.getvalue()
+    text = shown(design.plan_view(the_plan, jobs=2))
     assert "s-base-control-seed1" in text and "12 cells and 4 models to prepare" in text and "with 2 at once" in text
-    (line,) = [x for x in text.splitlines() if " s-base-seed0 " in x]
-    assert "done" in line and "~" in line
+    (line,) = [x for x in text.splitlines() if x.startswith("s-base-seed0 ")]
+    assert "~" in line
+    priced = study(estimate={"gpu": "h200", "usd_per_hour": 2.0})
+    text = shown(design.plan_view(plan(priced)))
+    total = design.plan_json(plan(priced))["total"]
+    assert f"{total['usd']:,.0f} USD" in text and "h200 hours" in text
+    assert total["usd"] == pytest.approx(2 * total["seconds"] / 3600)
+
+
+def shown(view):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view)
+    return console.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -199,6 +274,8 @@ def test_durations(seconds, text):
     assert design.duration(seconds) == text
 
 
-@pytest.mark.parametrize("number, text", [(0, "0"), (999, "999"), (1234567, "1.23M"), (2e9, "2G"), (5e13, "50T")])
+@pytest.mark.parametrize(
+    "number, text", [(0, "0"), (999, "999"), (1234567, "1.23M"), (2e9, "2G"), (5e13, "50T"), (2e15, "2P")]
+)
 def test_numbers_for_people(number, text):
     assert design.human(number) == text

@@ -28,19 +28,11 @@ def test_unbounded_slopes():
     assert laws.LogSlope(a=0.05, b=0.02, n_ref=1e6).k(1.0) < 0
 
 
-@pytest.mark.parametrize("form", laws.SLOPES.values(), ids=lambda c: c.NAME)
-def test_starts_lie_inside_the_bounds_and_come_near_slopes_of_the_form(form):
-    n = np.array([2e5, 6e5, 2e6, 6e6, 2e7])
-    fixed, bounds = form.fixed(n), form.bounds(n)
-    assert set(bounds) == set(form.PARAMETERS)
-    assert all(b.why for b in bounds.values())
-    truth = {"saturating": (0.15, 1e6), "power": (0.05, 0.5), "log": (0.05, 0.02)}[form.NAME]
-    k = form(**dict(zip(form.PARAMETERS, truth, strict=True)), **fixed).k(n)
-    starts = form.starts(n, k)
-    for s in starts:
-        assert all(bounds[q].low < getattr(s, q) < bounds[q].high for q in form.PARAMETERS)
-    best = min(float(np.max(np.abs(s.k(n) - k))) for s in starts)
-    assert best < 0.3 * k.max()
+def test_levels():
+    assert laws.LineLevel(a=-0.5, b=-0.1, n_ref=1e6).level(math.e * 1e6) == pytest.approx(-0.6)
+    half = laws.LogisticLevel(N_half=1e6, g=0.5)
+    assert np.exp(half.level(np.array([1e6, 4e6, 1e-9]))) == pytest.approx([0.5, 1 / 3, 1.0], rel=1e-6)
+    assert laws.SaturatingLevel(a=-0.1, b=1.0, N1=1e6).level(1e6) == pytest.approx(-0.6)
 
 
 def test_joint_law_is_the_formula_in_natural_logs():
@@ -76,3 +68,77 @@ def test_scalerl_in_the_form_of_its_paper():
     law = laws.ScaleRLSigmoid(A=0.61, B=1.92, X_mid=2542.0, R0=0.3)
     c = np.array([1500.0, 8000.0, 50000.0])
     assert 1 - law.loss(c) - 0.3 == pytest.approx((0.61 - 0.3) / (1 + (2542 / c) ** 1.92), rel=1e-12)
+
+
+def test_floor_power():
+    law = laws.FloorPower(A=0.5, alpha=0.5, L_inf=0.2, x_ref=64.0)
+    assert law.loss(np.array([64.0, 256.0, 1e30])) == pytest.approx([0.7, 0.45, 0.2])
+
+
+def test_additive_law():
+    law = laws.AdditiveLaw(A=0.3, a=0.5, B=0.2, b=1.0, L_inf=0.1, n_ref=1e6, d_ref=100.0)
+    assert law.loss(4e6, 200.0) == pytest.approx(0.15 + 0.1 + 0.1)
+
+
+DECOMPOSITION = laws.LossDecomposition(
+    L_inf=0.05, A=0.3, alpha=0.4, beta=1.5, lam=(0.1, 0.3), D0=(500.0, 4000.0), n_ref=1e9
+)
+
+
+def test_loss_decomposition_is_the_formula():
+    n, d = np.array([1e9, 8e9]), np.array([500.0, 1000.0])
+    want = [0.05 + 0.3 + 0.1 / 2, 0.05 + 0.3 * 8**-0.4 + 0.3 / (1 + 0.25**1.5)]
+    assert DECOMPOSITION.loss(n, d, np.array([0, 1])) == pytest.approx(want, rel=1e-14)
+    # (N0 / N)^alpha of the paper, with the N0 that our A stands for
+    n0 = 1e9 * 0.3 ** (1 / 0.4)
+    assert DECOMPOSITION.floor(n) == pytest.approx(0.05 + (n0 / n) ** 0.4, rel=1e-14)
+
+
+@pytest.mark.parametrize("curve", [0, 1])
+def test_erratum_of_the_maximal_slope(curve):
+    """Against slopes taken numerically: equation 20 is the slope at D0, and not the largest one."""
+    n, d0 = 8e9, DECOMPOSITION.D0[curve]
+    log_d = np.linspace(np.log(d0) - 12, np.log(d0) + 12, 480_001)
+    slope = -np.gradient(np.log(DECOMPOSITION.loss(n, np.exp(log_d), curve)), log_d)
+    at_d0 = float(DECOMPOSITION.slope_at_d0(n, curve))
+    largest = float(DECOMPOSITION.max_slope(n, curve))
+    assert at_d0 == pytest.approx(slope[np.argmin(abs(log_d - np.log(d0)))], rel=1e-6)
+    assert largest == pytest.approx(slope.max(), rel=1e-6)
+    assert largest > 1.01 * at_d0
+    ratio = DECOMPOSITION.lam[curve] / float(DECOMPOSITION.floor(n))
+    assert math.exp(DECOMPOSITION.beta * (log_d[slope.argmax()] - np.log(d0))) == pytest.approx(
+        math.sqrt(1 + ratio), rel=1e-2
+    )
+
+
+def test_the_slope_is_bounded_by_beta_not_by_half_of_it():
+    law = laws.LossDecomposition(L_inf=0.0, A=1e-12, alpha=0.4, beta=1.5, lam=(0.9,), D0=(500.0,))
+    assert law.max_slope(1.0, 0) == pytest.approx(1.5, rel=1e-4)
+    assert law.slope_at_d0(1.0, 0) == pytest.approx(0.75, rel=1e-4)
+
+
+def test_effective_data():
+    """Fresh prompts count in full, the first repeat by 1 - exp(-1 / R*), all repeats together by R*."""
+    assert laws.effective_data(300.0, 300.0, 5.0) == 300.0
+    assert laws.effective_data(200.0, 100.0, 5.0) == pytest.approx(100 + 500 * (1 - math.exp(-0.2)))
+    assert laws.effective_data(1e9, 100.0, 5.0) == pytest.approx(600.0)
+    assert laws.effective_data(1000.0, 100.0, 1e9) == pytest.approx(1000.0, rel=1e-7)
+    assert laws.effective_data(50.0, 100.0, 5.0) == 50.0  # the first pass is not over
+    once, often = laws.ReuseLaw(k=0.1, E=0.2, worth=4.0).loss(np.array([800.0, 800.0]), np.array([800.0, 100.0]))
+    assert once == pytest.approx(math.exp(0.2) * 800**-0.1)
+    assert often == pytest.approx(math.exp(0.2) * (100 + 400 * (1 - math.exp(-7 / 4))) ** -0.1)
+
+
+@pytest.mark.parametrize("form", [*laws.SLOPES.values(), *laws.LEVELS.values(), *laws.CURVES.values(), laws.AdditiveLaw,
+                                  laws.LossDecomposition, laws.ReuseLaw], ids=lambda c: c.__name__)  # fmt: skip
+def test_a_law_says_what_fits_need(form):
+    n, d, which = np.array([1e6, 4e6, 9e6]), np.array([64.0, 640.0, 6400.0]), np.array([0, 0, 1])
+    coordinates = {
+        laws.AdditiveLaw: (n, d), laws.LossDecomposition: (n, d, which), laws.ReuseLaw: (d, np.minimum(d, 100.0)),
+    }.get(form, (d,) if form in laws.CURVES.values() else (n,))  # fmt: skip
+    bounds = form.bounds(*coordinates)
+    assert set(bounds) == set(form.PARAMETERS)
+    assert all(b.low < b.high and b.why for b in bounds.values())
+    assert all(bounds[q].low > 0 for q in form.LOG)
+    assert {*form.LOG, *form.LINEAR, *form.PER_CURVE} <= set(form.PARAMETERS)
+    assert callable(getattr(form, form.GIVES))

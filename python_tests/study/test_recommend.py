@@ -6,7 +6,7 @@ import pytest
 from law_tables import BATCH, SIZES, TOKENS, k_saturating, law_table
 
 from grpo_engine.study import fit
-from grpo_engine.study.recommend import recommend
+from grpo_engine.study.recommend import frontier, recommend
 
 LAST = 6400.0  # prompts at the last step
 
@@ -139,8 +139,13 @@ def test_law_that_the_data_do_not_carry():
 
 def test_wrong_arguments_are_named(data_fit):
     for options, message in (
-        ({}, "exactly one must be given, got None and None"),
+        ({}, "exactly one must be given, got none"),
         ({"compute": 1e12, "prompts": 10}, "exactly one"),
+        ({"hours": 3}, "gpu: must be one of .* with hours, got None"),
+        ({"hours": 3, "gpu": "abacus"}, "gpu must be one of .* got 'abacus'"),
+        ({"hours": -3, "gpu": "h100"}, "hours: out of range, got -3"),
+        ({"target_loss": 1.0}, "target_loss: must be below 1, got 1.0"),
+        ({"prompts": 10, "unique_prompts": 0}, "unique_prompts: must be at least 1, got 0"),
         ({"prompts": 0}, "prompts: must be positive and finite, got 0"),
         ({"compute": float("inf")}, "compute: must be positive and finite, got inf"),
         ({"prompts": 10, "sizes": {}}, "at least one candidate"),
@@ -155,6 +160,64 @@ def test_wrong_arguments_are_named(data_fit):
     assert recommend(blind, prompts=3000).candidates[0].compute is None
     with pytest.raises(ValueError, match="compute a prompt of xs is unknown"):
         recommend(blind, compute=1e12)
+
+
+def test_target_loss_takes_the_least_compute(data_fit):
+    """The law solved for its data, and each size's own price of a prompt."""
+    target = 0.45
+    r = recommend(data_fit, target_loss=target, unique_prompts=800)
+    price = {}
+    for i, n in enumerate(SIZES.values()):
+        prompts = BATCH * ((0.9 - 0.1 * i) / target) ** (1 / k_saturating(n))
+        price[list(SIZES)[i]] = (prompts, 6 * n * TOKENS * prompts)
+    assert r.pick == min(price, key=lambda s: price[s][1])
+    for c in r.candidates:
+        prompts, compute = price[c.label]
+        if prompts < 1e6:  # beyond, a small error of k is a large one of the compute
+            assert c.needs.low < compute < c.needs.high
+            assert c.needs.value == pytest.approx(compute, rel=0.2)
+            assert c.prompts == pytest.approx(c.compute / (6 * c.params * TOKENS))
+            assert c.tokens == pytest.approx(TOKENS * c.prompts)
+            assert c.reuse == pytest.approx(c.prompts / 800)
+            assert c.loss.value == target
+    assert r.candidates[1].behind.value == pytest.approx(
+        np.log(r.candidates[1].needs.value / r.candidates[0].needs.value)
+    )
+    assert "needs" in r.render_text() and r.group_size == 8
+    never = recommend(data_fit, target_loss=1e-6)
+    assert not never.decided and any("beyond the last measured point" in w for w in never.distrust)
+
+
+def test_gpu_hours_are_a_compute_budget(data_fit):
+    flops = 989e12 * 0.3 * 3600 * 1e-6 * 2 / 2
+    a, b = recommend(data_fit, gpu="h200", hours=1e-6, num_gpus=2), recommend(data_fit, compute=flops)
+    assert a.amount == pytest.approx(flops)
+    assert a.candidates == b.candidates
+    assert not any("GB" in w for w in a.distrust)
+    huge = recommend(data_fit, prompts=3000, sizes={"70b": 70e9}, gpu="h200")
+    assert any("needs at least 1260 GB to train" in w for w in huge.distrust)
+
+
+def test_frontier_moves_to_larger_models():
+    """Models that start alike: the small one, which has seen a hundred times the data, is ahead first."""
+    table = law_table(noise=0.002, runs=2)
+    rows = [r | {"loss": 0.9 * max(r["step"], 1) ** -k_saturating(r["params_non_embedding"])} for r in table.to_pylist()]
+    got = fit.fit_axis(pa.Table.from_pylist(rows, schema=table.schema), axis="compute", n_boot=20, shapes=False)
+    points = frontier(got, count=7)
+    assert [p.compute for p in points] == sorted(p.compute for p in points)
+    assert all(p.params_span[0] <= p.params <= p.params_span[1] for p in points)
+    assert points[0].params < points[-1].params
+    for p in points:
+        assert p.loss == recommend(got, compute=p.compute).candidates[0].loss
+
+
+def test_reasons_not_to_trust(data_fit):
+    assert recommend(data_fit, prompts=5000).distrust == ()
+    again = recommend(data_fit, prompts=5000, unique_prompts=1000)
+    assert again.distrust == (
+        "Each prompt would be seen 5 times, and the law was fitted to runs with a reuse of 1.",
+    )
+    assert "each prompt 5 times" in again.render_text() and "Do not trust this: Each prompt" in again.render_text()
 
 
 def test_same_answer_twice(data_fit):

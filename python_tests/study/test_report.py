@@ -57,7 +57,7 @@ def panels_of(page):
 
 def test_the_table_holds_every_evaluation(study):
     table = pq.read_table(study / "runs.parquet")
-    assert tuple(table.column_names) == records.TABLE_COLUMNS
+    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "right")
     data = load_data(study)
     assert table.num_rows == sum(len(r.evals) for r in data.runs.values())
     assert set(table["study"].to_pylist()) == {"synthetic"} and set(table["tau"].to_pylist()) == {1.0, 5.0, 25.0}
@@ -305,3 +305,14 @@ def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path
     monkeypatch.setattr(report, "_sections", lambda *_: [section])
     with pytest.raises(ValueError, match="valid color"):
         write_report(tmp_path / "s", n_boot=20)
+
+
+def test_variants_take_no_part_in_laws_and_figures(tmp_path):
+    axes = (AxesConfig(seeds=(0, 1)), AxesConfig(name="dr", variants={"dr": {"advantage.std": "none"}}))
+    the_plan = make_study(tmp_path / "s", axes=axes)
+    data = report.load_data(tmp_path / "s")
+    assert sum(c.variant == "dr" for c in the_plan.cells) == 3
+    assert len(data.runs) == 9 and [len(data.main(size, "base")) for size in data.sizes] == [2, 2, 2]
+    fits = report.fit_study(tmp_path / "s", n_boot=20)
+    assert [s.num_runs for s in fits.get("data", "base").sizes] == [2, 2, 2]
+    assert len(set(pq.read_table(tmp_path / "s/runs.parquet").column("run_id").to_pylist())) == 9

@@ -1,6 +1,7 @@
 import functools
 import io
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from grpo_engine import records, weights
 from grpo_engine.study import run
-from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, num_cores, plan
+from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, num_cores, plan, save_study
 from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
 from grpo_engine.tasks.micro import MicroTokenizer
 
@@ -49,12 +50,13 @@ def finish(cell, folder):
 
 
 class FakeExecutor:
-    """Does a job's work the second time it is asked about it; fails those whose name is in `fails`."""
+    """Does a job's work the second time it is asked about it; fails those whose name is in `fails`, or `once`."""
 
     slots = 2
 
-    def __init__(self, folder, fails=(), at_poll=None, silent=()):
+    def __init__(self, folder, fails=(), at_poll=None, silent=(), once=()):
         self.folder, self.fails, self.silent, self.at_poll = folder, set(fails), set(silent), at_poll
+        self.once = set(once)
         self.order, self.running, self.most, self.stopped = [], set(), 0, []
 
     def start(self, job):
@@ -73,7 +75,7 @@ class FakeExecutor:
         if handle["polls"] < 2:
             return None
         self.running.discard(job.name)
-        if job.name in self.fails:
+        if job.name in self.fails or (job.name in self.once and self.order.count(job.name) == 1):
             return 3
         if job.cell and job.name not in self.silent:
             finish(job.cell, self.folder / job.cell.folder)
@@ -129,12 +131,23 @@ def test_cells_that_a_changed_study_no_longer_has_are_mentioned_and_left_alone(t
 
 
 def test_a_failure_names_the_cell_and_shows_its_log_and_the_others_go_on(tmp_path):
-    result, text = run_it(tmp_path, FakeExecutor(tmp_path, fails=["s-base-seed1"]))
+    result, text = run_it(tmp_path, first := FakeExecutor(tmp_path, fails=["s-base-seed1"]))
     assert result.exit_code == 1 and [f.name for f in result.failures] == ["s-base-seed1"]
+    assert first.order.count("s-base-seed1") == 2  # it was tried again
     assert sorted(result.done) == sorted(set(NAMES) - {"s-base-seed1"})
     assert "s-base-seed1 failed (exit code 3)" in text and "    two of s-base-seed1" in text
     again, _ = run_it(tmp_path, second := FakeExecutor(tmp_path))
     assert again.exit_code == 0 and [n for n in second.order if not n.startswith("model")] == ["s-base-seed1"]
+
+
+def test_a_cell_that_fails_once_is_started_again_and_is_no_failure(tmp_path):
+    result, text = run_it(tmp_path, executor := FakeExecutor(tmp_path, once=["xs-base-seed0", "model s-base"]))
+    assert result.exit_code == 0 and sorted(result.done) == sorted(NAMES) and result.failures == ()
+    assert executor.order.count("xs-base-seed0") == executor.order.count("model s-base") == 2
+    assert "xs-base-seed0: exit code 3; it is started again" in text
+    (tmp_path / "strict").mkdir()
+    strict, _ = run_it(tmp_path / "strict", FakeExecutor(tmp_path / "strict", once=["xs-base-seed0"]), attempts=1)
+    assert [f.name for f in strict.failures] == ["xs-base-seed0"]
 
 
 def test_a_failed_model_blocks_what_needs_it_and_nothing_else(tmp_path):
@@ -211,8 +224,9 @@ def test_measured_costs_replace_and_scale_the_estimates(tmp_path):
 def test_a_folder_without_a_study_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="study.yaml"):
         run_study(tmp_path / "none")
-    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
-        run_study(tmp_path, study=STUDY, jobs=0)
+    for name in ("jobs", "attempts"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            run_study(tmp_path, study=STUDY, **{name: 0})
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path, monkeypatch):
@@ -234,12 +248,16 @@ def test_status_tells_done_running_partial_and_missing(tmp_path):
     run_it(tmp_path, FakeExecutor(tmp_path, fails=NAMES))
     cells = plan(STUDY).cells
     finish(cells[0], tmp_path / cells[0].folder)
+    assert [s.reason for s in study_status(tmp_path)] == [None, *["exit code 3"] * 7]
+    for cell in cells[2:4]:
+        (tmp_path / cell.folder / "log.failed.json").unlink()
     for cell in cells[1:3]:
         with records.JsonlWriter(tmp_path / cell.folder / "steps.jsonl") as out:
             out.write({"step": 2, "reward_mean": 0.25})
     with run._locked(tmp_path / cells[1].folder / run.LOCK_FILE, "held"):
         states = [str(s) for s in study_status(tmp_path)]
     assert states[:4] == ["done", "running 2 of 4", "partial 2 of 4", "missing"]
+    assert str(study_status(tmp_path)[1]) == "failed at 2 of 4 (exit code 3)"
 
 
 def test_progress_is_read_from_a_file_that_is_being_written(tmp_path):
@@ -260,8 +278,9 @@ def test_progress_is_read_from_a_file_that_is_being_written(tmp_path):
 def test_a_terminal_gets_a_live_table(tmp_path):
     text = io.StringIO()
     console = Console(file=text, width=120, height=40, force_terminal=True, color_system=None)
-    run_study(tmp_path, study=STUDY, jobs=2, console=console, executor=FakeExecutor(tmp_path), poll_s=0.0)
-    assert "time left" in text.getvalue() and "s-base-seed1" in text.getvalue()
+    executor = FakeExecutor(tmp_path, fails=["s-base-seed1"])
+    run_study(tmp_path, study=STUDY, jobs=2, console=console, executor=executor, poll_s=0.0)
+    assert "time left" in text.getvalue() and "7 of 8 cells, 1 failed" in text.getvalue()
 
 
 # ------------------------------------------------------------------------------- real processes
@@ -440,15 +459,47 @@ def test_a_forked_process_has_the_imports_and_computes_on_the_threads_it_was_giv
     assert printed(tmp_path / "log.txt")[-1] == "2"
 
 
-def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_path):
+def tiny_study(tmp_path, seeds, **run):
     config = models.small_config(vocab=MicroTokenizer().vocab_size)
     weights.save_checkpoint(models.random_model(config, scale=3.0), tmp_path / "tiny")
     small = {
-        "steps": 3, "task": {"eval_problems": 10}, "rollout": {"max_new_tokens": 4},
+        "task": {"eval_problems": 10}, "rollout": {"max_new_tokens": 4},
         "batch": {"prompts": 4, "group_size": 2, "minibatches": 2}, "evaluation": {"count": 2, "samples": 1},
     }  # fmt: skip
-    study = StudyConfig(name="real", run=small, sizes={"tiny": SizeConfig(base=str(tmp_path / "tiny"))},
-                        axes=(AxesConfig(seeds=(0, 1, 2)),))  # fmt: skip
+    return StudyConfig(name="real", run=small | run, sizes={"tiny": SizeConfig(base=str(tmp_path / "tiny"))},
+                       axes=(AxesConfig(seeds=seeds),))  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
+def test_a_study_killed_twice_and_started_again_has_the_same_records(tmp_path):
+    study = tiny_study(tmp_path, (0, 1), steps=16, checkpoint_every=3)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    save_study(study, folder / "study.yaml")
+    code = f"import sys; from grpo_engine.study.run import run_study; sys.exit(run_study({str(folder)!r}, jobs=2).exit_code)"
+    moment, kills = random.Random(7), 0
+    for attempt in range(3):
+        before = lines_of(folder)
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        if attempt < 2:
+            wait_for(lambda b=before, p=process: lines_of(folder) > b or p.poll() is not None, 60)
+            time.sleep(moment.uniform(0, 0.2))
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+    assert process.wait(120) == 0 and kills >= 1
+    undisturbed = tmp_path / "undisturbed"
+    assert run_study(undisturbed, study=study, jobs=2, console=Console(file=io.StringIO())).exit_code == 0
+    for cell in plan(study).cells:
+        for name in (records.STEPS_FILE, records.EVALS_FILE, records.ORDER_FILE, "checkpoint/model.safetensors"):
+            assert (folder / cell.folder / name).read_bytes() == (undisturbed / cell.folder / name).read_bytes(), name
+
+
+def lines_of(folder):
+    return sum(p.read_bytes().count(b"\n") for p in folder.glob("cells/*/steps.jsonl"))
+
+
+def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_path):
+    study = tiny_study(tmp_path, (0, 1, 2), steps=3)
     folder = tmp_path / "study"
     result = run_study(folder, study=study, jobs=2, console=Console(file=io.StringIO()))
     assert result.exit_code == 0 and len(result.done) == 3, result.failures

@@ -252,7 +252,7 @@ def test_the_row_is_named(write):
         read_problems(write([row(0), row(1), row(2, reward_model={"style": "rule", "ground_truth": ""})]))
 
 
-@pytest.mark.parametrize("arguments", [{"train_problems": 0}, {"eval_problems": -1}])
+@pytest.mark.parametrize("arguments", [{"eval_problems": 0}, {"eval_problems": -1}])
 def test_a_bad_limit_is_named(write, arguments):
     path = write([row(0), row(1)])
     with pytest.raises(ValueError, match=next(iter(arguments))):

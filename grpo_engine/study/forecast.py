@@ -1,0 +1,299 @@
+"""What a run takes, before it runs: tokens, FLOPs by phase, memory, and time on a machine.
+
+Tokens, FLOPs and memory follow from shapes and from how long prompts and answers are assumed to be (`EstimateConfig`);
+they count what `grpo_engine.ledger` counts. Time is FLOPs over the rate that a `Machine` is assumed to reach and, where
+its memory is the limit, bytes over its bandwidth. None of it reads weights or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from ..config import Config, ModelSource, RunConfig
+from .gpus import GPUS
+
+if TYPE_CHECKING:
+    from ..model import ModelConfig
+
+GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "l4", "mi300x"]
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+_QWEN25 = {  # of the models' config.json: layers, width, feed-forward width, heads, key/value heads, tied head
+    "0.5B": (24, 896, 4864, 14, 2, True),
+    "1.5B": (28, 1536, 8960, 12, 2, True),
+    "3B": (36, 2048, 11008, 16, 2, True),
+    "7B": (28, 3584, 18944, 28, 4, False),
+    "14B": (48, 5120, 13824, 40, 8, False),
+    "32B": (64, 5120, 27648, 40, 8, False),
+    "72B": (80, 8192, 29568, 64, 8, False),
+}
+_ROOM = 0.9  # of a device's memory that a run may fill
+
+
+class EstimateConfig(Config):
+    """What a plan assumes of cells that have not run (`grpo_engine.study.run.measured_plan` knows the others)."""
+
+    prompt_tokens: Annotated[float, Field(gt=0)] = 6.0  # a prompt
+    answer_tokens: Annotated[float, Field(gt=0)] = 5.0  # an answer, mean over the run; a size may have its own
+    eval_sets: Annotated[int, Field(ge=1)] = 4
+    start_s: Annotated[float, Field(ge=0)] = 1.5  # until a process does its first step
+    flops_per_s: Annotated[float, Field(gt=0)] = 80e9  # CPU: a process, on large matrices
+    us_per_token: Annotated[float, Field(ge=0)] = 3.0  # CPU: a trained token, besides: what does not shrink with N
+    gpu: GpuName | None = None  # None: the CPU at hand
+    product_share: Annotated[float, Field(gt=0, le=1)] = 0.4  # GPU: share of its FLOP/s that products reach
+    bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.6  # GPU: share of its bandwidth that decoding reaches
+    usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """An estimate of one run, or a measurement where `measured`."""
+
+    trained_tokens: float  # T of 6 N T
+    flops: float  # all phases
+    seconds: float  # of one device: a process on the CPU, or a GPU as if it held the whole run
+    measured: bool = False
+    phases: Mapping[str, float] = field(default_factory=dict)  # FLOPs by phase; without "evaluation" it is the ledger's
+    memory: Mapping[str, float] = field(default_factory=dict)  # bytes by what they hold
+    devices: int = 1  # that the run needs to fit
+    usd: float | None = None
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most memory at a time: keys and values are there while answers are sampled, gradients while it trains."""
+        rest = dict(self.memory)
+        sampling = rest.pop("KV", 0.0)
+        training = rest.pop("gradients", 0.0) + rest.pop("activations", 0.0)
+        return sum(rest.values()) + max(sampling, training)
+
+    @property
+    def wall_seconds(self) -> float:
+        """On all its devices, as if they shared the work without loss."""
+        return self.seconds / self.devices
+
+
+def architecture(source: ModelSource) -> ModelConfig | None:
+    """The sizes of a model, without its weights.
+
+    Args:
+        source: a folder, or a size of the embedded ladder.
+
+    Returns:
+        Of a folder what its config.json says; of one that is not there, what is published for the Qwen2.5 model that
+        its name begins with ("Qwen2.5-7B-Instruct"), or None. rms_norm_eps and positions are then not the model's.
+
+    Raises:
+        ValueError: the ladder has no such size, or a config.json of another kind of model.
+    """
+    if source.path is None:
+        from ..pretrain import architecture as embedded
+
+        return embedded(source.size)
+    if (Path(source.path) / "config.json").is_file():
+        from ..weights import read_config
+
+        return read_config(source.path)
+    family, _, size = Path(source.path).name.partition("-")
+    sizes = _QWEN25.get(size.partition("-")[0])
+    if family != "Qwen2.5" or sizes is None:
+        return None
+    from ..model import ModelConfig
+
+    layers, width, ffn, heads, kv_heads, tied = sizes
+    return ModelConfig(
+        vocab_size=151_936 if tied else 152_064, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def count_params(model: ModelConfig) -> tuple[int, int]:
+    """(non-embedding parameters, all parameters) of an architecture; the tied head counts once."""
+    D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
+    H, K = model.num_attention_heads, model.num_key_value_heads
+    qkv = (D + 1) * (H + 2 * K) * E
+    layer = qkv + H * E * D + 3 * D * F + 2 * D
+    inside = model.num_hidden_layers * layer + D
+    return inside, inside + model.vocab_size * D * (1 if model.tie_word_embeddings else 2)
+
+
+def num_params(source: ModelSource) -> int:
+    """Non-embedding parameters of a model, without its weights.
+
+    Args:
+        source: see `architecture`.
+
+    Returns:
+        N of the scaling laws; of a model whose architecture is not known, the nominal size: enough for an estimate.
+
+    Raises:
+        FileNotFoundError: neither architecture nor nominal size is known.
+        ValueError: see `architecture`.
+    """
+    if model := architecture(source):
+        return count_params(model)[0]
+    if source.params_nominal is None:
+        raise FileNotFoundError(
+            f"{source.path}: no config.json, the name is no Qwen2.5 model's, and params_nominal is not given"
+        )
+    return round(source.params_nominal)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Shapes of an architecture as FLOPs and bytes; of an unknown one N alone counts."""
+
+    model: ModelConfig | None
+    params: int
+    size: int  # bytes of an element
+
+    def flops(self, tokens: float, pairs: float, head_rows: float) -> float:
+        """See `grpo_engine.ledger.forward_flops`."""
+        if self.model is None:
+            return 2.0 * self.params * tokens
+        from ..ledger import shape_flops
+
+        return shape_flops(self.model, self.params, tokens=tokens, pairs=pairs, head_rows=head_rows)
+
+    @property
+    def weight_bytes(self) -> float:
+        return float(self.size * (count_params(self.model)[1] if self.model else self.params))
+
+    @property
+    def kv_bytes(self) -> float:
+        """Of one token."""
+        m = self.model
+        return 2.0 * self.size * m.num_hidden_layers * m.num_key_value_heads * m.head_dim if m else 0.0
+
+    def activation_bytes(self, checkpointing: bool) -> float:
+        """Of one token of a micro-batch, at the most: docs/gpu.md, memory of a training step."""
+        if self.model is None:
+            return 0.0
+        m = self.model
+        H, K, E = m.num_attention_heads, m.num_key_value_heads, m.head_dim
+        layer = self.size * (2 * m.hidden_size + (2 * H + 2 * K) * E + 2 * m.intermediate_size) + 4 * (2 * H + 2)
+        kept = self.size * m.hidden_size if checkpointing else layer
+        whole = 3 if checkpointing else 2  # a layer's backward pass, and what is computed again for it
+        return float(m.num_hidden_layers * kept + whole * layer)
+
+
+def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
+    """What a run will take.
+
+    Args:
+        config: of the run.
+        estimate: lengths and rates.
+
+    Returns:
+        The cost. Time on a CPU is that of one process of one thread. On a GPU products run at `product_share` of the
+        data sheet, decoding at that or at `bandwidth_share` of the bandwidth, whichever is slower (weights and the keys
+        and values of all running sequences are read for every token); `devices` is the smallest power of two that
+        holds the run, and nothing is lost between them.
+
+    Raises:
+        FileNotFoundError, ValueError: see `num_params`.
+    """
+    work = _Work(architecture(config.model), num_params(config.model), BYTES[config.model.dtype])
+    p, a = estimate.prompt_tokens, estimate.answer_tokens
+    groups = config.steps * config.batch.prompts
+    answers = groups * config.batch.group_size
+    trained = answers * (p + a - 1)  # the last token of a sequence is not an input
+    grpo = config.method == "grpo"
+
+    seen = p * (a - 1) + a * (a - 1) / 2  # query-key pairs of an answer's inputs
+    shared = work.flops(groups * p + answers * (a - 1), groups * p * (p + 1) / 2 + answers * seen, answers * a)
+    plain = work.flops(trained, answers * (p * (p + 1) / 2 + seen), trained)
+    forward = shared if grpo else plain  # a control's documents have no prompt in common
+    asked, sampled = _evaluated(config, estimate)
+    prefill = work.flops(groups * p, groups * p * (p + 1) / 2, answers)
+    decode = work.flops(answers * (a - 1), answers * seen, answers * (a - 1))
+    evaluation = work.flops(asked * p, asked * p * (p + 1) / 2, sampled)
+    evaluation += work.flops(sampled * (a - 1), sampled * seen, sampled * (a - 1))
+    phases = {
+        "prefill": prefill if grpo else 0.0,
+        "decode": decode if grpo else 0.0,
+        "reference": forward if grpo and config.loss.kl_coef > 0 else 0.0,
+        "forward": forward,
+        "backward": 2 * forward,
+        "evaluation": evaluation,
+    }
+    memory = _memory(config, work, p, a)
+    total = sum(phases.values())
+    if estimate.gpu is None:
+        # an evaluation has no backward pass
+        passed = answers * (p + a) + sampled * (p + a) / 3
+        seconds = estimate.start_s + total / estimate.flops_per_s + estimate.us_per_token * 1e-6 * passed
+    else:
+        gpu = GPUS[estimate.gpu]
+        rate = gpu.peak(config.model.dtype) * estimate.product_share
+        written = (answers if grpo else 0) * a + sampled * a
+        running = min(config.rollout.max_running, config.batch.prompts * config.batch.group_size)
+        read = written * (work.weight_bytes / running + (p + a / 2) * work.kv_bytes)
+        drawn = phases["decode"] + evaluation
+        drawing = max(drawn / rate, read / (gpu.bandwidth * estimate.bandwidth_share))
+        seconds = estimate.start_s + (total - drawn) / rate + drawing
+    cost = Cost(trained_tokens=trained, flops=total, seconds=seconds, phases=phases, memory=memory,
+                usd=dollars(seconds, estimate))  # fmt: skip
+    devices = 1
+    while estimate.gpu and cost.peak_bytes > devices * _ROOM * GPUS[estimate.gpu].memory:
+        devices *= 2
+    return replace(cost, devices=devices)
+
+
+def gpu_here() -> str:
+    """The key in `GPUS` of this machine's first GPU.
+
+    Raises:
+        ValueError: no GPU, or one that is not listed.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    for gpu in GPUS:
+        if name is not None and gpu in name.lower().replace(" ", ""):
+            return gpu
+    raise ValueError(f"the GPU here must be one of {', '.join(GPUS)}, got {name or 'none'}")
+
+
+def pretraining(params: int, tokens: float, estimate: EstimateConfig) -> Cost:
+    """What making a model of the embedded ladder takes, always on the CPU: 6 N T."""
+    flops = 6.0 * params * tokens
+    seconds = estimate.start_s + flops / estimate.flops_per_s + estimate.us_per_token * 1e-6 * tokens
+    phases = {"forward": flops / 3, "backward": flops * 2 / 3}
+    return Cost(trained_tokens=tokens, flops=flops, seconds=seconds, phases=phases)
+
+
+def dollars(seconds: float, estimate: EstimateConfig) -> float | None:
+    """The price of so many device seconds; None where none was given."""
+    return None if estimate.usd_per_hour is None else estimate.usd_per_hour * seconds / 3600
+
+
+def _evaluated(config: RunConfig, estimate: EstimateConfig) -> tuple[float, float]:
+    """(prompts, answers) of all evaluations of a run."""
+    count = config.evaluation.count
+    others = -(-count // config.evaluation.others_every)
+    asked = (count + (estimate.eval_sets - 1) * others) * (config.task.eval_problems or 500)
+    greedy = 1 if config.evaluation.greedy else 0
+    return asked * (1.0 + greedy), asked * (config.evaluation.samples + greedy)
+
+
+def _memory(config: RunConfig, work: _Work, p: float, a: float) -> dict[str, float]:
+    """Bytes by what they hold, at the most."""
+    grpo = config.method == "grpo"
+    wide = work.weight_bytes * 4 / work.size  # gradients and moments are float32 whatever the weights are
+    master = work.weight_bytes if work.size == 2 else 0.0  # the lower half of a float32 master
+    out = {"weights": work.weight_bytes, "gradients": wide, "optimizer": 2 * wide + master}
+    if grpo and config.loss.kl_coef > 0:
+        out["reference"] = work.weight_bytes
+    r = config.rollout
+    running = min(r.max_running, config.batch.prompts * config.batch.group_size)
+    pages = r.num_pages or (running + 1) * -(-round(p + r.max_new_tokens) // r.page_size)
+    out["KV"] = pages * r.page_size * work.kv_bytes if grpo else 0.0
+    answers = min(config.batch.tokens_per_micro_batch, config.batch.prompts * config.batch.group_size * (p + a))
+    out["activations"] = answers * work.activation_bytes(config.batch.activation_checkpointing)
+    return out

@@ -1,0 +1,123 @@
+"""What a run is predicted to take, against what one did and against published sizes."""
+
+import pytest
+
+from grpo_engine import records
+from grpo_engine.config import ModelSource, load_run_config
+from grpo_engine.cost import total_cost
+from grpo_engine.model import Model, ModelConfig
+from grpo_engine.study.forecast import EstimateConfig, architecture, count_params, forecast, gpu_here, num_params
+from grpo_engine.study.gpus import GPUS
+from grpo_engine.train import train
+from grpo_engine.weights import save_checkpoint
+
+
+@pytest.mark.parametrize(
+    "size, inside, everything",
+    [("0.5B", 0.36, 494_032_768), ("1.5B", 1.31, 1_543_714_304), ("3B", 2.77, 3_085_938_688), ("7B", 6.53, 7_615_616_512),
+     ("14B", 13.1, 14_770_033_664), ("32B", 31.0, 32_763_876_352), ("72B", 70.0, 72_706_203_648)],
+)  # fmt: skip
+def test_sizes_are_those_that_are_published(size, inside, everything):
+    """Billions without embeddings, from the model cards; all of them, from the checkpoints' metadata."""
+    n, total = count_params(architecture(ModelSource(path=f"models/Qwen2.5-{size}-Instruct")))
+    assert n == pytest.approx(inside * 1e9, rel=0.01) and total == everything
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(tied):
+    config = ModelConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied)  # fmt: skip
+    model = Model(config)
+    assert count_params(config) == (model.num_non_embedding, model.num_parameters)
+
+
+def test_a_model_that_nobody_knows_has_its_nominal_size():
+    assert num_params(ModelSource(path="/nowhere/Llama-3-8B", params_nominal=8e9)) == 8_000_000_000
+    with pytest.raises(FileNotFoundError, match="no config.json, the name is no Qwen2.5 model's"):
+        num_params(ModelSource(path="/nowhere/Llama-3-8B"))
+
+
+@pytest.mark.parametrize("method", ["grpo", "pretrain"])
+def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
+    """A run with the lengths that it turned out to have: tokens to the last one, FLOPs to what their spread costs."""
+    import models
+
+    from grpo_engine.tasks.micro import MicroTokenizer
+
+    tiny = models.small_config(vocab=MicroTokenizer().vocab_size)
+    save_checkpoint(models.random_model(tiny, scale=3.0), tmp_path / "tiny")
+    settings = ["steps=2", "batch={prompts: 8, group_size: 4}", "task.eval_problems=40", "rollout.max_new_tokens=6",
+                "evaluation={count: 2, samples: 3, others_every: 1}", f"model={{path: {tmp_path / 'tiny'}}}"]  # fmt: skip
+    if method == "pretrain":
+        settings += ["method=pretrain", "model={size: xs}", "evaluation.count=0"]
+        monkeypatch.setattr("grpo_engine.train._tokenizer_and_model", _untrained)
+    config = load_run_config(None, settings)
+    run = records.read_run(train(config, tmp_path / "run", quiet=True))
+    cost = total_cost(run.timings)
+    if method == "pretrain":
+        estimate = EstimateConfig(prompt_tokens=6, answer_tokens=run.steps[-1].trained_tokens / 64 - 5)
+    else:
+        answers = sum(s.response_tokens for s in run.steps) / 64
+        estimate = EstimateConfig(prompt_tokens=sum(s.prompt_tokens for s in run.steps) / 64, answer_tokens=answers)
+    expected = forecast(config, estimate)
+    assert expected.trained_tokens == pytest.approx(run.steps[-1].trained_tokens)
+    for phase, flops in expected.phases.items():
+        measured = cost[phase].flops if phase in cost else 0.0
+        assert flops == pytest.approx(measured, rel=0.25 if phase == "evaluation" else 0.05), phase
+
+
+def _untrained(config):
+    from grpo_engine import pretrain
+    from grpo_engine.tokenizer import load_tokenizer
+
+    return load_tokenizer("micro"), Model(pretrain.architecture(config.model.size)).init_weights(0)
+
+
+def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
+    config = load_run_config(None, ["model={path: models/Qwen2.5-7B, dtype: bfloat16}", "steps=1", "evaluation.count=0",
+                                    "batch={prompts: 64, group_size: 8}", "loss.kl_coef=0"])  # fmt: skip
+    estimate = EstimateConfig(prompt_tokens=100, answer_tokens=1000, gpu="h200", start_s=0, usd_per_hour=4)
+    many = forecast(config, estimate)
+    few = forecast(config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_running": 8})}), estimate)
+    rate, gpu = 0.4 * GPUS["h200"].flops, GPUS["h200"]
+    products = (many.flops - many.phases["decode"]) / rate
+    kv = 2 * 2 * 28 * 4 * 128
+    assert few.flops == many.flops
+    tokens = 512 * 1000
+    read = tokens * (2 * 7.6156e9 / 8 + 600 * kv) / (0.6 * gpu.bandwidth)
+    assert few.seconds == pytest.approx(products + read, rel=1e-3)
+    assert many.seconds == pytest.approx(products + many.phases["decode"] / rate, rel=1e-3)
+    assert few.usd == pytest.approx(few.seconds * 4 / 3600)
+    assert many.devices == 2 and many.memory["weights"] == pytest.approx(2 * 7.6156e9, rel=1e-3)
+    assert many.memory["gradients"] == 2 * many.memory["weights"] and many.memory["optimizer"] == 5 * many.memory["weights"]
+    assert "reference" not in many.memory
+
+
+def test_memory_decides_how_many_gpus():
+    config = load_run_config(None, ["model={path: models/Qwen2.5-72B, dtype: bfloat16}"])
+    cost = forecast(config, EstimateConfig(gpu="h100"))
+    assert cost.devices in (8, 16, 32) and 0.9 * cost.devices / 2 * 80e9 < cost.peak_bytes <= 0.9 * cost.devices * 80e9
+
+
+@pytest.mark.parametrize("checkpointing, activations", [(True, 4.3e9), (False, 26e9)])
+def test_memory_at_the_7b_shape_is_what_the_documents_count(checkpointing, activations):
+    """docs/gpu.md, memory of a training step: micro-batches of 8,192 tokens, 36,000 pages."""
+    config = load_run_config(None, ["model={path: models/Qwen2.5-7B, dtype: bfloat16}", "rollout.num_pages=36000",
+                                    "batch={prompts: 512, group_size: 8, tokens_per_micro_batch: 8192}",
+                                    f"batch.activation_checkpointing={checkpointing}"])  # fmt: skip
+    cost = forecast(config, EstimateConfig(prompt_tokens=120, answer_tokens=1050))
+    m = cost.memory
+    assert m["weights"] + m["optimizer"] + m["gradients"] == pytest.approx(121.8e9, rel=1e-3)
+    assert m["reference"] == pytest.approx(15.2e9, rel=5e-3) and m["KV"] == pytest.approx(33e9, rel=5e-3)
+    assert m["activations"] == pytest.approx(activations, rel=0.03)
+    assert cost.peak_bytes == pytest.approx(137e9 + activations, rel=0.01)
+
+
+@pytest.mark.parametrize("name, gpu", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4")])
+def test_the_gpu_here_is_known_by_its_name(monkeypatch, name, gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    assert gpu_here() == gpu
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(ValueError, match="must be one of .*, got Tesla T4"):
+        gpu_here()
