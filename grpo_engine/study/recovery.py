@@ -43,10 +43,17 @@ from .results import Estimate
 LEVEL = 0.9
 ANSWERS = 500 * 4
 WITHIN = 0.6  # share of L (1 - L) that answers to problems of unequal difficulty have among themselves
-DRIFT, CHAIN = 0.008, 0.7  # standard deviation of a run's deviation, and its correlation between evaluations
 POINTS, STEPS, BATCH = 24, 100, 64
 SIZES = np.array([2e5, 6e5, 2e6, 6e6, 2e7])
 DRAWS = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drift:
+    """How a run deviates from its law: a stationary chain along the evaluations."""
+
+    size: float = 0.008  # standard deviation of the loss
+    chain: float = 0.7  # correlation from one evaluation to the next
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +61,7 @@ class Plant:
     """A law with its truth, and the fit that must find it."""
 
     truth: dict[str, float]
-    simulate: Callable[[np.random.Generator, int], list[Curve]]  # (rng, runs) -> curves
+    simulate: Simulate
     fit: Callable[[list[Curve], int], Mapping[str, Estimate]]  # (curves, seed) -> estimates by name
 
 
@@ -73,23 +80,27 @@ class Coverage:
     width: float  # median width of the closed intervals, as a share of the truth
 
 
+Simulate = Callable[[np.random.Generator, int, Drift], list[Curve]]
+"""(rng, runs, drift) -> curves."""
+
+
 def steps() -> np.ndarray:
     """Evaluated steps [n], evenly in the logarithm."""
     return np.unique(np.round(np.geomspace(1, STEPS, POINTS))).astype(int)
 
 
 def make_curve(
-    rng: np.random.Generator, loss: np.ndarray, *, params: float, runs: int, label: str, before: float | None = None,
-    unique: np.ndarray | None = None,
+    rng: np.random.Generator, loss: np.ndarray, *, params: float, runs: int, label: str, drift: Drift,
+    before: float | None = None, unique: np.ndarray | None = None,
 ) -> Curve:  # fmt: skip
     """A curve of several runs that scatter about the given losses [n] at `steps()`."""
     sampled = np.sqrt(WITHIN * np.clip(loss * (1 - loss), 1e-4, None) / ANSWERS)
     n = len(loss)
-    drift = np.empty((runs, n))
-    drift[:, 0] = rng.standard_normal(runs)
+    away = np.empty((runs, n))
+    away[:, 0] = rng.standard_normal(runs)
     for j in range(1, n):
-        drift[:, j] = CHAIN * drift[:, j - 1] + math.sqrt(1 - CHAIN**2) * rng.standard_normal(runs)
-    by_run = loss + sampled * rng.standard_normal((runs, n)) + DRIFT * drift
+        away[:, j] = drift.chain * away[:, j - 1] + math.sqrt(1 - drift.chain**2) * rng.standard_normal(runs)
+    by_run = loss + sampled * rng.standard_normal((runs, n)) + drift.size * away
     by_run = np.clip(by_run, 1e-3, 1.0)
     at = steps()
     return Curve(
@@ -99,16 +110,18 @@ def make_curve(
     )  # fmt: skip
 
 
-def _ladder(loss: Callable[[float, np.ndarray, int], np.ndarray]) -> Callable[[np.random.Generator, int], list[Curve]]:
+def _ladder(loss: Callable[[float, np.ndarray, int], np.ndarray]) -> Simulate:
     """Curves of all sizes of a law (N, D, number of the curve) -> loss."""
     d = steps() * float(BATCH)
-    return lambda rng, runs: [
-        make_curve(rng, loss(n, d, i), params=n, runs=runs, label=f"s{i}") for i, n in enumerate(SIZES)
+    return lambda rng, runs, drift: [
+        make_curve(rng, loss(n, d, i), params=n, runs=runs, label=f"s{i}", drift=drift) for i, n in enumerate(SIZES)
     ]
 
 
-def _single(loss: np.ndarray, before: float | None = None) -> Callable[[np.random.Generator, int], list[Curve]]:
-    return lambda rng, runs: [make_curve(rng, loss, params=1e6, runs=runs, label="m", before=before)]
+def _single(loss: np.ndarray, before: float | None = None) -> Simulate:
+    return lambda rng, runs, drift: [
+        make_curve(rng, loss, params=1e6, runs=runs, label="m", drift=drift, before=before)
+    ]
 
 
 def _joint(slope: Any) -> Plant:
@@ -195,10 +208,10 @@ def _decomposition() -> Plant:
 def _reuse() -> Plant:
     law, pools = ReuseLaw(k=0.15, E=0.6, worth=8.0), (6400, 1280, 256, 64)
 
-    def simulate(rng: np.random.Generator, runs: int) -> list[Curve]:
+    def simulate(rng: np.random.Generator, runs: int, drift: Drift) -> list[Curve]:
         seen = steps() * float(BATCH)
         return [
-            make_curve(rng, law.loss(seen, np.minimum(seen, pool)), params=1e6, runs=runs, label="m",
+            make_curve(rng, law.loss(seen, np.minimum(seen, pool)), params=1e6, runs=runs, label="m", drift=drift,
                        unique=np.minimum(seen, pool))
             for pool in pools
         ]  # fmt: skip
@@ -227,7 +240,7 @@ PLANTS: dict[str, Callable[[], Plant]] = {
 }
 
 
-def measure(law: str, *, runs: int, sets: int, seed: int = 0) -> list[Coverage]:
+def measure(law: str, *, runs: int, sets: int, seed: int = 0, drift: Drift | None = None) -> list[Coverage]:
     """Fits a planted law in many simulated studies.
 
     Args:
@@ -235,6 +248,7 @@ def measure(law: str, *, runs: int, sets: int, seed: int = 0) -> list[Coverage]:
         runs: runs a size.
         sets: simulated studies.
         seed: of the simulations and of the intervals.
+        drift: of the runs; None takes the default.
 
     Returns:
         One row a parameter.
@@ -247,7 +261,7 @@ def measure(law: str, *, runs: int, sets: int, seed: int = 0) -> list[Coverage]:
     plant = PLANTS[law]()
     found: dict[str, list[Estimate]] = {q: [] for q in plant.truth}
     for i in range(sets):
-        curves = plant.simulate(np.random.default_rng([seed, runs, i]), runs)
+        curves = plant.simulate(np.random.default_rng([seed, runs, i]), runs, drift or Drift())
         estimates = plant.fit(curves, i)
         for q, rows in found.items():
             rows.append(estimates[q])
@@ -288,8 +302,14 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=200, help="simulated studies for each law")
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 3], help="runs a size")
     parser.add_argument("--laws", nargs="+", choices=list(PLANTS), default=list(PLANTS), help="which")
+    parser.add_argument("--drift", type=float, default=Drift().size, help="standard deviation of a run's deviation")
+    parser.add_argument("--chain", type=float, default=Drift().chain, help="its correlation between evaluations")
     args = parser.parse_args()
-    print(table([row for law in args.laws for runs in args.runs for row in measure(law, runs=runs, sets=args.sets)]))
+    drift = Drift(size=args.drift, chain=args.chain)
+    rows = [
+        row for law in args.laws for runs in args.runs for row in measure(law, runs=runs, sets=args.sets, drift=drift)
+    ]
+    print(table(rows))
 
 
 if __name__ == "__main__":
