@@ -76,6 +76,7 @@ class RolloutConfig(Config):
     max_prompt_tokens: Positive | None = None  # longer prompts are left out, and counted
     num_pages: Positive | None = None  # KV pages; None: enough for max_running sequences
     page_size: Annotated[int, Field(ge=16, multiple_of=16)] = 16  # tokens a KV page
+    keep_pages: bool = True  # False: pages and graphs are given back before training, and made anew by the next rollout
     max_running: Positive = 512  # sequences decoded at once
     max_step_tokens: Positive = 8192  # tokens a forward pass of the rollout
 
