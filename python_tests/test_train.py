@@ -15,11 +15,11 @@ import torch
 from conftest import DEVICES
 from safetensors.torch import load_file
 
-from grpo_engine import device, records, step, weights
+from grpo_engine import device, records, weights
 from grpo_engine.config import RunConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import eval_steps
-from grpo_engine.rollout import generate
+from grpo_engine.rollout import Engine
 from grpo_engine.tasks.micro import MicroTokenizer
 from grpo_engine.train import Run, problems_of_step, train
 
@@ -214,12 +214,14 @@ def test_a_run_stays_on_the_device_where_it_was_begun(folder, tmp_path, monkeypa
 
 
 def test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token(folder, tmp_path, monkeypatch):
+    generate = Engine.generate
+
     def another_model_sampled(*args, **kwargs):
         rollout = generate(*args, **kwargs)
         rollout.logprob[rollout.cu_seqlens[3] - 1] += 2.0**-20  # the last token of the third sequence
         return rollout
 
-    monkeypatch.setattr(step, "generate", another_model_sampled)
+    monkeypatch.setattr(Engine, "generate", another_model_sampled)
     with pytest.raises(RuntimeError, match="rollout and trainer disagree: sequence 2 of a micro-batch, answer token"):
         train(run_config(folder, steps=1, evaluation={"count": 0}, batch={"tokens_per_micro_batch": 10**6}), tmp_path / "r")
 
