@@ -116,8 +116,8 @@ def count_params(model: ModelConfig) -> tuple[int, int]:
     """(non-embedding parameters, all parameters) of an architecture; the tied head counts once."""
     D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
     H, K = model.num_attention_heads, model.num_key_value_heads
-    qkv = (D + 1) * (H + 2 * K) * E
-    layer = qkv + H * E * D + 3 * D * F + 2 * D
+    qkv = (D + model.qkv_bias) * (H + 2 * K) * E
+    layer = qkv + H * E * D + 3 * D * F + 2 * D + 2 * E * model.qk_norm
     inside = model.num_hidden_layers * layer + D
     return inside, inside + model.vocab_size * D * (1 if model.tie_word_embeddings else 2)
 

@@ -23,10 +23,10 @@ def test_sizes_are_those_that_are_published(size, inside, everything):
     assert n == pytest.approx(inside * 1e9, rel=0.01) and total == everything
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_those_of_the_model(tied):
+@pytest.mark.parametrize("tied, family", [(True, {}), (False, {}), (False, {"qkv_bias": False, "qk_norm": True})])
+def test_parameters_are_those_of_the_model(tied, family):
     config = ModelConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied)  # fmt: skip
+                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, **family)  # fmt: skip
     model = Model(config)
     assert count_params(config) == (model.num_non_embedding, model.num_parameters)
 
