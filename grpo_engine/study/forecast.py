@@ -82,11 +82,12 @@ def architecture(source: ModelSource) -> ModelConfig | None:
     """The sizes of a model, without its weights.
 
     Args:
-        source: a folder, or a size of the embedded ladder.
+        source: a folder or a name on the hub, or a size of the embedded ladder.
 
     Returns:
-        Of a folder what its config.json says; of one that is not there, what is published for the Qwen2.5 model that
-        its name begins with ("Qwen2.5-7B-Instruct"), or None. rms_norm_eps and positions are then not the model's.
+        What the config.json says that is there or in the hub's cache; where there is none, what is published for the
+        Qwen2.5 model that its name begins with ("Qwen2.5-7B-Instruct"), or None. rms_norm_eps and positions are then not
+        the model's.
 
     Raises:
         ValueError: the ladder has no such size, or a config.json of another kind of model.
@@ -95,10 +96,12 @@ def architecture(source: ModelSource) -> ModelConfig | None:
         from ..pretrain import architecture as embedded
 
         return embedded(source.size)
-    if (Path(source.path) / "config.json").is_file():
+    from ..hub import find_config
+
+    if folder := find_config(source.path):
         from ..weights import read_config
 
-        return read_config(source.path)
+        return read_config(folder)
     family, _, size = Path(source.path).name.partition("-")
     sizes = _QWEN25.get(size.partition("-")[0])
     if family != "Qwen2.5" or sizes is None:

@@ -66,7 +66,7 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
         assert flops == pytest.approx(measured, rel=0.25 if phase == "evaluation" else 0.05), phase
 
 
-def _untrained(config):
+def _untrained(config, _folder):
     from grpo_engine import pretrain
     from grpo_engine.tokenizer import load_tokenizer
 
