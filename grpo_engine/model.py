@@ -101,6 +101,11 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim must be even (rotary pairs), got {self.head_dim}")
 
+    @property
+    def fused(self) -> bool:
+        """Whether a layer is the fused op's; see `Layer`."""
+        return self.qkv_bias and not self.qk_norm and self.rope_scaling is None
+
 
 class Sequences(Protocol):
     """Where the sequences of a batch lie, and so how its tokens meet: packed, or in KV pages."""
@@ -129,7 +134,7 @@ class Layer(nn.Module):
         self.scale = 1.0 / math.sqrt(E)  # of attention scores
         self.theta, self.eps = config.rope_theta, config.rms_norm_eps
         self.rope_scaling = config.rope_scaling
-        self.fused = config.qkv_bias and not config.qk_norm and config.rope_scaling is None
+        self.fused = config.fused
         shapes = ops.LayerWeights(
             attn_norm=(D,),
             qkv_weight=((H + 2 * K) * E, D),

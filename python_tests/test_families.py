@@ -10,9 +10,9 @@ import torch
 
 from grpo_engine import weights
 from grpo_engine.config import RolloutConfig
+from grpo_engine.footprint import count_params
 from grpo_engine.model import Model, Packed, packed_positions, rope_frequencies
 from grpo_engine.rollout import derive_seeds, generate
-from grpo_engine.study.forecast import count_params
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,8 +5,9 @@ import pytest
 from grpo_engine import records
 from grpo_engine.config import ModelSource, load_run_config
 from grpo_engine.cost import total_cost
+from grpo_engine.footprint import count_params
 from grpo_engine.model import Model, ModelConfig
-from grpo_engine.study.forecast import EstimateConfig, architecture, count_params, forecast, gpu_here, num_params
+from grpo_engine.study.forecast import EstimateConfig, architecture, forecast, gpu_here, num_params
 from grpo_engine.study.gpus import GPUS
 from grpo_engine.train import train
 from grpo_engine.weights import save_checkpoint
@@ -66,11 +67,11 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
         assert flops == pytest.approx(measured, rel=0.25 if phase == "evaluation" else 0.05), phase
 
 
-def _untrained(config, _folder):
+def _untrained(config, _folder, _task):
     from grpo_engine import pretrain
     from grpo_engine.tokenizer import load_tokenizer
 
-    return load_tokenizer("micro"), Model(pretrain.architecture(config.model.size)).init_weights(0)
+    return load_tokenizer("micro"), Model(pretrain.architecture(config.model.size)).init_weights(0), True
 
 
 def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
