@@ -7,6 +7,7 @@ import json
 import models
 import pytest
 import torch
+from conftest import DEVICES
 
 from grpo_engine import weights
 from grpo_engine.config import RolloutConfig
@@ -139,6 +140,16 @@ def test_greedy_tokens_equal_transformers_and_training_has_the_bits_of_sampling(
     ])
     sequence = torch.bucketize(answered, rollout.cu_seqlens[1:], right=True)
     assert torch.equal(logprob[answered - 1 - sequence], rollout.logprob[answered])
+
+
+@pytest.mark.parametrize("place", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_has_the_bits_of_sampling_on_every_device(both, dtype, place):
+    model = weights.load_model(both[2], dtype=dtype, device=place)
+    rollout = generate(model, [[3, 1, 4, 1, 5]], group_size=3, seeds=derive_seeds(0, count=3), stop_ids=[],
+                       config=RolloutConfig(max_new_tokens=20))  # fmt: skip
+    logprob = model.logprobs(rollout.tokens.to(place), rollout.cu_seqlens.to(place))[0].cpu()
+    assert torch.equal(logprob.view(3, 24)[:, 4:], rollout.logprob.view(3, 25)[:, 5:])
 
 
 def test_gradients_equal_transformers_with_activation_checkpointing_or_without(both):
