@@ -51,6 +51,11 @@ class Shapes:
         return 2.0 * self.size * m.num_hidden_layers * m.num_key_value_heads * m.head_dim if m else 0.0
 
     @property
+    def head_bytes(self) -> float:
+        """Of the head's weight, and so of its gradient in one micro-batch: a tied one waits for the embedding's."""
+        return float(self.size * self.model.vocab_size * self.model.hidden_size) if self.model else 0.0
+
+    @property
     def logit_bytes(self) -> float:
         """Of one row."""
         return 4.0 * self.model.vocab_size if self.model else 0.0
@@ -80,7 +85,8 @@ def memory(config: RunConfig, shapes: Shapes, prompt_tokens: float, answer_token
         answer_tokens: an answer; pages are for `rollout.max_new_tokens` whatever this is.
 
     Returns:
-        "weights", "gradients", "optimizer", "activations" and what else the run has: "reference", "KV", "logits".
+        "weights", "gradients", "optimizer", "head gradient", "activations" and what else the run has: "reference", "KV",
+        "logits".
     """
     grpo = config.method == "grpo"
     wide = shapes.weight_bytes * 4 / shapes.size  # gradients and moments are float32 whatever the weights are
@@ -89,12 +95,16 @@ def memory(config: RunConfig, shapes: Shapes, prompt_tokens: float, answer_token
     if grpo and config.loss.kl_coef > 0:
         out["reference"] = shapes.weight_bytes
     r, sequences = config.rollout, config.batch.prompts * config.batch.group_size
-    running = min(r.max_running, sequences)
+    most = sequences
+    if config.evaluation.count:  # answers to a set, at least
+        most = max(most, (config.task.eval_problems or 500) * (config.evaluation.samples + config.evaluation.greedy))
+    running = min(r.max_running, most)
     pages = r.num_pages or (running + 1) * -(-round(prompt_tokens + r.max_new_tokens) // r.page_size)
     out["KV"] = pages * r.page_size * shapes.kv_bytes if grpo else 0.0
     out["logits"] = running * shapes.logit_bytes if grpo else 0.0
     sequence = prompt_tokens + answer_tokens
     tokens = min(max(config.batch.tokens_per_micro_batch, sequence), sequences * sequence)
+    out["head gradient"] = shapes.head_bytes
     out["activations"] = tokens * shapes.activation_bytes(config.batch.activation_checkpointing)
     return out
 
@@ -108,7 +118,7 @@ def peak_bytes(held: Mapping[str, float], *, pages_stay: bool = False) -> float:
     """
     rest = dict(held)
     pages, logits = rest.pop("KV", 0.0), rest.pop("logits", 0.0)
-    training = rest.pop("gradients", 0.0) + rest.pop("activations", 0.0)
+    training = sum(rest.pop(name, 0.0) for name in ("gradients", "head gradient", "activations"))
     return sum(rest.values()) + (pages + max(logits, training) if pages_stay else max(pages + logits, training))
 
 
