@@ -29,9 +29,9 @@ class Config(pydantic.BaseModel):
 
 
 class ModelSource(Config):
-    """Which weights a run starts from: a Hugging Face folder, or a model of the embedded ladder."""
+    """Which weights a run starts from: a Hugging Face model, or one of the embedded ladder."""
 
-    path: str | None = None  # folder with config.json and safetensors
+    path: str | None = None  # folder with config.json and safetensors, or a name on the hub: OWNER/NAME, OWNER/NAME@REVISION
     size: str | None = None  # size of the embedded ladder, for instance "s"; exclusive with path
     kind: Literal["base", "instruct"] = "base"  # instruct models get their prompts through the chat template
     params_nominal: float | None = None  # what the model's name says, for instance 0.5e9; only recorded
@@ -76,7 +76,6 @@ class RolloutConfig(Config):
     max_prompt_tokens: Positive | None = None  # longer prompts are left out, and counted
     num_pages: Positive | None = None  # KV pages; None: enough for max_running sequences
     page_size: Annotated[int, Field(ge=16, multiple_of=16)] = 16  # tokens a KV page
-    keep_pages: bool = True  # False: pages and graphs are given back before training, and made anew by the next rollout
     max_running: Positive = 512  # sequences decoded at once
     max_step_tokens: Positive = 8192  # tokens a forward pass of the rollout
 

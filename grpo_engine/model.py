@@ -1,16 +1,19 @@
-"""The Qwen2.5 decoder over packed tokens, for sampling and for training alike.
+"""The decoder of Qwen2.5, Llama 3 and Qwen3 over packed tokens, for sampling and for training alike.
 
 T packed tokens, D width, F feed-forward width, H query heads, K key/value heads, E head width, V vocabulary.
 
 There is no padding and no second definition: rollout calls the model with sequences that lie in KV pages,
 training with packed ones, and both use the same ops, whose rows do not depend on the batch. So the log-prob that
 sampling returns is, bit for bit, the one that training recomputes.
+
+A family is three settings of `ModelConfig`: qkv_bias, qk_norm and rope_scaling.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +25,53 @@ from grpo_engine import ops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3's longer reach: rotations slower than once in original / low_freq_factor tokens are slowed `factor` times.
+
+    Those faster than once in original / high_freq_factor tokens stay, those between are mixed. Grattafiori et al. 2024,
+    arXiv:2407.21783; rope_type "llama3" of Hugging Face's config.json, with its names.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ValueError(
+                f"RopeScaling needs 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}"
+            )
+        if not (1 <= self.factor < math.inf and self.original_max_position_embeddings >= 1):
+            raise ValueError(
+                f"RopeScaling needs factor >= 1 and original_max_position_embeddings >= 1, got {self.factor} and "
+                f"{self.original_max_position_embeddings}"
+            )
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # a rollout may be the first to ask, and training keeps it for the backward pass
+def rope_frequencies(theta: float, head_dim: int, scaling: RopeScaling, device: torch.device) -> Tensor:
+    """[E/2] float32, radians a token, in the float32 steps in which transformers takes them.
+
+    One tensor for each device, so that a CUDA graph finds it where it was.
+    """
+    place = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    plain = 1.0 / theta**place
+    wavelength = 2 * math.pi / plain
+    reach = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share = (reach / wavelength - low) / (high - low)  # of the plain frequency
+    mixed = (1 - share) * plain / scaling.factor + share * plain
+    slow = torch.where(wavelength > reach / low, plain / scaling.factor, plain)
+    between = (wavelength >= reach / high) & (wavelength <= reach / low)
+    return torch.where(between, mixed, slow).to(device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Sizes of a Qwen2.5 model, under the names of Hugging Face's config.json."""
+    """Sizes and family of a model, under the names of Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -36,6 +84,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 32768
+    qkv_bias: bool = True  # Qwen2.5
+    qk_norm: bool = False  # Qwen3: each head of q and k has a norm, before it is turned
+    rope_scaling: RopeScaling | None = None  # Llama 3.1 and later
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -50,6 +101,11 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim must be even (rotary pairs), got {self.head_dim}")
 
+    @property
+    def fused(self) -> bool:
+        """Whether a layer is the fused op's; see `Layer`."""
+        return self.qkv_bias and not self.qk_norm and self.rope_scaling is None
+
 
 class Sequences(Protocol):
     """Where the sequences of a batch lie, and so how its tokens meet: packed, or in KV pages."""
@@ -59,8 +115,15 @@ class Sequences(Protocol):
         ...
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T, H, E], k and v [T, K, E] -> [T, H, E]
+
+
 class Layer(nn.Module):
-    """The weights of one decoder layer, under the names of `ops.LayerWeights`."""
+    """The weights of one decoder layer, under the names of `ops.LayerWeights`, with q_norm and k_norm [E] or without.
+
+    The fused op is Qwen2.5's. Other families compose the single ops (`by_single_ops`), in sampling and in training, so
+    that both make the same bits; it costs dispatches and passes through memory.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, batch_invariant: bool) -> None:
         super().__init__()
@@ -68,22 +131,59 @@ class Layer(nn.Module):
         H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         D, F = config.hidden_size, config.intermediate_size
         self.kv_heads, self.head_dim = K, E
+        self.scale = 1.0 / math.sqrt(E)  # of attention scores
         self.theta, self.eps = config.rope_theta, config.rms_norm_eps
+        self.rope_scaling = config.rope_scaling
+        self.fused = config.fused
         shapes = ops.LayerWeights(
             attn_norm=(D,),
             qkv_weight=((H + 2 * K) * E, D),
-            qkv_bias=((H + 2 * K) * E,),
+            qkv_bias=((H + 2 * K) * E,) if config.qkv_bias else None,
             out_weight=(D, H * E),
             mlp_norm=(D,),
             gate_up_weight=(2 * F, D),
             down_weight=(D, F),
         )
-        for name, shape in shapes._asdict().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
+        norms = {name: (E,) if config.qk_norm else None for name in ("q_norm", "k_norm")}
+        for name, shape in (shapes._asdict() | norms).items():
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype)))
 
     @property
     def weights(self) -> ops.LayerWeights:
-        return ops.LayerWeights(**self._parameters)
+        """Of a fused layer."""
+        return ops.LayerWeights(**{name: self._parameters[name] for name in ops.LayerWeights._fields})
+
+    def by_single_ops(self, x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """The layer as `ops.decoder_layer` defines it, with what this family has besides.
+
+        Args:
+            x_TD: [T, D], the stream.
+            positions_T: [T] int64.
+            attend: how the tokens meet.
+
+        Returns:
+            [T, D]; differentiable where attend is.
+        """
+        K, E = self.kv_heads, self.head_dim
+        linear = functools.partial(ops.linear, batch_invariant=self.batch_invariant)
+        h_TD = ops.rms_norm(x_TD, self.attn_norm, eps=self.eps)
+        heads = linear(h_TD, self.qkv_weight, self.qkv_bias).view(x_TD.shape[0], -1, E)
+        query, key, value = heads.split([heads.shape[1] - 2 * K, K, K], dim=1)
+        attn = attend(
+            self._turned(query, self.q_norm, positions_T), self._turned(key, self.k_norm, positions_T), value
+        )
+        out_TD = linear(attn.flatten(1), self.out_weight)
+        h_TD, x_TD = ops.rms_norm(out_TD, self.mlp_norm, eps=self.eps, residual=x_TD)
+        return x_TD + linear(ops.swiglu(linear(h_TD, self.gate_up_weight)), self.down_weight)
+
+    def _turned(self, heads_THE: Tensor, norm: Tensor | None, positions_T: Tensor) -> Tensor:
+        if norm is not None:
+            rows = heads_THE.reshape(-1, self.head_dim)
+            heads_THE = ops.rms_norm(rows, norm, eps=self.eps).view(heads_THE.shape)
+        frequency = None
+        if self.rope_scaling is not None:
+            frequency = rope_frequencies(self.theta, self.head_dim, self.rope_scaling, heads_THE.device)
+        return ops.rope(heads_THE, positions_T, theta=self.theta, frequency=frequency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +206,11 @@ class Packed:
         return self._layer(layer, x_TD, positions_T)
 
     def _layer(self, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
+        if not layer.fused:
+            attend = functools.partial(
+                ops.ragged_attention, cu_seqlens=self.cu_seqlens, scale=layer.scale, cu_groups=self.cu_groups
+            )
+            return layer.by_single_ops(x_TD, positions_T, attend)
         return ops.decoder_layer(
             x_TD, layer.weights, positions_T, self.cu_seqlens, cu_groups=self.cu_groups,
             num_kv_heads=layer.kv_heads, head_dim=layer.head_dim, theta=layer.theta, eps=layer.eps,

@@ -114,9 +114,18 @@ class PagedSequences:
 
     def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
         """See `model.Sequences`."""
-        s = self.inputs
+        s, key_pages, value_pages = self.inputs, self.cache.key[index], self.cache.value[index]
+        if not layer.fused:
+
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                ops.kv_write(key, value, key_pages, value_pages, s.slots)
+                return ops.paged_attention(
+                    query, key_pages, value_pages, s.page_table, s.cu_query, s.kv_len, scale=layer.scale
+                )
+
+            return layer.by_single_ops(x_TD, positions_T, attend)
         return ops.decoder_layer_paged(
-            x_TD, layer.weights, positions_T, self.cache.key[index], self.cache.value[index], s.slots,
+            x_TD, layer.weights, positions_T, key_pages, value_pages, s.slots,
             s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,
             batch_invariant=layer.batch_invariant,
         )  # fmt: skip

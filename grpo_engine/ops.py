@@ -488,7 +488,7 @@ _rms_norm_residual = _differentiable(
 # ---------------------------------------------------------------- rope
 
 
-def rope(x: Tensor, position: Tensor, *, theta: float) -> Tensor:
+def rope(x: Tensor, position: Tensor, *, theta: float, frequency: Tensor | None = None) -> Tensor:
     """Rotate each head by its token's position (rotary embedding, the ``rotate_half`` form).
 
     Element ``i`` of the first half of a head turns with element ``i`` of the second half, by the angle
@@ -500,6 +500,8 @@ def rope(x: Tensor, position: Tensor, *, theta: float) -> Tensor:
             stride over T, so a slice of a fused qkv projection needs no copy.
         position: [T] int64, >= 0, in any order.  Unit: tokens.  Above 2^24 rounded to float32.
         theta: base of the frequencies; finite and > 0.
+        frequency: [E/2] float32, radians a token, in place of those of theta, for models that scale them; or
+            None.  No gradient.
 
     Returns:
         [T, H, E] contiguous, dtype and device of ``x``.  Differentiable in ``x``.  T = 0 is allowed;
@@ -512,17 +514,18 @@ def rope(x: Tensor, position: Tensor, *, theta: float) -> Tensor:
     Source:
         Su et al. 2021, arXiv:2104.09864.
     """
-    return _rope(x, position, theta, False)
+    return _rope(x, position, theta, False, frequency)
 
 
 def _rope_setup(ctx, inputs, output):
-    _, position, ctx.theta, ctx.inverse = inputs
-    ctx.save_for_backward(position)
+    _, position, ctx.theta, ctx.inverse, frequency = inputs
+    ctx.save_for_backward(position, frequency)
 
 
 def _rope_backward(ctx, dy):
-    (position,) = ctx.saved_tensors
-    return _ops.rope(dy.contiguous(), position, ctx.theta, not ctx.inverse), None, None, None
+    position, frequency = ctx.saved_tensors
+    dx = _ops.rope(dy.contiguous(), position, ctx.theta, not ctx.inverse, frequency)
+    return dx, None, None, None, None
 
 
 _rope = _differentiable("rope", _rope_setup, _rope_backward)

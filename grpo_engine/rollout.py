@@ -83,11 +83,15 @@ class Engine:
             for it; answers that stop meanwhile cost a row that is dropped. None: on CUDA.
         graphs: run steps of one token a sequence from static buffers, padded to a few sizes, and on CUDA as graphs. None:
             on CUDA. On the CPU it only pads, for tests.
+        keep: False gives everything back after each rollout, where training needs the room.
     """
 
-    def __init__(self, model: Model, *, lookahead: bool | None = None, graphs: bool | None = None) -> None:
+    def __init__(
+        self, model: Model, *, lookahead: bool | None = None, graphs: bool | None = None, keep: bool = True
+    ) -> None:
         on_cuda = model.device.type == "cuda"
         self.model = model
+        self.keep = keep
         self.lookahead = on_cuda if lookahead is None else lookahead
         self.runner = ModelRunner(model, lookahead=self.lookahead, graphs=on_cuda if graphs is None else graphs)
 
@@ -202,6 +206,8 @@ class Engine:
         if wanted:
             wanted_rows = torch.cat(wanted)
             columns = tuple(column[wanted_rows] for column in columns)
+        if not self.keep:
+            self.release()
         return _collect(scheduler, asks, columns, stats)
 
     def _prepare(self, scheduler: _C.Scheduler, asks: Sequence[Ask], config: RolloutConfig) -> None:

@@ -86,8 +86,6 @@ def grpo_step(
 
         rollout = engine.generate(prompts, group_size=G, seeds=seeds, stop_ids=tokenizer.stop_ids,
                                   config=config.rollout, ledger=ledger, progress=progress, answered=answered)  # fmt: skip
-        if not config.rollout.keep_pages:
-            engine.release()
         with ledger.timed("reward"):
             rewards = scoring.finish()
     rewards_PG = torch.tensor([r.value for r in rewards]).view(P, G)

@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
-        """Tokens that a model is given to answer: the bare text, or with chat a user's turn for instruct models."""
+        """Tokens that a model is given to answer: the plain text, or with chat a user's turn for instruct models."""
         ...
 
 
@@ -161,7 +161,8 @@ class HFTokenizer:
         Args:
             text: the problem's prompt.
             chat: as a user's turn of the folder's chat template, followed by the head of the assistant's turn,
-                instead of the bare text.
+                instead of the plain text, which has what tokenizer.json puts around a text: Llama 3's begin of text,
+                nothing in Qwen's.
 
         Returns:
             Ids.
@@ -170,7 +171,7 @@ class HFTokenizer:
             ValueError: chat, and the folder has no chat template, or one that fails.
         """
         if not chat:
-            return self.encode(text)
+            return self._fast.encode(text, add_special_tokens=True).ids
         if self._templates.chat_template is None:
             raise ValueError(f"{self.folder}: no chat template there, as a base model's tokenizer; wanted one for chat")
         turn = [{"role": "user", "content": text}]

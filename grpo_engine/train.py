@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_engine import checkpoint, device, pretrain, records, weights
+from grpo_engine import checkpoint, device, footprint, hub, pretrain, records, weights
 from grpo_engine.config import RunConfig, TaskConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
@@ -76,21 +76,30 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
         ValueError: no evaluation set, or bad input.
     """
     config = config.model_copy(update={"device": device.resolve(config.device)})
+    folder = hub.find_model(config.model.path).folder if config.model.path else None
     task = load_task(config.task, seed=config.seed, needed=1)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
-    tokenizer, model = _tokenizer_and_model(config)
+    tokenizer, model, _ = _tokenizer_and_model(config, folder)
     with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
         return evaluate(Engine(model), list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
 
 
-def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
-    """Of a configuration whose device is resolved."""
+def _tokenizer_and_model(
+    config: RunConfig, folder: Path | None, train_on: Task | None = None
+) -> tuple[Tokenizer, Model, bool]:
+    """Of a configuration whose device is resolved; from a folder, or None: of the embedded ladder.
+
+    A model that is to be trained must have the room for it. Last, whether pages may stay beside training.
+    """
     if config.device == "cuda":
         device.require_capability()
     m = config.model
-    folder = Path(m.path) if m.path else pretrain.ensure_model(m.size, m.kind)
+    folder = folder or pretrain.ensure_model(m.size, m.kind)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)
+    pages_stay = True
+    if train_on is not None:
+        pages_stay = footprint.require_room(config, weights.read_config(folder), _longest(train_on, tokenizer, config))
     model = weights.load_model(
         folder, dtype=DTYPES[m.dtype], device=config.device, batch_invariant=m.batch_invariant
     )
@@ -98,7 +107,16 @@ def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
         )
-    return tokenizer, model
+    return tokenizer, model, pages_stay
+
+
+def _longest(task: Task, tokenizer: Tokenizer, config: RunConfig) -> int:
+    """Tokens of the longest prompt, of those that are not left out."""
+    problems = [*task.train, *(p for s in task.evals.values() for p in s.problems)]
+    # only the longest texts are read: a text of half their length has hardly more tokens
+    longest = sorted(problems, key=lambda p: len(p.prompt))[-64:]
+    tokens = max(len(tokenizer.encode_prompt(p.prompt, config.model.kind == "instruct")) for p in longest)
+    return min(tokens, config.rollout.max_prompt_tokens or tokens)
 
 
 class Run:
@@ -112,6 +130,7 @@ class Run:
         # a device decides the last bits, so it is part of what a run is: the id is that of the resolved configuration
         self.config = config.model_copy(update={"device": self._device(config.device, begun)})
         self.run_id = records.run_id(self.config.model_dump(mode="json"))
+        self.revision = begun and begun["model"].get("revision")  # a run goes on with the weights that it began with
         if begun is not None:
             self._refuse_another_run(begun)
         out.mkdir(parents=True, exist_ok=True)
@@ -155,10 +174,13 @@ class Run:
     def _load(self) -> None:
         c = self.config
         keep_freed_memory()
+        folder = None
+        if c.model.path is not None:
+            folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
         # problems first: a wrong file is found before a model of the ladder is pretrained
         self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
-        self.tokenizer, self.model = _tokenizer_and_model(c)
-        self.engine = Engine(self.model)
+        self.tokenizer, self.model, pages_stay = _tokenizer_and_model(c, folder, self.task)
+        self.engine = Engine(self.model, keep=pages_stay)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
         self.optimizer = adamw(
@@ -221,6 +243,7 @@ class Run:
                 "name": c.model.path or f"{c.model.size}-{c.model.kind}",
                 "kind": c.model.kind,
                 "size": c.model.size or Path(c.model.path).name,
+                "revision": self.revision,
                 "params_non_embedding": self.model.num_non_embedding,
                 "params_nominal": c.model.params_nominal,
                 "params_total": self.model.num_parameters,

@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face checkpoints of the Qwen2 architecture.
+"""Reads and writes Hugging Face checkpoints of the Qwen2, Llama and Qwen3 architectures.
 
 H query heads, K key/value heads, E head width, D width, F feed-forward width, V vocabulary.
 
@@ -7,7 +7,8 @@ The model holds q, k, v in one matrix and gate, up in another; on disk they are 
     embed.weight [V, D]                   model.embed_tokens.weight
     layers.{i}.attn_norm [D]              model.layers.{i}.input_layernorm.weight
     layers.{i}.qkv_weight [(H+2K)E, D]    model.layers.{i}.self_attn.{q,k,v}_proj.weight, one below the other
-    layers.{i}.qkv_bias [(H+2K)E]         model.layers.{i}.self_attn.{q,k,v}_proj.bias
+    layers.{i}.qkv_bias [(H+2K)E]         model.layers.{i}.self_attn.{q,k,v}_proj.bias, Qwen2 only
+    layers.{i}.q_norm, k_norm [E]         model.layers.{i}.self_attn.{q,k}_norm.weight, Qwen3 only
     layers.{i}.out_weight [D, HE]         model.layers.{i}.self_attn.o_proj.weight
     layers.{i}.mlp_norm [D]               model.layers.{i}.post_attention_layernorm.weight
     layers.{i}.gate_up_weight [2F, D]     model.layers.{i}.mlp.{gate,up}_proj.weight
@@ -28,7 +29,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_engine.model import Model, ModelConfig
+from grpo_engine.model import Model, ModelConfig, RopeScaling
 from grpo_engine.records import read_object
 
 CONFIG_FILE = "config.json"
@@ -56,6 +57,25 @@ TOKENIZER_FILES = (
 )
 _READABLE = ("F32", "BF16", "F16")  # safetensors' names; F16 is read, never written
 _WRITABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What an architecture's config.json implies without saying it."""
+
+    architecture: str
+    qkv_bias: bool
+    qk_norm: bool
+    head_dim: int | None  # where config.json has none; None: width / heads
+    max_position_embeddings: int  # likewise
+
+
+FAMILIES = {  # by model_type
+    "qwen2": Family("Qwen2ForCausalLM", True, False, None, 32768),
+    "llama": Family("LlamaForCausalLM", False, False, None, 2048),
+    "qwen3": Family("Qwen3ForCausalLM", False, True, 128, 32768),
+}
+_LLAMA3 = tuple(f.name for f in fields(RopeScaling))
 _OBSOLETE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a function of rope_theta
 
 
@@ -65,8 +85,8 @@ _OBSOLETE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The sizes of a checkpoint, after a check that its arithmetic is the model's.
 
-    Fields that are absent take the values that transformers' Qwen2Config gives them (rope_theta 10000, an untied
-    head), not those of `ModelConfig`; the five sizes and num_key_value_heads must be there.
+    Fields that are absent take the values that transformers' configuration of the family gives them (rope_theta 10000,
+    an untied head), not those of `ModelConfig`; the five sizes and num_key_value_heads must be there.
 
     Args:
         folder: with a config.json as transformers 4 or 5 writes it.
@@ -84,13 +104,16 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise FileNotFoundError(f"{folder}: no such folder (models are read from local Hugging Face folders)")
     raw = read_object(folder / CONFIG_FILE)
     where = str(folder / CONFIG_FILE)
-    _refuse_other_arithmetic(raw, where)
+    family = _family(raw, where)
+    _refuse_other_arithmetic(raw, where, family)
 
     heads = _integer(raw, "num_attention_heads", where)
     width = _integer(raw, "hidden_size", where)
     kv_heads = heads if raw.get("num_key_value_heads", 0) is None else _integer(raw, "num_key_value_heads", where)
     if raw.get("head_dim") is not None:
         head_dim = _integer(raw, "head_dim", where)
+    elif family.head_dim is not None:
+        head_dim = family.head_dim
     elif width % heads:
         raise ValueError(
             f"{where}: hidden_size must be a multiple of num_attention_heads={heads} where head_dim is absent, "
@@ -101,6 +124,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     tied = raw.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise ValueError(f"{where}: tie_word_embeddings must be true or false, got {tied!r}")
+    theta, scaling = _rope(raw, where)
     try:
         return ModelConfig(
             vocab_size=_integer(raw, "vocab_size", where),
@@ -110,23 +134,37 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rope_theta=_rope_theta(raw, where),
+            rope_theta=theta,
+            rope_scaling=scaling and RopeScaling(**scaling),
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
             tie_word_embeddings=tied,
-            max_position_embeddings=_integer(raw, "max_position_embeddings", where, default=32768),
+            max_position_embeddings=_integer(
+                raw, "max_position_embeddings", where, default=family.max_position_embeddings
+            ),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
         )
     except ValueError as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
 
 
-def _refuse_other_arithmetic(raw: Mapping[str, Any], where: str) -> None:
+def _family(raw: Mapping[str, Any], where: str) -> Family:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{where}: model_type must be one of {', '.join(map(repr, FAMILIES))}, got {kind!r}")
+    return FAMILIES[kind]
+
+
+def _refuse_other_arithmetic(raw: Mapping[str, Any], where: str, family: Family) -> None:
     def demand(name: str, allowed: tuple[Any, ...], wanted: str) -> None:
         if raw.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{where}: {name} must be {wanted}, got {raw[name]!r}")
 
-    if raw.get("model_type") != "qwen2":
-        raise ValueError(f"{where}: model_type must be 'qwen2', got {raw.get('model_type')!r}")
-    demand("architectures", (None, ["Qwen2ForCausalLM"]), "['Qwen2ForCausalLM']")
+    architectures = [family.architecture]
+    demand("architectures", (None, architectures), str(architectures))
+    if not family.qkv_bias:  # Qwen2's are there without being asked for
+        demand("attention_bias", (False, None), "false")
+        demand("mlp_bias", (False, None), "false")
     demand("hidden_act", ("silu",), "'silu'")
     demand("use_sliding_window", (False, None), "false")
     demand("attention_dropout", (0, None), "0")
@@ -136,9 +174,12 @@ def _refuse_other_arithmetic(raw: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: layer_types must all be 'full_attention', got {sorted(map(str, others))}")
 
 
-def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
-    """transformers 4 writes rope_theta and rope_scaling, transformers 5 one object rope_parameters."""
-    found = {}
+def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, dict[str, float] | None]:
+    """Base of the frequencies, and the fields of `RopeScaling` or None.
+
+    transformers 4 writes rope_theta and rope_scaling, transformers 5 one object rope_parameters.
+    """
+    found, scaling = {}, None
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name)
         if rope is None:
@@ -146,9 +187,18 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
         if not isinstance(rope, dict):
             raise ValueError(f"{where}: {name} must be null or an object, got {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        strange = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if kind != "default" or strange or rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"{where}: {name} must be null or of rope_type 'default' and nothing else, got {rope!r}")
+        own = set(_LLAMA3) if kind == "llama3" else set()
+        strange = set(rope) - own - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if kind not in ("default", "llama3") or strange or rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(
+                f"{where}: {name} must be null or of rope_type 'default' or 'llama3' and nothing else, got {rope!r}"
+            )
+        if kind == "llama3":
+            asked = {field: _positive(rope.get(field), f"{name}.{field}", where) for field in _LLAMA3}
+            asked[_LLAMA3[-1]] = _integer(rope, _LLAMA3[-1], f"{where}: {name}")
+            if scaling not in (None, asked):
+                raise ValueError(f"{where}: rope_scaling and rope_parameters must agree, got {scaling} and {asked}")
+            scaling = asked
         if "rope_theta" in rope:
             found[f"{name}.rope_theta"] = rope["rope_theta"]
     if raw.get("rope_theta") is not None:
@@ -156,7 +206,7 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> float:
     values = {name: _positive(value, name, where) for name, value in found.items()}
     if len(set(values.values())) > 1:
         raise ValueError(f"{where}: rope_theta must be given once, got {values}")
-    return next(iter(values.values()), 10_000.0)
+    return next(iter(values.values()), 10_000.0), scaling
 
 
 def _integer(raw: Mapping[str, Any], name: str, where: str, *, default: int | None = None) -> int:
@@ -175,19 +225,45 @@ def _positive(value: Any, name: str, where: str) -> float:
 
 def _config_object(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json as both transformers 4 (rope_theta) and 5 (rope_parameters) read it."""
+    model_type = family_of(config)
+    family = FAMILIES[model_type]
     sizes = {f.name: getattr(config, f.name) for f in fields(config)}
-    if config.head_dim * config.num_attention_heads == config.hidden_size:
+    for ours in ("qkv_bias", "qk_norm", "rope_scaling"):
+        del sizes[ours]
+    if family.head_dim is None and config.head_dim * config.num_attention_heads == config.hidden_size:
         del sizes["head_dim"]  # Qwen2's config has no such field; transformers computes it
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope |= asdict(config.rope_scaling) | {"rope_type": "llama3"}
+        sizes["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return sizes | {
-        "architectures": ["Qwen2ForCausalLM"],
+        "architectures": [family.architecture],
         "attention_dropout": 0.0,
         "dtype": _WRITABLE[dtype],
         "hidden_act": "silu",
-        "model_type": "qwen2",
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "model_type": model_type,
+        "rope_parameters": rope,
         "torch_dtype": _WRITABLE[dtype],
         "use_sliding_window": False,
     }
+
+
+def family_of(config: ModelConfig) -> str:
+    """The model_type of a configuration.
+
+    Args:
+        config: any.
+
+    Returns:
+        A key of `FAMILIES`.
+
+    Raises:
+        ValueError: no family has that combination of qkv_bias and qk_norm.
+    """
+    for name, family in FAMILIES.items():
+        if (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm):
+            return name
+    raise ValueError(f"no family has qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm}")
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -227,7 +303,11 @@ def pieces(config: ModelConfig) -> dict[str, Piece]:
         rows = (("q", H * E), ("k", K * E), ("v", K * E))
         add(f"{ours}.attn_norm", (f"{theirs}.input_layernorm.weight", (D,)))
         add(f"{ours}.qkv_weight", *((f"{theirs}.self_attn.{x}_proj.weight", (n, D)) for x, n in rows))
-        add(f"{ours}.qkv_bias", *((f"{theirs}.self_attn.{x}_proj.bias", (n,)) for x, n in rows))
+        if config.qkv_bias:
+            add(f"{ours}.qkv_bias", *((f"{theirs}.self_attn.{x}_proj.bias", (n,)) for x, n in rows))
+        if config.qk_norm:
+            for x in "qk":
+                add(f"{ours}.{x}_norm", (f"{theirs}.self_attn.{x}_norm.weight", (E,)))
         add(f"{ours}.out_weight", (f"{theirs}.self_attn.o_proj.weight", (D, H * E)))
         add(f"{ours}.mlp_norm", (f"{theirs}.post_attention_layernorm.weight", (D,)))
         add(f"{ours}.gate_up_weight", *((f"{theirs}.mlp.{x}_proj.weight", (F, D)) for x in ("gate", "up")))
@@ -356,7 +436,7 @@ def _checked_tensors(folder: Path, config: ModelConfig) -> dict[Path, list[str]]
                 continue
             tied_head = name == "lm_head.weight" and config.tie_word_embeddings
             if name not in layout and not tied_head:
-                raise ValueError(f"{path}: tensor {name} is unknown to a Qwen2 model of {CONFIG_FILE}'s sizes")
+                raise ValueError(f"{path}: tensor {name} is unknown to a {family_of(config)} model of {CONFIG_FILE}'s sizes")
             wanted = layout["model.embed_tokens.weight" if tied_head else name].shape
             if shape != wanted:
                 raise ValueError(f"{path}: tensor {name} must have shape {list(wanted)}, got {list(shape)}")

@@ -182,11 +182,12 @@ def rms_norm(x, weight, eps):
 # ---------------------------------------------------------------- rope
 
 
-def rope(x, position, theta):
+def rope(x, position, theta, frequency=None):
     """The frequencies and angles are float32 by definition; the rest is float64."""
     E = x.shape[-1]
     exponent = (torch.arange(0, E, 2) / E).float()
-    frequency = 1 / (theta ** exponent.double()).float()
+    if frequency is None:
+        frequency = 1 / (theta ** exponent.double()).float()
     angle = (position.float()[:, None] * frequency).double()[:, None, :]
     first, second = x.double().chunk(2, dim=-1)
     turned = torch.view_as_complex(torch.stack([first, second], dim=-1)) * torch.polar(

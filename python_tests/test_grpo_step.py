@@ -51,21 +51,20 @@ class Pool:
         return self.rewards
 
 
-def two_steps(place, dtype, keep_pages=True, **batch):
+def two_steps(place, dtype, keep=True, **batch):
     """The outcomes of two steps, and the weights after them."""
     policy = models.random_model(TINY, dtype=dtype).to(place)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    engine = Engine(policy)
+    engine = Engine(policy, keep=keep)
     optimizer = adamw(policy.parameters(), lr=1e-2, betas=(0.9, 0.999))
     settings = {"prompts": 2, "group_size": 3, "minibatches": 2, "tokens_per_micro_batch": 8}
-    rollout = {"max_new_tokens": 3, "keep_pages": keep_pages}
-    config = RunConfig(rollout=rollout, optimizer={"lr": 1e-2}, batch=settings | batch)
+    config = RunConfig(rollout={"max_new_tokens": 3}, optimizer={"lr": 1e-2}, batch=settings | batch)
     outcomes = [
         grpo_step(engine, reference, optimizer, PROBLEMS, tokenizer=Tokenizer(), pool=Pool(), config=config, step=step,
                   ledger=Ledger(device=place))
         for step in (1, 2)
     ]  # fmt: skip
-    assert (engine.runner.cache is not None) == keep_pages
+    assert (engine.runner.cache is not None) == keep
     return outcomes, [p.detach() for p in policy.parameters()]
 
 
@@ -73,7 +72,7 @@ def two_steps(place, dtype, keep_pages=True, **batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_repeats_itself_with_less_memory_too(dtype, place):
     outcomes, weights = two_steps(place, dtype)
-    again, same_weights = two_steps(place, dtype, keep_pages=False, activation_checkpointing=True)
+    again, same_weights = two_steps(place, dtype, keep=False, activation_checkpointing=True)
     assert all(torch.equal(a, b) for a, b in zip(weights, same_weights, strict=True))
     for one, other in zip(outcomes, again, strict=True):
         assert (one.loss, one.grad_norm, one.stats) == (other.loss, other.grad_norm, other.stats)

@@ -109,6 +109,23 @@ def test_prompts(trained):
     assert t.stop_ids[1] in chat and t.eos_id not in chat
 
 
+def test_a_plain_prompt_begins_as_the_file_says_and_a_chat_as_the_template_says(copy):
+    bare, turn = load_tokenizer(copy).encode("4"), load_tokenizer(copy).stop_ids[1]
+    name = "<|im_end|>"
+    change(
+        copy, "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing", "pair": [],
+            "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {name: {"id": name, "ids": [turn], "tokens": [name]}},
+        },
+    )  # fmt: skip
+    change(copy, "tokenizer_config.json", chat_template="{{ '<|im_end|>' + messages[0].content }}")
+    t = load_tokenizer(copy)
+    assert t.encode("4") == bare
+    assert t.encode_prompt("4", False) == t.encode_prompt("4", True) == [turn, *bare]
+
+
 def test_no_chat_template(copy):
     change(copy, "tokenizer_config.json", chat_template=...)
     t = load_tokenizer(copy)

@@ -164,8 +164,20 @@ def set_fields(folder, **values):
 
 
 BAD_FIELDS = {
-    "another architecture": (dict(model_type="llama"), "model_type must be 'qwen2', got 'llama'"),
-    "no architecture": (dict(model_type=...), "model_type must be 'qwen2', got None"),
+    "another architecture": (dict(model_type="gemma"), "model_type must be one of 'qwen2', 'llama', 'qwen3', got 'gemma'"),
+    "no architecture": (dict(model_type=...), "model_type must be one of 'qwen2', 'llama', 'qwen3', got None"),
+    "another's architecture": (dict(model_type="llama"), "architectures must be ['LlamaForCausalLM'], got ['Qwen2For"),
+    "biases that Llama has not": (
+        dict(model_type="llama", architectures=None, attention_bias=True), "attention_bias must be false, got True",
+    ),
+    "half of llama3": (
+        dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope_parameters.low_freq_factor must be a finite",
+    ),
+    "llama3 upside down": (
+        dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+                              "original_max_position_embeddings": 64}),
+        "needs 0 < low_freq_factor < high_freq_factor, got 4.0 and 1.0",
+    ),
     "a reward model": (dict(architectures=["Qwen2ForSequenceClassification"]), "architectures must be"),
     "another activation": (dict(hidden_act="gelu"), "hidden_act must be 'silu', got 'gelu'"),
     "sliding window": (dict(use_sliding_window=True), "use_sliding_window must be false, got True"),

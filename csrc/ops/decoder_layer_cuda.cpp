@@ -64,8 +64,9 @@ Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up) {
 }
 
 Tensor rope(const Tensor& x, const Tensor& position, double theta, bool inverse) {
-  static const auto call = op<Tensor(const Tensor&, const Tensor&, double, bool)>("grpo_engine::rope");
-  return call.call(x, position, theta, inverse);
+  static const auto call =
+      op<Tensor(const Tensor&, const Tensor&, double, bool, const OptionalTensor&)>("grpo_engine::rope");
+  return call.call(x, position, theta, inverse, std::nullopt);
 }
 
 }  // namespace single

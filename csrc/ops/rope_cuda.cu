@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(RopeArgs a) {
   const int64_t half = a.E / 2, index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= a.T * half) return;
   const int64_t t = index / half, i = index % half, position = a.position[t];
-  const double angle = position < 0 ? not_a_number<double>() : rope_angle(position, rope_frequency(a.theta, i, a.E));
+  const float frequency = a.frequency ? a.frequency[i] : rope_frequency(a.theta, i, a.E);
+  const double angle = position < 0 ? not_a_number<double>() : rope_angle(position, frequency);
   const A c = static_cast<A>(static_cast<float>(cos(angle)));
   const A s = static_cast<A>(static_cast<float>(a.inverse ? -sin(angle) : sin(angle)));
   const S* x = static_cast<const S*>(a.x) + t * a.x_stride + i;

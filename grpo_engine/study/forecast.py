@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from .. import footprint
 from ..config import Config, ModelSource, RunConfig
+from ..footprint import BYTES, Shapes, count_params
 from .gpus import GPUS
 
 if TYPE_CHECKING:
     from ..model import ModelConfig
 
 GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "l4", "mi300x"]
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 _QWEN25 = {  # of the models' config.json: layers, width, feed-forward width, heads, key/value heads, tied head
@@ -33,7 +34,6 @@ _QWEN25 = {  # of the models' config.json: layers, width, feed-forward width, he
     "32B": (64, 5120, 27648, 40, 8, False),
     "72B": (80, 8192, 29568, 64, 8, False),
 }
-_ROOM = 0.9  # of a device's memory that a run may fill
 
 
 class EstimateConfig(Config):
@@ -66,11 +66,8 @@ class Cost:
 
     @property
     def peak_bytes(self) -> float:
-        """The most memory at a time: keys and values are there while answers are sampled, gradients while it trains."""
-        rest = dict(self.memory)
-        sampling = rest.pop("KV", 0.0)
-        training = rest.pop("gradients", 0.0) + rest.pop("activations", 0.0)
-        return sum(rest.values()) + max(sampling, training)
+        """The most memory at a time."""
+        return footprint.peak_bytes(self.memory)
 
     @property
     def wall_seconds(self) -> float:
@@ -82,11 +79,12 @@ def architecture(source: ModelSource) -> ModelConfig | None:
     """The sizes of a model, without its weights.
 
     Args:
-        source: a folder, or a size of the embedded ladder.
+        source: a folder or a name on the hub, or a size of the embedded ladder.
 
     Returns:
-        Of a folder what its config.json says; of one that is not there, what is published for the Qwen2.5 model that
-        its name begins with ("Qwen2.5-7B-Instruct"), or None. rms_norm_eps and positions are then not the model's.
+        What the config.json says that is there or in the hub's cache; where there is none, what is published for the
+        Qwen2.5 model that its name begins with ("Qwen2.5-7B-Instruct"), or None. rms_norm_eps and positions are then not
+        the model's.
 
     Raises:
         ValueError: the ladder has no such size, or a config.json of another kind of model.
@@ -95,10 +93,12 @@ def architecture(source: ModelSource) -> ModelConfig | None:
         from ..pretrain import architecture as embedded
 
         return embedded(source.size)
-    if (Path(source.path) / "config.json").is_file():
+    from ..hub import find_config
+
+    if folder := find_config(source.path):
         from ..weights import read_config
 
-        return read_config(source.path)
+        return read_config(folder)
     family, _, size = Path(source.path).name.partition("-")
     sizes = _QWEN25.get(size.partition("-")[0])
     if family != "Qwen2.5" or sizes is None:
@@ -110,16 +110,6 @@ def architecture(source: ModelSource) -> ModelConfig | None:
         vocab_size=151_936 if tied else 152_064, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads, tie_word_embeddings=tied,
     )  # fmt: skip
-
-
-def count_params(model: ModelConfig) -> tuple[int, int]:
-    """(non-embedding parameters, all parameters) of an architecture; the tied head counts once."""
-    D, F, E = model.hidden_size, model.intermediate_size, model.head_dim
-    H, K = model.num_attention_heads, model.num_key_value_heads
-    qkv = (D + 1) * (H + 2 * K) * E
-    layer = qkv + H * E * D + 3 * D * F + 2 * D
-    inside = model.num_hidden_layers * layer + D
-    return inside, inside + model.vocab_size * D * (1 if model.tie_word_embeddings else 2)
 
 
 def num_params(source: ModelSource) -> int:
@@ -144,13 +134,8 @@ def num_params(source: ModelSource) -> int:
     return round(source.params_nominal)
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Shapes of an architecture as FLOPs and bytes; of an unknown one N alone counts."""
-
-    model: ModelConfig | None
-    params: int
-    size: int  # bytes of an element
+class _Work(Shapes):
+    """Shapes of an architecture as FLOPs besides."""
 
     def flops(self, tokens: float, pairs: float, head_rows: float) -> float:
         """See `grpo_engine.ledger.forward_flops`."""
@@ -159,27 +144,6 @@ class _Work:
         from ..ledger import shape_flops
 
         return shape_flops(self.model, self.params, tokens=tokens, pairs=pairs, head_rows=head_rows)
-
-    @property
-    def weight_bytes(self) -> float:
-        return float(self.size * (count_params(self.model)[1] if self.model else self.params))
-
-    @property
-    def kv_bytes(self) -> float:
-        """Of one token."""
-        m = self.model
-        return 2.0 * self.size * m.num_hidden_layers * m.num_key_value_heads * m.head_dim if m else 0.0
-
-    def activation_bytes(self, checkpointing: bool) -> float:
-        """Of one token of a micro-batch, at the most: docs/gpu.md, memory of a training step."""
-        if self.model is None:
-            return 0.0
-        m = self.model
-        H, K, E = m.num_attention_heads, m.num_key_value_heads, m.head_dim
-        layer = self.size * (2 * m.hidden_size + (2 * H + 2 * K) * E + 2 * m.intermediate_size) + 4 * (2 * H + 2)
-        kept = self.size * m.hidden_size if checkpointing else layer
-        whole = 3 if checkpointing else 2  # a layer's backward pass, and what is computed again for it
-        return float(m.num_hidden_layers * kept + whole * layer)
 
 
 def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
@@ -222,7 +186,7 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
         "backward": 2 * forward,
         "evaluation": evaluation,
     }
-    memory = _memory(config, work, p, a)
+    held = footprint.memory(config, work, p, a)
     total = sum(phases.values())
     if estimate.gpu is None:
         # an evaluation has no backward pass
@@ -237,10 +201,10 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
         drawn = phases["decode"] + evaluation
         drawing = max(drawn / rate, read / (gpu.bandwidth * estimate.bandwidth_share))
         seconds = estimate.start_s + (total - drawn) / rate + drawing
-    cost = Cost(trained_tokens=trained, flops=total, seconds=seconds, phases=phases, memory=memory,
+    cost = Cost(trained_tokens=trained, flops=total, seconds=seconds, phases=phases, memory=held,
                 usd=dollars(seconds, estimate))  # fmt: skip
     devices = 1
-    while estimate.gpu and cost.peak_bytes > devices * _ROOM * GPUS[estimate.gpu].memory:
+    while estimate.gpu and cost.peak_bytes > devices * footprint.ROOM * GPUS[estimate.gpu].memory:
         devices *= 2
     return replace(cost, devices=devices)
 
@@ -280,20 +244,3 @@ def _evaluated(config: RunConfig, estimate: EstimateConfig) -> tuple[float, floa
     asked = (count + (estimate.eval_sets - 1) * others) * (config.task.eval_problems or 500)
     greedy = 1 if config.evaluation.greedy else 0
     return asked * (1.0 + greedy), asked * (config.evaluation.samples + greedy)
-
-
-def _memory(config: RunConfig, work: _Work, p: float, a: float) -> dict[str, float]:
-    """Bytes by what they hold, at the most."""
-    grpo = config.method == "grpo"
-    wide = work.weight_bytes * 4 / work.size  # gradients and moments are float32 whatever the weights are
-    master = work.weight_bytes if work.size == 2 else 0.0  # the lower half of a float32 master
-    out = {"weights": work.weight_bytes, "gradients": wide, "optimizer": 2 * wide + master}
-    if grpo and config.loss.kl_coef > 0:
-        out["reference"] = work.weight_bytes
-    r = config.rollout
-    running = min(r.max_running, config.batch.prompts * config.batch.group_size)
-    pages = r.num_pages or (running + 1) * -(-round(p + r.max_new_tokens) // r.page_size)
-    out["KV"] = pages * r.page_size * work.kv_bytes if grpo else 0.0
-    answers = min(config.batch.tokens_per_micro_batch, config.batch.prompts * config.batch.group_size * (p + a))
-    out["activations"] = answers * work.activation_bytes(config.batch.activation_checkpointing)
-    return out

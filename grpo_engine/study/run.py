@@ -31,6 +31,7 @@ import yaml
 
 from .. import records
 from ..cost import total_cost
+from ..hub import find_model
 from ..processes import ForkedProcess, become_job, kill_group, start_fork_server
 from .design import (
     CELLS,
@@ -350,10 +351,17 @@ def measured_plan(study_dir: str | os.PathLike[str], the_plan: Plan) -> Plan:
 
 def _check_folders(the_plan: Plan) -> None:
     paths = dict.fromkeys(c.config.model.path for c in the_plan.cells if c.config.model.path is not None)
-    if absent := [p for p in paths if not (Path(p) / "config.json").is_file()]:
-        raise ValueError(
-            f"study {the_plan.study.name}: no config.json in {', '.join(absent)}: put your own folders under `sizes`"
-        )
+    absent = []
+    for path in paths:
+        try:  # fetched once, and not by every cell
+            folder = find_model(path).folder
+        except FileNotFoundError as error:
+            absent.append(str(error))
+            continue
+        if not (folder / "config.json").is_file():
+            absent.append(f"no config.json in {path}")
+    if absent:
+        raise ValueError(f"study {the_plan.study.name}: {'; '.join(absent)}: put your own folders under `sizes`")
 
 
 def _write_plan(folder: Path, the_plan: Plan) -> None:

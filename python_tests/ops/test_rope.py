@@ -119,6 +119,23 @@ def test_non_finite_values_stay_in_their_pair():
     assert y[1, 0].isfinite().tolist() == [True, True, False, True, True, True, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("far", [0, 100_000])  # a kept table, one of the call's own
+def test_given_frequencies_take_the_place_of_thetas(dtype, far):
+    x, position = make(7, 3, 20, dtype)
+    position += far
+    dy = make(7, 3, 20, dtype, seed=1)[0]
+    frequency = torch.rand(10, generator=torch.Generator().manual_seed(2))
+    a, b = (x.to(d, copy=True).requires_grad_() for d in (dtype, torch.float64))
+    y, want = rope(a, position, theta=1e4, frequency=frequency), reference.rope(b, position, 1e4, frequency)
+    y.backward(dy)
+    want.backward(dy.double())
+    # two products and a sum of numbers rounded once, then of the result's own dtype
+    bound = (4 * 2.0**-24 + (2.0**-8 if dtype == torch.bfloat16 else 0)) * 2**0.5
+    assert (y - want).abs().max() <= bound * x.abs().max().double()
+    assert (a.grad - b.grad).abs().max() <= bound * dy.abs().max().double()
+
+
 def test_gradcheck():
     x, position = make(3, 2, 10, torch.float64)
     assert torch.autograd.gradcheck(lambda a: rope(a, position, theta=1e4), (x.requires_grad_(),))
@@ -135,13 +152,15 @@ def test_gradcheck():
         ({"position": torch.zeros(3).long()}, ValueError, r"position must be \[T\] = \[4\], got \[3\]"),
         ({"position": torch.zeros(4).int()}, TypeError, "position must be Long, got Int"),
         ({"theta": 0.0}, ValueError, "theta must be finite and > 0, got 0"),
+        ({"frequency": torch.zeros(3)}, ValueError, r"frequency must be \[E/2\] = \[4\], got \[3\]"),
+        ({"frequency": torch.zeros(4).double()}, TypeError, "frequency must be Float, got Double"),
     ],
 )
 def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, change, error, says):
     given = {"x": torch.zeros(4, 2, 8), "position": torch.zeros(4).long(), "theta": 1e4, **change}
-    x, position = given["x"].to(device), given["position"].to(device)
+    given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
     with pytest.raises(error, match="rope: .*" + says):
-        rope(x, position, theta=given["theta"])
+        rope(**given)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -158,6 +177,7 @@ def test_a_negative_position_makes_its_row_nan_on_cuda():
 
 def test_registration():
     x, position = make(3, 2, 10, torch.float32)
-    torch.library.opcheck(
-        torch.ops.grpo_engine.rope.default, (x.requires_grad_(), position, 1e4, False)
-    )
+    for frequency in (None, torch.rand(5)):
+        torch.library.opcheck(
+            torch.ops.grpo_engine.rope.default, (x.requires_grad_(), position, 1e4, False, frequency)
+        )

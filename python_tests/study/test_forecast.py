@@ -5,8 +5,9 @@ import pytest
 from grpo_engine import records
 from grpo_engine.config import ModelSource, load_run_config
 from grpo_engine.cost import total_cost
+from grpo_engine.footprint import count_params
 from grpo_engine.model import Model, ModelConfig
-from grpo_engine.study.forecast import EstimateConfig, architecture, count_params, forecast, gpu_here, num_params
+from grpo_engine.study.forecast import EstimateConfig, architecture, forecast, gpu_here, num_params
 from grpo_engine.study.gpus import GPUS
 from grpo_engine.train import train
 from grpo_engine.weights import save_checkpoint
@@ -23,10 +24,10 @@ def test_sizes_are_those_that_are_published(size, inside, everything):
     assert n == pytest.approx(inside * 1e9, rel=0.01) and total == everything
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_those_of_the_model(tied):
+@pytest.mark.parametrize("tied, family", [(True, {}), (False, {}), (False, {"qkv_bias": False, "qk_norm": True})])
+def test_parameters_are_those_of_the_model(tied, family):
     config = ModelConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied)  # fmt: skip
+                         num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, **family)  # fmt: skip
     model = Model(config)
     assert count_params(config) == (model.num_non_embedding, model.num_parameters)
 
@@ -66,11 +67,11 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
         assert flops == pytest.approx(measured, rel=0.25 if phase == "evaluation" else 0.05), phase
 
 
-def _untrained(config):
+def _untrained(config, _folder, _task):
     from grpo_engine import pretrain
     from grpo_engine.tokenizer import load_tokenizer
 
-    return load_tokenizer("micro"), Model(pretrain.architecture(config.model.size)).init_weights(0)
+    return load_tokenizer("micro"), Model(pretrain.architecture(config.model.size)).init_weights(0), True
 
 
 def test_a_gpu_is_bounded_by_products_or_by_bandwidth():

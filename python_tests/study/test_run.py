@@ -240,7 +240,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path, mo
 def test_a_model_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
     sizes = {"tiny": SizeConfig(base=str(tmp_path / "nowhere"), params_nominal=1e6)}
     study = StudyConfig(name="demo", sizes=sizes, axes=(AxesConfig(),))
-    with pytest.raises(ValueError, match="study demo: no config.json in .*nowhere"):
+    with pytest.raises(ValueError, match="study demo: .*nowhere: no such folder, .*put your own folders"):
         run_study(tmp_path / "study", study=study, executor=FakeExecutor(tmp_path))
 
 
