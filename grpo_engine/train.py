@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_engine import checkpoint, device, pretrain, records, weights
-from grpo_engine.config import RunConfig, TaskConfig
+from grpo_engine.config import Behaviour, RunConfig, TaskConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
@@ -25,7 +25,7 @@ from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model
 from grpo_engine.optimizer import adamw
 from grpo_engine.progress import RunProgress
-from grpo_engine.rewards.pool import RewardPool
+from grpo_engine.rewards.pool import reward_pool
 from grpo_engine.rollout import Engine
 from grpo_engine.step import StepOutcome, grpo_step, learning_rate
 from grpo_engine.tasks.subset import difficulty, subset
@@ -76,16 +76,26 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
         ValueError: no evaluation set, or bad input.
     """
     config = config.model_copy(update={"device": device.resolve(config.device)})
-    task = load_task(config.task, seed=config.seed, needed=1)
+    task = load_task(config.task, seed=config.seed, needed=1, behaviour=config.reward.behaviour)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
-    tokenizer, model = _tokenizer_and_model(config)
-    with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
+    tokenizer, model = tokenizer_and_model(config)
+    with reward_pool(config.reward) as pool:
         return evaluate(Engine(model), list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
 
 
-def _tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
-    """Of a configuration whose device is resolved."""
+def tokenizer_and_model(config: RunConfig) -> tuple[Tokenizer, Model]:
+    """What a run starts from.
+
+    Args:
+        config: model and task are read; its device is resolved.
+
+    Returns:
+        The tokenizer, and the model on the device.
+
+    Raises:
+        ValueError: more tokens than the model has, or a bad folder.
+    """
     if config.device == "cuda":
         device.require_capability()
     m = config.model
@@ -124,7 +134,7 @@ class Run:
         with RunProgress(self.config, quiet=self.quiet) as progress:
             self.progress = progress
             self._load()
-            with RewardPool(workers=self.config.reward.workers, timeout_s=self.config.reward.timeout_s) as self.pool:
+            with reward_pool(self.config.reward) as self.pool:
                 self._loop()
         return self.out
 
@@ -156,8 +166,10 @@ class Run:
         c = self.config
         keep_freed_memory()
         # problems first: a wrong file is found before a model of the ladder is pretrained
-        self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
-        self.tokenizer, self.model = _tokenizer_and_model(c)
+        self.task = load_task(
+            c.task, seed=c.seed, needed=c.steps * c.batch.prompts, behaviour=c.reward.behaviour
+        )
+        self.tokenizer, self.model = tokenizer_and_model(c)
         self.engine = Engine(self.model)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
@@ -377,7 +389,7 @@ def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> 
     }
 
 
-def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
+def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviour = "ours") -> Task:
     """The problems of a run.
 
     Args:
@@ -385,6 +397,7 @@ def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
         seed: of the run; generated training problems depend on it, test problems do not.
         needed: training problems that the run draws; a generator makes that many, or config.train_problems if that
             is more.
+        behaviour: of the scorers, for problems of files.
 
     Returns:
         A `Task` with config.train_problems training problems (see `subset`), where there are as many, and at most
@@ -396,7 +409,9 @@ def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
     if config.name == "parquet":
         from grpo_engine.tasks.parquet import parquet_task
 
-        task = parquet_task(train=config.train, evals=config.evals, eval_problems=config.eval_problems)
+        task = parquet_task(
+            train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=behaviour
+        )
     else:
         from grpo_engine.tasks.micro import micro_task
 
