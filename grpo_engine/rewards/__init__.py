@@ -48,7 +48,7 @@ SCORERS: dict[str, str] = {
 }
 
 # Linear in the response, no parser of expressions, nothing run: safe in the trainer's own process.
-HARMLESS = frozenset({"exact", "choice"})
+HARMLESS = frozenset({"exact", "choice", "paper_choice"})
 
 
 def register_scorer(name: str, target: str) -> None:
