@@ -108,6 +108,22 @@ def evaluate(
     console.print(table)
 
 
+@app.command()
+def track(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, complete or under way.")],
+    to: Annotated[str, typer.Option(help="tensorboard, wandb (offline) or trackio; each must be installed.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the tracker's files.")] = Path("tracked"),
+    project: Annotated[str, typer.Option(help="Name that wandb and trackio group runs under.")] = "grpo_engine",
+) -> None:
+    """Copy a run's records into a tracker.
+
+    Example: grpo-engine track runs/one --to tensorboard --out runs/tensorboard
+    """
+    from grpo_engine.trackers import export
+
+    console.print(f"{export(run_dir, to, out=out, project=project)} steps to {to}")
+
+
 def _evaluate_suite(config: str | None, suite: str, data: str, out: Path | None, overrides: list[str]) -> None:
     import time
 

@@ -101,9 +101,11 @@ class RewardPool:
 
         Raises:
             ValueError: a problem names no known scorer.
-            RuntimeError: the pool is closed.
+            RuntimeError: the pool is closed, or there are programs to run and the kernel refuses a protection.
         """
         targets = {name: scorer_target(name) for name in dict.fromkeys(p.reward for p in problems)}
+        if not _PROGRAMS.isdisjoint(targets.values()):
+            self._check_protections()
         return Scoring(self, problems, targets, progress, settled)
 
     def score(
@@ -123,8 +125,7 @@ class RewardPool:
 
         Raises:
             ValueError: lengths differ, or a problem names no known scorer.
-            RuntimeError: the pool is closed, workers cannot be started, or there are programs to run and the kernel
-                refuses a protection.
+            RuntimeError: see `begin`; or workers cannot be started.
         """
         if len(responses) != len(problems):
             raise ValueError(f"RewardPool.score: {len(responses)} responses do not go with {len(problems)} problems")
@@ -136,17 +137,21 @@ class RewardPool:
         if self._closed:
             raise RuntimeError("RewardPool: the pool is closed")
 
+    def _check_protections(self) -> None:
+        from grpo_engine.rewards.code import missing_protections
+
+        if not (missing := missing_protections()):
+            return
+        what = f"protection of {', '.join(missing)}: this kernel refuses it"
+        if not self.unprotected:
+            raise RuntimeError(
+                f"RewardPool: a model's programs would run without {what}; reward.unprotected=true runs them all the same"
+            )
+        if _PROGRAMS.isdisjoint(self._targets):  # once
+            _log.warning("programs run without %s", what)
+
     def _start_lanes(self, targets: dict[str, str]) -> None:
         wanted = tuple(sorted({t for name, t in targets.items() if name not in HARMLESS} | set(self._targets)))
-        if not _PROGRAMS.isdisjoint(wanted) and _PROGRAMS.isdisjoint(self._targets):
-            from grpo_engine.rewards.code import missing_protections
-
-            if missing := missing_protections():
-                what = f"protection of {', '.join(missing)}: this kernel refuses it"
-                if not self.unprotected:
-                    raise RuntimeError(f"RewardPool: programs of a model would run without {what}; "
-                                       "reward.unprotected=true runs them all the same")  # fmt: skip
-                _log.warning("programs run without %s", what)
         self._targets = wanted
         if not self._lanes:
             self._scratch = tempfile.TemporaryDirectory(prefix="grpo_engine-pool-", ignore_cleanup_errors=True)
