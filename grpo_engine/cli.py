@@ -98,7 +98,7 @@ def evaluate(
     from grpo_engine.train import evaluate_only
 
     _set_threads(threads)
-    overrides = [*([f"model={{path: {json.dumps(model)}}}"] if model else []), *(overrides or [])]
+    overrides = [*([f"model.path={json.dumps(model)}"] if model else []), *(overrides or [])]
     if suite is not None:
         return _evaluate_suite(config, suite, data, out, overrides)
     table = Table("set", "mode", "problems", "samples", "pass@1", "standard error")

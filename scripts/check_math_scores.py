@@ -9,15 +9,19 @@ truth in a box), and what the form was made to be. Disagreements are counted by 
 
 import argparse
 import logging
+import multiprocessing
 import random
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pebble
+
 from grpo_engine.rewards import math as ours
 from grpo_engine.tasks.parquet import read_problems
 
+LIMIT_S = 20.0  # of all forms of a truth; some expressions have no end
 FILES = (
     "math_curriculum/math__full_difficulty_ordered_test_500",
     "guru_verl/online_eval/math__math_500",
@@ -67,32 +71,47 @@ def theirs(truth: str, answer: str) -> bool:
     return bool(verify(gold, found, timeout_seconds=None))
 
 
+def verdicts(truth: str, other: str) -> list[tuple[str, str, bool, bool, bool]]:
+    """Of each form: its name, the answer, whether it was made to be right, our verdict, math-verify's."""
+    for name in ("math_verify", "latex2sympy2_extended"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if ours.spelling(other) == ours.spelling(truth):
+        return []
+    problem = SimpleNamespace(answer=truth, info={})
+    return [
+        (form, answer, wanted, ours.score(rf"\boxed{{{answer}}}", problem) == 1.0, theirs(truth, answer))
+        for form, (answer, wanted) in forms(truth, other).items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--truths", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--all", action="store_true", help="show every disagreement, not three of each form")
     arguments = parser.parse_args()
-    for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     answers = {ours.gold_text(p.answer) for file in FILES for p in read_problems(arguments.folder / f"{file}.parquet")}
     rng = random.Random(0)
     truths = rng.sample(sorted(answers), min(arguments.truths, len(answers)))
     counts: Counter = Counter()
     shown = defaultdict(list)
-    for truth in truths:
-        other = rng.choice(truths)
-        if ours.spelling(other) == ours.spelling(truth):
-            continue
-        for form, (answer, wanted) in forms(truth, other).items():
-            mine = ours.score(rf"\boxed{{{answer}}}", SimpleNamespace(answer=truth, info={})) == 1.0
-            verdict = theirs(truth, answer)
-            counts["forms"] += 1
-            counts["as math-verify"] += mine == verdict
-            counts["ours as made"] += mine == wanted
-            counts["math-verify as made"] += verdict == wanted
-            if mine != verdict or mine != wanted:
-                shown[form, wanted, mine, verdict].append((truth, answer))
+    with pebble.ProcessPool(max_workers=arguments.workers, context=multiprocessing.get_context("spawn")) as pool:
+        asked = [(truth, pool.schedule(verdicts, args=[truth, rng.choice(truths)], timeout=LIMIT_S)) for truth in truths]
+        for truth, future in asked:
+            try:
+                found = future.result()
+            except TimeoutError:
+                counts["truths out of time"] += 1
+                shown["out of time", None, None, None].append((truth, ""))
+                continue
+            for form, answer, wanted, mine, verdict in found:
+                counts["forms"] += 1
+                counts["as math-verify"] += mine == verdict
+                counts["ours as made"] += mine == wanted
+                counts["math-verify as made"] += verdict == wanted
+                if mine != verdict or mine != wanted:
+                    shown[form, wanted, mine, verdict].append((truth, answer))
     print(f"{len(truths)} truths: {dict(counts)}")
     for (form, wanted, mine, verdict), cases in sorted(shown.items(), key=lambda item: -len(item[1])):
         print(f"{len(cases):5} {form}: made {wanted}, ours {mine}, math-verify {verdict}")

@@ -110,6 +110,10 @@ HOSTILE = {
 TESTS = "for x in range(4):\n    assert f(x) == x + 1 and abs(-2) == 2"
 
 
+def test_a_harmless_program_passes():
+    assert code.passes("def f(x): return x + 1", tests=TESTS) is True
+
+
 @pytest.mark.parametrize("deed", HOSTILE)
 def test_a_hostile_program_is_worth_nothing_and_leaves_no_trace(deed, tmp_path, monkeypatch):
     if missing := code.missing_protections():
@@ -126,7 +130,6 @@ def test_a_hostile_program_is_worth_nothing_and_leaves_no_trace(deed, tmp_path, 
         program = HOSTILE[deed]
         for name, value in names.items():
             program = program.replace(name, value)
-        assert code.passes("def f(x): return x + 1", tests=TESTS)
         assert code.passes(program, tests=TESTS) is False
     assert file.read_text() == "kept" and os.listdir(tmp_path) == ["mine.txt"]
     deadline = time.monotonic() + 5  # the kernel takes a moment to end a namespace
