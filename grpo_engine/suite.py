@@ -2,7 +2,7 @@
 
 A suite's folder holds
 
-    suite.json        resolved configuration, sets, number of problems
+    suite.json        resolved configuration, what tells the weights from others, number of problems
     answers.jsonl     one `Answer` a line, in the order in which they were scored; a kill costs what is not in it
     problems.parquet  one row a problem: values, lengths and how each of its answers ended
     table.json, table.md, table.html
@@ -14,6 +14,7 @@ same table, byte for byte.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import html
 import json
 import math
@@ -138,7 +139,12 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
     }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, {"config": config.model_dump(mode="json"), "problems": {name: len(p) for name, p in sets.items()}})
+    what = {
+        "config": config.model_dump(mode="json"),
+        "weights": _fingerprint(config.model.path),
+        "problems": {name: len(problems) for name, problems in sets.items()},
+    }
+    _claim(out, what)
     done = _done(out / ANSWERS_FILE, sets, config.evaluation.samples)
     if len(done) < config.evaluation.samples * sum(map(len, sets.values())):
         tokenizer, model = tokenizer_and_model(config)
@@ -186,6 +192,19 @@ def majority(votes: Sequence[str | None], right: Sequence[bool]) -> float:
     most = max(map(len, counts.values()), default=0)
     best = [values[0] for values in counts.values() if len(values) == most]
     return sum(best) / len(best) if best else 0.0
+
+
+def _fingerprint(folder: str | None) -> str | None:
+    """Of the weights' files: sizes, and a mebibyte at either end, in which an update of all weights shows."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(-min(1 << 20, path.stat().st_size), 2)
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _claim(out: Path, suite: Mapping[str, object]) -> None:

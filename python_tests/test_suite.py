@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet as pq
@@ -122,6 +123,14 @@ def test_another_suite_in_the_folder_is_refused(config, tmp_path):
     suite.evaluate_suite(config, tmp_path)
     with pytest.raises(ValueError, match="another suite"):
         suite.evaluate_suite(config.model_copy(update={"seed": 1}), tmp_path)
+    weights = Path(config.model.path) / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(ValueError, match="another suite, model"):
+            suite.evaluate_suite(config, tmp_path)
+    finally:
+        weights.write_bytes(kept)
 
 
 def test_an_unknown_suite_and_a_missing_file_are_named(tmp_path):
