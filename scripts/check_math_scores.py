@@ -1,6 +1,6 @@
 """Compares the mathematical scorer with math-verify's own verdict, on true answers rewritten in many forms.
 
-    python scripts/check_math_scores.py FOLDER [--truths 2000] [--all]
+    python scripts/check_math_scores.py FOLDER [--truths 2000] [--forms 4] [--all]
 
 Each true answer of the real files (FOLDER, as GRPO_ENGINE_DATA) is rewritten in forms that mean the same and in forms
 that do not. For each form three verdicts are compared: ours, math-verify's (parsed and verified with its defaults, the
@@ -21,7 +21,7 @@ import pebble
 from grpo_engine.rewards import math as ours
 from grpo_engine.tasks.parquet import read_problems
 
-LIMIT_S = 20.0  # of all forms of a truth; some expressions have no end
+LIMIT_S = 40.0  # of all forms of a truth; some expressions have no end
 FILES = (
     "math_curriculum/math__full_difficulty_ordered_test_500",
     "guru_verl/online_eval/math__math_500",
@@ -71,16 +71,19 @@ def theirs(truth: str, answer: str) -> bool:
     return bool(verify(gold, found, timeout_seconds=None))
 
 
-def verdicts(truth: str, other: str) -> list[tuple[str, str, bool, bool, bool]]:
-    """Of each form: its name, the answer, whether it was made to be right, our verdict, math-verify's."""
+def verdicts(truth: str, other: str, limit: int | None) -> list[tuple[str, str, bool, bool, bool]]:
+    """Of each form, or of `limit` drawn ones: name, answer, whether it was made to be right, our verdict, math-verify's."""
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if ours.spelling(other) == ours.spelling(truth):
         return []
     problem = SimpleNamespace(answer=truth, info={})
+    made = list(forms(truth, other).items())
+    if limit is not None:
+        made = random.Random(truth).sample(made, min(limit, len(made)))
     return [
         (form, answer, wanted, ours.score(rf"\boxed{{{answer}}}", problem) == 1.0, theirs(truth, answer))
-        for form, (answer, wanted) in forms(truth, other).items()
+        for form, (answer, wanted) in made
     ]
 
 
@@ -88,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--truths", type=int, default=2000)
+    parser.add_argument("--forms", type=int, help="of each truth, drawn; none: all")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--all", action="store_true", help="show every disagreement, not three of each form")
     arguments = parser.parse_args()
@@ -97,7 +101,10 @@ def main() -> None:
     counts: Counter = Counter()
     shown = defaultdict(list)
     with pebble.ProcessPool(max_workers=arguments.workers, context=multiprocessing.get_context("spawn")) as pool:
-        asked = [(truth, pool.schedule(verdicts, args=[truth, rng.choice(truths)], timeout=LIMIT_S)) for truth in truths]
+        asked = [
+            (truth, pool.schedule(verdicts, args=[truth, rng.choice(truths), arguments.forms], timeout=LIMIT_S))
+            for truth in truths
+        ]
         for truth, future in asked:
             try:
                 found = future.result()

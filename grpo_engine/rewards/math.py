@@ -118,6 +118,8 @@ def equal(gold: str, found: str) -> bool:
         return True
     if _WORD.fullmatch(plain_gold):
         return plain_gold.lower() == plain_found.lower()
+    if "," not in plain_gold and _is_list(plain_found):
+        return False  # math-verify may take the one of several answers that is right
     return _verify(_parse(f"\\boxed{{{gold}}}"), _parse(f"\\boxed{{{found}}}"))
 
 
@@ -152,6 +154,16 @@ def spelling(latex: str) -> str:
     if _THOUSANDS.fullmatch(text):
         text = text.replace("{,}", "").replace(",", "")
     return text
+
+
+def _is_list(plain: str) -> bool:
+    """Whether a comma outside of all brackets parts several answers; one of thousands does not."""
+    depth = 0
+    for c in _THOUSANDS.sub("0", plain):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth <= 0:
+            return True
+    return False
 
 
 def _rational(plain: str) -> Fraction | None:
