@@ -81,22 +81,76 @@ def train(
 @app.command()
 def evaluate(
     config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file with a run configuration.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder: model.path.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A suite of sets: paper.")] = None,
+    data: Annotated[str, typer.Option(envvar="GRPO_ENGINE_DATA", help="Folder of the suite's problems.")] = "data",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the suite's answers and tables.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; none: torch's default.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Answer held-out problems with a model and print pass@1 with its standard error.
+    """Answer held-out problems with a model and print pass@1 with its standard error, or a suite's table.
 
-    Example: grpo-engine evaluate model.path=checkpoints/qwen task.name=parquet task.train=train.parquet
+    Example: grpo-engine evaluate --model checkpoints/qwen --suite paper --data data --out runs/qwen evaluation.samples=8
+
+    Killed and started again, a suite goes on where it was. It asks for four answers of up to 4,096 tokens to each problem.
     """
     from grpo_engine.config import load_run_config
     from grpo_engine.train import evaluate_only
 
     _set_threads(threads)
+    overrides = [*([f"model.path={json.dumps(model)}"] if model else []), *(overrides or [])]
+    if suite is not None:
+        return _evaluate_suite(config, suite, data, out, overrides)
     table = Table("set", "mode", "problems", "samples", "pass@1", "standard error")
-    for r in evaluate_only(load_run_config(config, overrides or [])):
+    for r in evaluate_only(load_run_config(config, overrides)):
         error = "-" if r.stderr is None else f"{r.stderr:.4f}"
         table.add_row(r.eval_set, r.mode, str(r.num_problems), str(r.num_samples), f"{r.pass1:.4f}", error)
     console.print(table)
+
+
+@app.command()
+def track(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, complete or under way.")],
+    to: Annotated[str, typer.Option(help="tensorboard, wandb (offline) or trackio; each must be installed.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the tracker's files.")] = Path("tracked"),
+    project: Annotated[str, typer.Option(help="Name that wandb and trackio group runs under.")] = "grpo_engine",
+) -> None:
+    """Copy a run's records into a tracker.
+
+    Example: grpo-engine track runs/one --to tensorboard --out runs/tensorboard
+    """
+    from grpo_engine.trackers import export
+
+    console.print(f"{export(run_dir, to, out=out, project=project)} steps to {to}")
+
+
+def _evaluate_suite(config: str | None, suite: str, data: str, out: Path | None, overrides: list[str]) -> None:
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from grpo_engine.config import load_run_config
+    from grpo_engine.suite import evaluate_suite, suite_files, tables
+
+    if out is None:
+        raise ValueError("--suite needs --out, the folder of its answers and tables")
+    files = suite_files(suite, data)
+    task = {"name": "parquet", "train": next(iter(files.values())), "evals": files, "eval_problems": None}
+    settings = [f"task={json.dumps(task)}", "rollout.max_new_tokens=4096", *overrides]
+    start = time.monotonic()
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        answers = bar.add_task("answers", total=None)
+        results = evaluate_suite(
+            load_run_config(config, settings), out,
+            progress=lambda finished, total: bar.update(answers, completed=finished, total=total),
+        )  # fmt: skip
+    took, problems = time.monotonic() - start, sum(r.problems for r in results)
+    for heads, *rows in tables(results):
+        table = Table(*heads)
+        for row in rows:
+            table.add_row(*row)
+        Console(width=max(console.width, 180)).print(table)
+    console.print(f"{problems} problems in {took:.0f} s; {out / 'table.html'}", soft_wrap=True)
 
 
 @study_app.command("plan")

@@ -19,6 +19,7 @@ from pydantic import Field
 PRESETS = Path(__file__).parent / "presets"
 
 Positive = Annotated[int, Field(ge=1)]
+Behaviour = Literal["ours", "paper"]  # of scorers
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -85,6 +86,8 @@ class RewardConfig(Config):
 
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # wall-clock limit of one answer
     workers: Positive = 2  # killable processes; none are started when every scorer is harmless
+    behaviour: Behaviour = "ours"  # of parquet tasks; paper: as its code scores, `rewards.paper`
+    unprotected: bool = False  # run programs where the kernel refuses a protection of `rewards.sandbox`
 
 
 class AdvantageConfig(Config):

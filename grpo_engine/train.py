@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_engine import checkpoint, device, footprint, hub, pretrain, records, weights
-from grpo_engine.config import RunConfig, TaskConfig
+from grpo_engine.config import Behaviour, RunConfig, TaskConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
@@ -25,7 +25,7 @@ from grpo_engine.memory import keep_freed_memory
 from grpo_engine.model import Model
 from grpo_engine.optimizer import adamw
 from grpo_engine.progress import RunProgress
-from grpo_engine.rewards.pool import RewardPool
+from grpo_engine.rewards.pool import reward_pool
 from grpo_engine.rollout import Engine
 from grpo_engine.step import StepOutcome, grpo_step, learning_rate
 from grpo_engine.tasks.subset import difficulty, subset
@@ -77,20 +77,29 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
     """
     config = config.model_copy(update={"device": device.resolve(config.device)})
     folder = hub.find_model(config.model.path).folder if config.model.path else None
-    task = load_task(config.task, seed=config.seed, needed=1)
+    task = load_task(config.task, seed=config.seed, needed=1, behaviour=config.reward.behaviour)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
-    tokenizer, model, _ = _tokenizer_and_model(config, folder)
-    with RewardPool(workers=config.reward.workers, timeout_s=config.reward.timeout_s) as pool:
+    tokenizer, model, _ = tokenizer_and_model(config, folder)
+    with reward_pool(config.reward) as pool:
         return evaluate(Engine(model), list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
 
 
-def _tokenizer_and_model(
+def tokenizer_and_model(
     config: RunConfig, folder: Path | None, train_on: Task | None = None
 ) -> tuple[Tokenizer, Model, bool]:
-    """Of a configuration whose device is resolved; from a folder, or None: of the embedded ladder.
+    """What a run starts from.
 
-    A model that is to be trained must have the room for it. Last, whether pages may stay beside training.
+    Args:
+        config: model and task are read; its device is resolved.
+        folder: of the weights; None: a model of the embedded ladder.
+        train_on: what the model is to be trained on, for which there must be room; None: it only answers.
+
+    Returns:
+        The tokenizer, the model on the device, and whether pages may stay beside training.
+
+    Raises:
+        ValueError: more tokens than the model has, a bad folder, or no room.
     """
     if config.device == "cuda":
         device.require_capability()
@@ -143,7 +152,7 @@ class Run:
         with RunProgress(self.config, quiet=self.quiet) as progress:
             self.progress = progress
             self._load()
-            with RewardPool(workers=self.config.reward.workers, timeout_s=self.config.reward.timeout_s) as self.pool:
+            with reward_pool(self.config.reward) as self.pool:
                 self._loop()
         return self.out
 
@@ -178,8 +187,10 @@ class Run:
         if c.model.path is not None:
             folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
         # problems first: a wrong file is found before a model of the ladder is pretrained
-        self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts)
-        self.tokenizer, self.model, pages_stay = _tokenizer_and_model(c, folder, self.task)
+        self.task = load_task(
+            c.task, seed=c.seed, needed=c.steps * c.batch.prompts, behaviour=c.reward.behaviour
+        )
+        self.tokenizer, self.model, pages_stay = tokenizer_and_model(c, folder, self.task)
         self.engine = Engine(self.model, keep=pages_stay)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
@@ -400,7 +411,7 @@ def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> 
     }
 
 
-def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
+def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviour = "ours") -> Task:
     """The problems of a run.
 
     Args:
@@ -408,6 +419,7 @@ def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
         seed: of the run; generated training problems depend on it, test problems do not.
         needed: training problems that the run draws; a generator makes that many, or config.train_problems if that
             is more.
+        behaviour: of the scorers, for problems of files.
 
     Returns:
         A `Task` with config.train_problems training problems (see `subset`), where there are as many, and at most
@@ -419,7 +431,9 @@ def load_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
     if config.name == "parquet":
         from grpo_engine.tasks.parquet import parquet_task
 
-        task = parquet_task(train=config.train, evals=config.evals, eval_problems=config.eval_problems)
+        task = parquet_task(
+            train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=behaviour
+        )
     else:
         from grpo_engine.tasks.micro import micro_task
 

@@ -41,6 +41,7 @@ def test_a_dry_run_lists_the_cells_and_runs_nothing(tmp_path):
         (("train", "--out", "OUT", "--config", "absent.yaml"), "absent.yaml"),
         (("study", "run", "tiny", "--out", "OUT"), "no preset 'tiny'"),
         (("study", "status", "OUT"), "study.yaml"),
+        (("evaluate", "--model", "m", "--suite", "paper", "--data", "/nowhere", "--out", "OUT"), "no file /nowhere/math"),
         (("train", "--out", "OUT", "task.name=parquet", "task.train=no.parquet", "model.size=xs"), "no.parquet"),
     ],
 )

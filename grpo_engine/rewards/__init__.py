@@ -6,6 +6,7 @@
     logic          share of right cells of a zebra puzzle's grid, as in the paper
     logic_strict   1.0 for a grid that is right throughout, else 0.0
     code           HumanEval's tests, run in a sandbox
+    paper_...      math, aime, gsm8k, choice, logic, code: as the paper's code scores (`rewards.paper`)
 
 A scorer is deterministic, reads `problem.answer` and `problem.info` alone, and may hang, crash or raise on the text of
 a model that is being trained to please it: `rewards.pool.RewardPool` runs it where that costs one zero. Nothing under
@@ -38,10 +39,16 @@ SCORERS: dict[str, str] = {
     "logic": "grpo_engine.rewards.logic:score",
     "logic_strict": "grpo_engine.rewards.logic:score_strict",
     "code": "grpo_engine.rewards.code:score",
+    "paper_math": "grpo_engine.rewards.paper:math",
+    "paper_aime": "grpo_engine.rewards.paper:aime",
+    "paper_gsm8k": "grpo_engine.rewards.paper:gsm8k",
+    "paper_choice": "grpo_engine.rewards.paper:choice",
+    "paper_logic": "grpo_engine.rewards.paper:logic",
+    "paper_code": "grpo_engine.rewards.paper:code",
 }
 
 # Linear in the response, no parser of expressions, nothing run: safe in the trainer's own process.
-HARMLESS = frozenset({"exact", "choice"})
+HARMLESS = frozenset({"exact", "choice", "paper_choice"})
 
 
 def register_scorer(name: str, target: str) -> None:

@@ -64,8 +64,12 @@ def score(response: str, problem: Question) -> float:
     Raises:
         ValueError: the problem's answer is no such JSON.
     """
+    return score_program(program_text(response), problem)
+
+
+def score_program(program: str | None, problem: Question) -> float:
+    """`score` of a program that was found in a response; None is worth 0."""
     tests = functional_tests(problem.answer)
-    program = program_text(response)
     if program is None or len(program) > MAX_PROGRAM_CHARS:
         return 0.0
     return float(passes(f"{problem.info.get('prefix') or ''}\n{program}", tests=tests))
@@ -97,7 +101,7 @@ def passes(program: str, *, tests: str) -> bool:
 
     Args:
         program: Python source.
-        tests: Python source, run after it among its names.
+        tests: Python source that calls its functions, from a process of its own (`sandbox.run_tests`).
 
     Returns:
         True when the tests ran to their end. A program that exits, crashes, prints without end or exceeds a limit
@@ -127,7 +131,7 @@ def missing_protections() -> tuple[str, ...]:
     folder = tempfile.gettempdir()
     probes = {
         "network": "import socket\nassert len(socket.if_nameindex()) > 1",
-        "processes": "import os\nassert os.getpid() > 1",
+        "processes": "import os\nassert os.getppid() > 1",
         "files": f"import os, tempfile\nhandle, path = tempfile.mkstemp(dir={folder!r})\nos.unlink(path)",
     }
     return tuple(name for name, program in probes.items() if passes(program, tests="pass"))

@@ -56,12 +56,12 @@ def score(response: str, problem: Question) -> float:
     text = after_thinking(response)
     found = last_boxed(text)
     if found is not None:
-        return float(_equal(gold, _unescaped(found.strip()))) if len(found) <= MAX_ANSWER_CHARS else 0.0
+        return float(equal(gold, _unescaped(found.strip()))) if len(found) <= MAX_ANSWER_CHARS else 0.0
     hashes = _HASHES.findall(text)
     if hashes:
         line = hashes[-1].strip()[:MAX_ANSWER_CHARS]
-        return float(_equal(gold, line) or _equal_somewhere(gold, line))  # "#### 18 dollars" holds the number 18
-    return float(_equal_somewhere(gold, text[-MAX_TAIL_CHARS:]))
+        return float(equal(gold, line) or equal_somewhere(gold, line))  # "#### 18 dollars" holds the number 18
+    return float(equal_somewhere(gold, text[-MAX_TAIL_CHARS:]))
 
 
 def warm_up() -> None:
@@ -97,8 +97,14 @@ def _unescaped(latex: str) -> str:
 
 # One problem's answers come in groups and are often the same: a cache of verdicts saves most of the parsing.
 @functools.lru_cache(maxsize=8192)
-def _equal(gold: str, found: str) -> bool:
-    plain_gold, plain_found = _plain(gold), _plain(found)
+def equal(gold: str, found: str) -> bool:
+    """Whether two answers are equal; see `score`.
+
+    Args:
+        gold: LaTeX or plain text, without a box.
+        found: likewise.
+    """
+    plain_gold, plain_found = spelling(gold), spelling(found)
     if plain_gold == plain_found:
         return True
     if not plain_found:
@@ -107,19 +113,37 @@ def _equal(gold: str, found: str) -> bool:
     rational_gold, rational_found = _rational(plain_gold), _rational(plain_found)
     if rational_gold is not None and rational_found is not None:
         return rational_gold == rational_found
+    # "20%" is answered by 20; that 0.2 is the same is math-verify's to say.
+    if "%" in plain_gold + plain_found and plain_gold.strip("\\%") == plain_found.strip("\\%"):
+        return True
     if _WORD.fullmatch(plain_gold):
         return plain_gold.lower() == plain_found.lower()
+    if "," not in plain_gold and _is_list(plain_found):
+        return False  # math-verify may take the one of several answers that is right
     return _verify(_parse(f"\\boxed{{{gold}}}"), _parse(f"\\boxed{{{found}}}"))
 
 
-def _equal_somewhere(gold: str, text: str) -> bool:
-    if _WORD.fullmatch(_plain(gold)):
+def equal_somewhere(gold: str, text: str) -> bool:
+    """Whether math-verify finds an answer in a text, and it is the true one.
+
+    Args:
+        gold: as in `equal`; a word is found nowhere.
+        text: a response.
+    """
+    if _WORD.fullmatch(spelling(gold)):
         return False  # a word in running text proves nothing
     return _verify(_parse(f"\\boxed{{{gold}}}"), _parse(text))
 
 
-def _plain(latex: str) -> str:
-    """One spelling of the many that LaTeX allows."""
+def spelling(latex: str) -> str:
+    """One spelling of the many that LaTeX allows.
+
+    Args:
+        latex: an answer.
+
+    Returns:
+        The same without white space, sizes, units' markup and the like; "" for nothing but those.
+    """
     text = latex.strip().strip("$").rstrip(".")
     text = _TEXT.sub(r"\1", text)
     text = _DEGREES.sub("", text)
@@ -130,6 +154,16 @@ def _plain(latex: str) -> str:
     if _THOUSANDS.fullmatch(text):
         text = text.replace("{,}", "").replace(",", "")
     return text
+
+
+def _is_list(plain: str) -> bool:
+    """Whether a comma outside of all brackets parts several answers; one of thousands does not."""
+    depth = 0
+    for c in _THOUSANDS.sub("0", plain):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth <= 0:
+            return True
+    return False
 
 
 def _rational(plain: str) -> Fraction | None:

@@ -20,17 +20,21 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pebble
 
+from grpo_engine.config import RewardConfig
 from grpo_engine.processes import SpawnContext
 from grpo_engine.rewards import HARMLESS, import_scorer, scorer_target
 from grpo_engine.rewards.worker import Outcome, checked, prepare, run
 from grpo_engine.types import Problem, Reward
 
 Progress = Callable[[int, int], None]  # (answers scored, answers to score)
+Settled = Callable[[int, Reward], None]  # (which answer, what it is worth)
 
 MEMORY_BYTES = 4 << 30  # of a worker
 START_S = 60.0  # for a fresh worker to take up its first answer
 GRACE_S = 5.0  # after the limit, for pebble to kill a worker, before the whole lane is given up
 MAX_RESTARTS = 3  # of a lane in a row without any answer scored
+
+_PROGRAMS = {scorer_target(name) for name in ("code", "paper_code")}  # scorers that run programs
 
 _log = logging.getLogger(__name__)
 
@@ -46,13 +50,14 @@ class RewardPool:
             rewards = pool.score(["so \\\\boxed{4}"], [problem])  # [Reward(value=1.0, status="ok")]
     """
 
-    def __init__(self, *, workers: int, timeout_s: float) -> None:
+    def __init__(self, *, workers: int, timeout_s: float, unprotected: bool = False) -> None:
         """Starts nothing yet.
 
         Args:
             workers: processes, at least 1.
             timeout_s: wall-clock limit of one answer in seconds, > 0. Results can depend on the machine's speed near
                 the limit only: leave it generous.
+            unprotected: run programs, with a warning, also where the kernel refuses a protection of the sandbox.
 
         Raises:
             ValueError: workers < 1, or timeout_s not positive and finite.
@@ -63,6 +68,7 @@ class RewardPool:
             raise ValueError(f"RewardPool: timeout_s must be positive and finite, got {timeout_s}")
         self.workers = workers
         self.timeout_s = timeout_s
+        self.unprotected = unprotected
         self._lanes: list[_Lane] = []
         self._scratch: tempfile.TemporaryDirectory | None = None
         self._targets: tuple[str, ...] = ()
@@ -80,22 +86,27 @@ class RewardPool:
         self._closed = True
         self._stop_lanes()
 
-    def begin(self, problems: Sequence[Problem], *, progress: Progress | None = None) -> Scoring:
+    def begin(
+        self, problems: Sequence[Problem], *, progress: Progress | None = None, settled: Settled | None = None
+    ) -> Scoring:
         """Opens the scoring of answers that are yet to come, so that workers score the first while others are made.
 
         Args:
             problems: N problems; problems[i].reward names the scorer of answer i.
             progress: called after each answer with how many are scored and N.
+            settled: called with each answer's place and reward, in the order in which they are scored.
 
         Returns:
             A `Scoring`, to be used as a context manager; another one waits until it is left.
 
         Raises:
             ValueError: a problem names no known scorer.
-            RuntimeError: the pool is closed.
+            RuntimeError: the pool is closed, or there are programs to run and the kernel refuses a protection.
         """
         targets = {name: scorer_target(name) for name in dict.fromkeys(p.reward for p in problems)}
-        return Scoring(self, problems, targets, progress)
+        if not _PROGRAMS.isdisjoint(targets.values()):
+            self._check_protections()
+        return Scoring(self, problems, targets, progress, settled)
 
     def score(
         self, responses: Sequence[str], problems: Sequence[Problem], *, progress: Progress | None = None
@@ -114,7 +125,7 @@ class RewardPool:
 
         Raises:
             ValueError: lengths differ, or a problem names no known scorer.
-            RuntimeError: the pool is closed, or workers cannot be started.
+            RuntimeError: see `begin`; or workers cannot be started.
         """
         if len(responses) != len(problems):
             raise ValueError(f"RewardPool.score: {len(responses)} responses do not go with {len(problems)} problems")
@@ -126,13 +137,21 @@ class RewardPool:
         if self._closed:
             raise RuntimeError("RewardPool: the pool is closed")
 
+    def _check_protections(self) -> None:
+        from grpo_engine.rewards.code import missing_protections
+
+        if not (missing := missing_protections()):
+            return
+        what = f"protection of {', '.join(missing)}: this kernel refuses it"
+        if not self.unprotected:
+            raise RuntimeError(
+                f"RewardPool: a model's programs would run without {what}; reward.unprotected=true runs them all the same"
+            )
+        if _PROGRAMS.isdisjoint(self._targets):  # once
+            _log.warning("programs run without %s", what)
+
     def _start_lanes(self, targets: dict[str, str]) -> None:
         wanted = tuple(sorted({t for name, t in targets.items() if name not in HARMLESS} | set(self._targets)))
-        if scorer_target("code") in wanted and scorer_target("code") not in self._targets:
-            from grpo_engine.rewards.code import missing_protections
-
-            if missing := missing_protections():
-                _log.warning("programs run without protection of %s: this kernel refuses it", ", ".join(missing))
         self._targets = wanted
         if not self._lanes:
             self._scratch = tempfile.TemporaryDirectory(prefix="grpo_engine-pool-", ignore_cleanup_errors=True)
@@ -147,6 +166,11 @@ class RewardPool:
             self._scratch.cleanup()
 
 
+def reward_pool(config: RewardConfig) -> RewardPool:
+    """The pool that a configuration asks for; see `RewardPool`."""
+    return RewardPool(workers=config.workers, timeout_s=config.timeout_s, unprotected=config.unprotected)
+
+
 class Scoring:
     """Answers on their way through a pool; see `RewardPool.begin`.
 
@@ -155,9 +179,15 @@ class Scoring:
     """
 
     def __init__(
-        self, pool: RewardPool, problems: Sequence[Problem], targets: dict[str, str], progress: Progress | None
+        self,
+        pool: RewardPool,
+        problems: Sequence[Problem],
+        targets: dict[str, str],
+        progress: Progress | None,
+        settled: Settled | None,
     ) -> None:
-        self._pool, self._problems, self._targets, self._progress = pool, problems, targets, progress
+        self._pool, self._problems, self._targets = pool, problems, targets
+        self._progress, self._settled = progress, settled
         self._here = {name: import_scorer(target) for name, target in targets.items() if name in HARMLESS}
         self._rewards: list[Reward | None] = [None] * len(problems)
         self._responses: dict[int, str] = {}  # that workers have yet to score
@@ -256,7 +286,9 @@ class Scoring:
     def _settle(self, index: int, outcome: Outcome, status: str) -> None:
         if status != "ok":
             self._failures.append((index, status, outcome.error or ""))
-        self._rewards[index] = Reward(value=outcome.value, status=status)
+        self._rewards[index] = reward = Reward(value=outcome.value, status=status)
+        if self._settled is not None:
+            self._settled(index, reward)
         self._scored += 1
         if self._progress is not None:
             self._progress(self._scored, len(self._problems))

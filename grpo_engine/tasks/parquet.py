@@ -7,6 +7,8 @@ extra_info with whatever the source says besides. data_source decides the family
     codegen__humaneval*             code    code
     logic__zebra_puzzle*            logic   logic
     stem__supergpqa*                stem    choice
+
+With behaviour "paper" the scorers are those of `rewards.paper`, which keep the paper's errors.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_engine.config import Behaviour
 from grpo_engine.rewards.choice import LETTERS
 from grpo_engine.rewards.code import functional_tests
 from grpo_engine.types import EvalSet, Problem, Task
@@ -36,19 +39,20 @@ class Family:
 
     domain: str
     reward: str
+    paper: str  # the scorer that does as the paper's
 
 
 FAMILIES: dict[str, Family] = {  # by the start of data_source
-    "math__": Family(domain="math", reward="math"),
-    "aime": Family(domain="math", reward="math"),
-    "openai/gsm8k": Family(domain="math", reward="math"),
-    "codegen__humaneval": Family(domain="code", reward="code"),
-    "logic__zebra_puzzle": Family(domain="logic", reward="logic"),
-    "stem__supergpqa": Family(domain="stem", reward="choice"),
+    "math__": Family(domain="math", reward="math", paper="paper_math"),
+    "aime": Family(domain="math", reward="math", paper="paper_aime"),
+    "openai/gsm8k": Family(domain="math", reward="math", paper="paper_gsm8k"),
+    "codegen__humaneval": Family(domain="code", reward="code", paper="paper_code"),
+    "logic__zebra_puzzle": Family(domain="logic", reward="logic", paper="paper_logic"),
+    "stem__supergpqa": Family(domain="stem", reward="choice", paper="paper_choice"),
 }
 
 
-def read_problems(path: str | Path, *, limit: int | None = None) -> list[Problem]:
+def read_problems(path: str | Path, *, limit: int | None = None, behaviour: Behaviour = "ours") -> list[Problem]:
     """The problems of a file, in its order.
 
     Of one user message the prompt is its content; a system message before it is put in front, with an empty line
@@ -63,6 +67,7 @@ def read_problems(path: str | Path, *, limit: int | None = None) -> list[Problem
         path: a parquet file.
         limit: at most this many problems, spaced evenly over the file: of a file that is sorted by difficulty they
             have the whole's mix, in the same order. None: all.
+        behaviour: "ours", or "paper" for its scorers.
 
     Returns:
         At least one problem.
@@ -74,7 +79,7 @@ def read_problems(path: str | Path, *, limit: int | None = None) -> list[Problem
     """
     if limit is not None and limit < 1:
         raise ValueError(f"read_problems: limit must be at least 1 or None, got {limit}")
-    return _spaced(_read(Path(path)), limit)
+    return _spaced(_read(Path(path), behaviour), limit)
 
 
 def parquet_task(
@@ -82,6 +87,7 @@ def parquet_task(
     train: str | Path,
     evals: Mapping[str, str | Path],
     eval_problems: int | None = None,
+    behaviour: Behaviour = "ours",
     name: str = "parquet",
 ) -> Task:
     """A task from one file to train on and any number of files to be tested on.
@@ -94,6 +100,7 @@ def parquet_task(
         train: file to train on.
         evals: name of an evaluation set to its file; may be empty.
         eval_problems: at most this many problems of each evaluation set, spaced evenly over its file; None: all.
+        behaviour: see `read_problems`.
         name: of the task.
 
     Returns:
@@ -105,9 +112,9 @@ def parquet_task(
     """
     if eval_problems is not None and eval_problems < 1:
         raise ValueError(f"parquet_task: eval_problems must be at least 1 or None, got {eval_problems}")
-    test = {set_name: _read(Path(path)) for set_name, path in evals.items()}
+    test = {set_name: _read(Path(path), behaviour) for set_name, path in evals.items()}
     held_out = {_same_text(p.prompt) for problems in test.values() for p in problems}
-    everything = _read(Path(train))
+    everything = _read(Path(train), behaviour)
     training = [p for p in everything if _same_text(p.prompt) not in held_out]
     if len(training) < len(everything):
         _log.warning(
@@ -149,7 +156,7 @@ def family_of(data_source: str) -> Family:
     raise ValueError(f"unknown data_source {data_source!r}: known ones begin with {', '.join(FAMILIES)}")
 
 
-def _read(path: Path) -> list[Problem]:
+def _read(path: Path, behaviour: Behaviour) -> list[Problem]:
     import pyarrow
     import pyarrow.parquet
 
@@ -168,7 +175,7 @@ def _read(path: Path) -> list[Problem]:
     found: dict[str, Problem] = {}
     for number, row in enumerate(table.select(wanted).to_pylist()):
         try:
-            problem = _problem(row)
+            problem = _problem(row, behaviour)
         except ValueError as e:
             raise ValueError(f"{path}: row {number}: {e}") from e
         found.setdefault(problem.uid, problem)
@@ -178,7 +185,7 @@ def _read(path: Path) -> list[Problem]:
     return list(found.values())
 
 
-def _problem(row: Mapping[str, object]) -> Problem:
+def _problem(row: Mapping[str, object], behaviour: Behaviour) -> Problem:
     source = row["data_source"]
     if not isinstance(source, str):
         raise ValueError(f"data_source must be text, got {_shown(source)}")
@@ -191,7 +198,7 @@ def _problem(row: Mapping[str, object]) -> Problem:
         prompt=prompt,
         answer=answer,
         domain=family.domain,
-        reward=family.reward,
+        reward=family.paper if behaviour == "paper" else family.reward,
         info={"data_source": source, **_info(row.get("extra_info"))},
     )
 

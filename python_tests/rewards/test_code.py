@@ -178,7 +178,7 @@ except OSError:
 
 def test_nothing_of_the_callers_environment_is_seen(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "x")
-    assert code.passes("import os", tests="assert 'SECRET_TOKEN' not in os.environ") is True
+    assert code.passes("import os\nseen = 'SECRET_TOKEN' in os.environ", tests="assert not seen") is True
 
 
 OUTSIDE = {
@@ -225,16 +225,23 @@ def test_real_problems_through_the_pool(real_data):
     chosen = {name: next(p for p in problems if f"check({name})" in p.answer) for name in SOLUTIONS}
     empty = "def {}(*args):\n    return None\n"
     responses = [fenced(s) for s in SOLUTIONS.values()] + [fenced(empty.format(name)) for name in SOLUTIONS]
-    with RewardPool(workers=2, timeout_s=30.0) as pool:
+    with RewardPool(workers=2, timeout_s=30.0, unprotected=True) as pool:
         scored = pool.score(responses, [*chosen.values()] * 2)
     assert [(r.value, r.status) for r in scored] == [(1, "ok")] * 4 + [(0, "ok")] * 4
+
+
+def test_a_pool_refuses_programs_where_a_protection_is_missing(monkeypatch):
+    monkeypatch.setattr(code, "missing_protections", lambda: ("network",))
+    p = type(problem(""))(uid="t", prompt="", answer=TESTS, domain="code", reward="code")
+    with RewardPool(workers=1, timeout_s=5.0) as pool, pytest.raises(RuntimeError, match="network.*reward.unprotected"):
+        pool.score([fenced(RIGHT)], [p])
 
 
 def test_a_killed_worker_takes_its_program_along(monkeypatch):
     name = f"6{os.getpid()}"
     response = fenced(f"import subprocess, time\nsubprocess.Popen(['sleep', '{name}'])\ntime.sleep(100)\n")
     p = type(problem(""))(uid="t", prompt="", answer=TESTS, domain="code", reward="code")
-    with RewardPool(workers=1, timeout_s=1.5) as pool:  # below the sandbox's own limit
+    with RewardPool(workers=1, timeout_s=1.5, unprotected=True) as pool:  # below the sandbox's own limit
         (reward,) = pool.score([response], [p])
     assert (reward.value, reward.status) == (0, "timeout")
     deadline = time.monotonic() + 5

@@ -51,7 +51,7 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
                 "evaluation={count: 2, samples: 3, others_every: 1}", f"model={{path: {tmp_path / 'tiny'}}}"]  # fmt: skip
     if method == "pretrain":
         settings += ["method=pretrain", "model={size: xs}", "evaluation.count=0"]
-        monkeypatch.setattr("grpo_engine.train._tokenizer_and_model", _untrained)
+        monkeypatch.setattr("grpo_engine.train.tokenizer_and_model", _untrained)
     config = load_run_config(None, settings)
     run = records.read_run(train(config, tmp_path / "run", quiet=True))
     cost = total_cost(run.timings)

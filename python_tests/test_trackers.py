@@ -1,0 +1,75 @@
+"""Trackers get the numbers of the records; each is tested where it is installed."""
+
+import json
+import math
+
+import pytest
+
+from grpo_engine import records, trackers
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+
+    def write(name, *rows):
+        (folder / name).write_text("".join(json.dumps({"schema": records.SCHEMA, **row}) + "\n" for row in rows))
+
+    seen = {"prompts_seen": 4, "unique_prompts": 4, "trained_tokens": 90, "compute_6nt": 1e6, "compute_ledger": 2e6}
+    write(records.RUN_FILE, {"config": {"seed": 3}})
+    write(records.STEPS_FILE, *({"step": s, **seen, "reward_mean": 0.25 * s, "loss": -0.5, "kl": None} for s in (1, 2)))
+    write(records.EVALS_FILE, {
+        "step": 2, **seen, "eval_set": "words", "in_domain": True, "mode": "greedy", "temperature": 0.0, "num_problems": 8,
+        "num_samples": 1, "pass1": 0.75, "loss": 0.25, "stderr": 0.1,
+    })  # fmt: skip
+    write(records.TIMINGS_FILE, *({"step": s, "phase": {"decode": {"seconds": 1.5}}} for s in (1, 2, 2)))
+    return folder
+
+
+def test_scalars_are_the_measured_numbers(run_dir):
+    (one, first), (two, second) = trackers.scalars(records.read_run(run_dir, allow_incomplete=True))
+    assert (one, two) == (1, 2) and first["train/reward_mean"] == 0.25 and second["train/reward_mean"] == 0.5
+    assert second["eval/words/greedy/pass1"] == 0.75 and not any(key.startswith("eval") for key in first)
+    assert (first["seconds/decode"], second["seconds/decode"]) == (1.5, 3.0)  # the last step has two records
+    assert "train/kl" not in first and "train/step" not in first and all(map(math.isfinite, second.values()))
+
+
+def test_tensorboard_reads_them_back(run_dir, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert trackers.export(run_dir, "tensorboard", out=tmp_path / "tb") == 2
+    events = EventAccumulator(str(tmp_path / "tb" / "one"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/reward_mean")] == [(1, 0.25), (2, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("eval/words/greedy/pass1")] == [(2, 0.75)]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_the_others_are_given_them(run_dir, tmp_path, tracker, monkeypatch):
+    """A stand-in for the library: what it is called with."""
+    calls = []
+    stand_in = type("Library", (), {
+        "init": staticmethod(lambda **k: calls.append(("init", k))),
+        "log": staticmethod(lambda values, step: calls.append((step, values))),
+        "finish": staticmethod(lambda: calls.append(("finish",))),
+    })  # fmt: skip
+    monkeypatch.setattr(trackers.importlib, "import_module", lambda name: stand_in)
+    assert trackers.export(run_dir, tracker, out=tmp_path / "out") == 2
+    (_, start), (one, first), (two, _), end = calls
+    assert start["name"] == "one" and start["config"] == {"seed": 3} and (one, two, *end) == (1, 2, "finish")
+    assert first["train/loss"] == -0.5
+    assert (start.get("mode") == "offline") == (tracker == "wandb")
+
+
+def test_an_unknown_tracker_and_one_that_is_absent_are_named(run_dir, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="one of tensorboard, wandb, trackio, got 'mlflow'"):
+        trackers.export(run_dir, "mlflow", out=tmp_path)
+
+    def absent(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(trackers.importlib, "import_module", absent)
+    with pytest.raises(ValueError, match="trackio is not installed.*pip install trackio"):
+        trackers.export(run_dir, "trackio", out=tmp_path)
