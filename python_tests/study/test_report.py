@@ -9,9 +9,8 @@ from rich.console import Console
 from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
 from grpo_engine import records
-from grpo_engine.study import report
 from grpo_engine.study.design import AxesConfig
-from grpo_engine.study.figures import (
+from grpo_engine.study.drawing import (
     BarPanel,
     Figure,
     Panel,
@@ -24,7 +23,8 @@ from grpo_engine.study.figures import (
     tick_text,
 )
 from grpo_engine.study.fit import read_fits
-from grpo_engine.study.report import fit_study, law_table, load_data, write_report
+from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
+from grpo_engine.study.report.page import Section, render_page
 
 AXES = (
     AxesConfig(kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),
@@ -181,7 +181,7 @@ def test_a_curve_that_bends_away_from_the_law_is_told(tmp_path):
                     e["pass1"] += 0.12
             path.write_text("".join(json.dumps(e) + "\n" for e in evals))
     data = load_data(tmp_path / "s")
-    (line,) = report._misses(data, fit_study(tmp_path / "s", n_boot=20))
+    (line,) = words.misses(data, fit_study(tmp_path / "s", n_boot=20))
     assert "l base ends below it" in line and "m base" not in line
 
 
@@ -221,7 +221,7 @@ def test_a_name_that_looks_like_markup_stays_text(tmp_path):
     make_study(tmp_path / "s", sizes=("xs",), axes=(AxesConfig(),))
     path = tmp_path / "s" / "study.yaml"
     path.write_text(path.read_text().replace("name: synthetic", "name: <b>bold</b>"))
-    page = report._page(data := load_data(tmp_path / "s"), [], ["a < b"])
+    page = render_page(data := load_data(tmp_path / "s"), [], ["a < b"])
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold" in page and "a &lt; b" in page
     assert data.plan.study.name == "<b>bold</b>"
 
@@ -301,8 +301,8 @@ def test_a_figure_of_one_point_and_of_bars_can_be_drawn(tmp_path):
 def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path, monkeypatch):
     shutil.copytree(study, tmp_path / "s")
     bars = BarPanel(title="", x_label="x", rows=("a",), parts=(("one", "no colour", (1.0,)),))
-    section = report._Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
-    monkeypatch.setattr(report, "_sections", lambda *_: [section])
+    section = Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
+    monkeypatch.setattr("grpo_engine.study.report.page.sections_of", lambda *_: [section])
     with pytest.raises(ValueError, match="valid color"):
         write_report(tmp_path / "s", n_boot=20)
 
@@ -310,9 +310,9 @@ def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path
 def test_variants_take_no_part_in_laws_and_figures(tmp_path):
     axes = (AxesConfig(seeds=(0, 1)), AxesConfig(name="dr", variants={"dr": {"advantage.std": "none"}}))
     the_plan = make_study(tmp_path / "s", axes=axes)
-    data = report.load_data(tmp_path / "s")
+    data = load_data(tmp_path / "s")
     assert sum(c.variant == "dr" for c in the_plan.cells) == 3
     assert len(data.runs) == 9 and [len(data.main(size, "base")) for size in data.sizes] == [2, 2, 2]
-    fits = report.fit_study(tmp_path / "s", n_boot=20)
+    fits = fit_study(tmp_path / "s", n_boot=20)
     assert [s.num_runs for s in fits.get("data", "base").sizes] == [2, 2, 2]
     assert len(set(pq.read_table(tmp_path / "s/runs.parquet").column("run_id").to_pylist())) == 9
