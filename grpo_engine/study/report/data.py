@@ -87,6 +87,11 @@ class StudyData:
         found = ((self.cells[n], r) for n, r in self.runs.items())
         return [r for c, r in found if c.size == size and not c.variant and keep(c)]
 
+    def runs_of(self, size: str, kind: str) -> list[tuple[Cell | ImportedCell, Run]]:
+        """Finished GRPO runs of a size and kind, with their cells; without variants."""
+        found = ((self.cells[n], r) for n, r in self.runs.items())
+        return [(c, r) for c, r in found if (c.size, c.kind, c.method, c.variant) == (size, kind, "grpo", "")]
+
     def main(self, size: str, kind: str) -> list[Run]:
         """GRPO runs without reuse and with the study's own group size."""
         return self.select(

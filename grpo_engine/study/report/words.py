@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from ..claims import Claim
 from ..design import human
 from ..importers import TABLE_FILE
 from ..results import AxisFit, Estimate, Fits
 from .data import Point, StudyData, params_of
-from .fits import AXIS_NAMES, axes_of, budget_picks
+from .fits import AXIS_NAMES, Laws, axes_of
 
 NOISE = 2.0  # standard errors; a smaller difference is called no difference
 
 
-def findings(data: StudyData, fits: Fits) -> list[str]:
+def findings(data: StudyData, laws: Laws, claims: Sequence[Claim]) -> list[str]:
     """What the data say, in sentences; a difference under two standard errors is called none."""
-    out, ordered = [], {}
+    fits, out, ordered = laws.fits, [], {}
     for kind in data.kinds:
         curves = {s: c for s in data.sizes if len(c := data.curve(data.main(s, kind))) > 1}
         if not curves:
@@ -69,12 +70,16 @@ def findings(data: StudyData, fits: Fits) -> list[str]:
             else:
                 parts.append(f"for {f.kind} models the data do not carry it ({f.verdict.why.split('; ')[0]})")
         out.append(f"One law for all sizes, loss against {axis} (95 % intervals): {'; '.join(parts)}.")
-    largest = {kind: (budget, r) for kind, budget, r in budget_picks(data, fits) if r.budget == "compute"}
+    largest = {kind: (budget, r) for kind, budget, r in laws.picks if r.budget == "compute"}
     for kind, (budget, r) in largest.items():
         sure = "decided" if r.decided else "not decided, see below"
         if r.pick == max(r.candidates, key=lambda c: c.params).label:
             sure += "; it is the largest size here"
         out.append(f"Which {kind} model to train for {budget}: {r.pick} ({sure}).")
+    if claims:
+        answers = {v: [c.name for c in claims if c.verdict == v] for v in ("supported", "not supported", "undecided")}
+        said = "; ".join(f"{v}: {listed(names)}" for v, names in answers.items() if names)
+        out.append(f"Of the claims that can be tested here, {said}.")
     return [*out, *misses(data, fits)]
 
 
@@ -180,6 +185,8 @@ def method_points(data: StudyData) -> list[str]:
             f"log counts, N {'what the model is called' if nominal else 'without the embedding and the output head'}.",
             "Logs have no standard errors: those shown are of the spread between runs alone, and none where there is "
             "one run.",
+            "Rewards, entropy, lengths of answers, cost by phase and results of single problems are not in such a table, "
+            "and so not in this report.",
         ]
     config = data.plan.cells[0].config
     samples = f"{head.num_samples} answers to each" if head.num_samples > 1 else "one answer to each"
@@ -228,6 +235,8 @@ def limits(data: StudyData) -> list[str]:
         )
     out.append(
         "Test points of one run are correlated: they are the same weights a few steps on, asked the same problems. "
-        "R² is flattered by it; the intervals come from resampling whole runs and problems where there are enough."
+        "R² is flattered by it. The intervals of the laws come from the lasting scatter of points about each curve, and "
+        "from whole runs where a size has several; test problems are not drawn anew in them, so they are about these "
+        "problems. Those of the claims draw problems anew, too, where the records tell each problem's answers."
     )
     return out
