@@ -656,6 +656,6 @@ def claims_figure(claims: Sequence[Claim]) -> Figure | None:
         legend=tuple(
             Key(label=v, color=c, shape="ring" if v == "undecided" else "dot", group=v) for v, c in VERDICT_COLOR.items()
         ),
-        height=90 + 36 * max(len(c.comparisons) for c in claims),
+        height=90 + 32 * max(len(c.comparisons) for c in claims),
         columns=2,
     )  # fmt: skip
