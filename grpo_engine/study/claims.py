@@ -148,18 +148,22 @@ def study_claims(data: StudyData, *, draws: int = 4000, seed: int = 0) -> tuple[
     Returns:
         In this order, where there is anything to compare: larger models are better at fixed compute; at fixed data;
         reuse is free; base and instruct models gain alike; RL improves each set; larger groups are better at equal
-        prompts, and at equal compute.
+        prompts, and at equal compute. A claim at fixed compute or prompts is left out where a run does not tell them.
     """
     spread, freedom = _seed_spread(data)
     drawer = _Drawer(rng=np.random.default_rng([seed, 6]), draws=draws, spread=spread, freedom=freedom, weights={})
+    evals = [e for run in data.runs.values() for e in _evals(run, data.headline)]
+    compute, prompts = (
+        all(math.isfinite(getattr(e, axis)) for e in evals) for axis in ("compute_6nt", "prompts_seen")
+    )  # other trainers' logs may lack one
     claims = [
-        _larger(data, drawer, "compute_6nt", "compute"),
-        _larger(data, drawer, "prompts_seen", "data"),
-        _reuse(data, drawer),
-        _alike(data, drawer),
-        _transfer(data, drawer),
-        _groups(data, drawer, "prompts_seen", "prompts"),
-        _groups(data, drawer, "compute_6nt", "compute"),
+        _larger(data, drawer, "compute_6nt", "compute") if compute else None,
+        _larger(data, drawer, "prompts_seen", "data") if prompts else None,
+        _reuse(data, drawer) if prompts else None,
+        _alike(data, drawer) if prompts else None,
+        _transfer(data, drawer) if prompts else None,
+        _groups(data, drawer, "prompts_seen", "prompts") if prompts else None,
+        _groups(data, drawer, "compute_6nt", "compute") if compute else None,
     ]
     return tuple(c for c in claims if c is not None)
 

@@ -1,5 +1,6 @@
 """Verdicts on synthetic studies whose truth is known."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -87,6 +88,13 @@ def test_one_run_decides_nothing(tmp_path):
     claim = claims_of(tmp_path, axes=(single,), sizes=("xs", "m"))["larger at fixed data"]
     assert claim.verdict == "undecided"
     assert "spread between seeds is unknown" in claim.comparisons[0].note
+
+
+def test_claims_at_prompts_that_a_log_does_not_tell_are_left_out(tmp_path):
+    make_study(tmp_path / "s", sizes=("xs", "m"), axes=(AxesConfig(seeds=(0, 1)),), steps=10)
+    data = load_data(tmp_path / "s")
+    runs = {n: replace(r, evals=[replace(e, prompts_seen=math.nan) for e in r.evals]) for n, r in data.runs.items()}
+    assert [c.name for c in study_claims(replace(data, runs=runs), draws=100)] == ["larger at fixed compute"]
 
 
 def test_pairing_over_problems_narrows_the_interval(tmp_path):

@@ -7,10 +7,14 @@ import pytest
 from typer.testing import CliRunner
 
 from grpo_engine.cli import app
+from grpo_engine.study.claims import study_claims
 from grpo_engine.study.fit import read_fits
 from grpo_engine.study.forecast import num_params
 from grpo_engine.study.importers import RunInfo, import_logs, read_table
-from grpo_engine.study.report import fit_study, write_report
+from grpo_engine.study.report import fit_study, load_data
+from grpo_engine.study.report.fits import study_laws
+from grpo_engine.study.report.page import render_page, sections_of
+from grpo_engine.study.report.words import findings
 
 K_MAX, N0 = 0.14, 13e9
 STEPS, PROMPTS, TOKENS = range(0, 106, 5), 512, 4096 * 1100
@@ -97,9 +101,13 @@ def test_the_planted_law_is_found(study):
 
 
 def test_a_page_says_whose_runs_they_are(study):
-    page = write_report(study, n_boot=20).read_text()
+    data, fits = load_data(study), fit_study(study, n_boot=20)
+    laws, claims = study_laws(data, fits), study_claims(data)
+    sections = sections_of(data, laws, claims)
+    page = render_page(data, sections, findings(data, laws, claims))
     assert "The runs are of another trainer" in page and "14B" in page and "cells are not finished" not in page
-    assert (study / "report/figures/loss_compute.png").exists()
+    assert {f.name for s in sections for f in s.figures} >= {"loss_compute", "loss_data", "claims", "residuals", "frontier"}
+    assert not {"plan", "cost", "training", "tau"} & {s.id for s in sections}  # a log has none of them
 
 
 def test_a_recommendation_comes_from_the_command(study):

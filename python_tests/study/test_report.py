@@ -9,9 +9,9 @@ from rich.console import Console
 from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
 from grpo_engine import records
-from grpo_engine.study import report
+from grpo_engine.study.claims import study_claims
 from grpo_engine.study.design import AxesConfig
-from grpo_engine.study.figures import (
+from grpo_engine.study.drawing import (
     BarPanel,
     Figure,
     Panel,
@@ -24,7 +24,10 @@ from grpo_engine.study.figures import (
     tick_text,
 )
 from grpo_engine.study.fit import read_fits
-from grpo_engine.study.report import fit_study, law_table, load_data, write_report
+from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
+from grpo_engine.study.report.fits import study_laws
+from grpo_engine.study.report.page import Section, render_page, sections_of
+from grpo_engine.study.report.tables import Table
 
 AXES = (
     AxesConfig(kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),
@@ -52,7 +55,7 @@ def text_of(page):
 
 
 def panels_of(page):
-    return json.loads(re.search(r"const panels = (\{.*?\});\nfor", page, flags=re.DOTALL).group(1))
+    return json.loads(re.search(r"const panels = (\{.*?\});\n//", page, flags=re.DOTALL).group(1))
 
 
 def test_the_table_holds_every_evaluation(study):
@@ -73,9 +76,11 @@ def test_the_planted_law_is_in_the_fits(study):
             assert found.joint.parameters["N0"].value == pytest.approx(N0, rel=0.5)
 
 
-def test_the_page_needs_no_network(page):
+def test_the_page_needs_no_network(study, page):
     outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
-    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", outside)
+    links = re.findall(r"(?:src|href)=[\"'](?!#|data:)([^\"']*)", outside)
+    assert links and all(re.fullmatch(r"(figures|tables)/\w+\.(png|pdf|md|tex)", link) for link in links)
+    assert all((study / "report" / link).is_file() for link in links)
     assert page.count("Plotly.newPlot") >= 1 and page.count("plotly.js v") == 1
     assert 'name="viewport"' in page
 
@@ -96,9 +101,11 @@ def test_every_panel_of_the_page_has_its_drawing_and_its_file(study, page):
     assert set(re.findall(r'<div class="panel" id="([^"]+)"', page)) == set(panels)
     names = {i.rsplit("-", 1)[0] for i in panels}
     assert names == {
-        "loss_compute", "loss_data", "slopes", "base_instruct", "control", "learning_curves", "transfer", "tau",
-        "group_size", "cost",
+        "claims", "loss_compute", "loss_data", "slopes", "levels", "residuals", "frontier", "base_instruct",
+        "learning_curves", "control", "tau", "group_size", "training", "response_length", "transfer", "transfer_grid",
+        "cost",
     }  # fmt: skip
+    assert len(re.findall(r'alt="[^"]*" src="data:image/png;base64,iVBOR', page)) == len(names)  # for print
     folder = study / "report" / "figures"
     assert {p.name for p in folder.iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "pdf")}
     for path in folder.iterdir():
@@ -127,6 +134,63 @@ def test_the_fitted_lines_pass_through_the_planted_law(page):
         (line,) = [t for t in traces if t.get("name") == f"{size}, fitted"]
         for x, y in zip(line["x"], line["y"], strict=True):
             assert y == pytest.approx(true_loss(PARAMS[size], x, "instruct"), rel=0.08)
+
+
+def test_a_law_is_continued_where_nothing_was_measured(page):
+    traces = {t["name"]: t for t in panels_of(page)["loss_data-0"]["data"] if "name" in t}
+    fitted, beyond = traces["l, fitted"], traces["l, continued"]
+    assert beyond["line"]["dash"] != "solid" and fitted["line"]["dash"] == "solid"
+    assert beyond["x"][0] == pytest.approx(max(traces["l"]["x"])) and beyond["x"][-1] == pytest.approx(3 * beyond["x"][0])
+    assert beyond["y"][-1] == pytest.approx(true_loss(PARAMS["l"], beyond["x"][-1]), rel=0.08)
+
+
+def test_residuals_are_what_the_law_leaves(study, page):
+    panels = panels_of(page)
+    points = {t["name"]: t for t in panels["loss_data-0"]["data"] if t.get("mode") == "markers"}
+    (left,) = [t for t in panels["residuals-2"]["data"] if t["name"] == "m"]
+    fit = read_fits(study / "fits.json").get("data", "base").joint
+    assert "base models, against data" in panels["residuals-2"]["layout"]["title"]["text"]
+    want = [y - float(fit.loss("m", x)) for x, y in zip(points["m"]["x"], points["m"]["y"], strict=True)]
+    assert left["y"] == pytest.approx(want, abs=1e-9)
+
+
+def test_every_legend_entry_that_can_be_pressed_has_series(page):
+    panels = panels_of(page)
+    for name, figure in re.findall(r'<figure id="figure-(\w+)">(.*?)</figure>', page, flags=re.DOTALL):
+        groups = set(re.findall(r'data-group="([^"]*)"', figure))
+        drawn = {t["legendgroup"] for i, p in panels.items() if i.startswith(f"{name}-") for t in p["data"]}
+        assert groups <= drawn, name
+        assert figure.count('tabindex="0" role="group"') == sum(i.rsplit("-", 1)[0] == name for i in panels)
+
+
+def test_the_claims_have_their_verdicts_on_the_page(study, page):
+    text = text_of(page)
+    for claim in study_claims(load_data(study)):
+        assert claim.statement in text and claim.why in text
+    rows = (study / "report/tables/comparisons.md").read_text()
+    assert re.search(r"fixed data \| l against m, base \| \+0\.\d{3} \[.*\| 0\.02 \| supported \| 2, 2 \|", rows)
+    assert "Which law predicts what it did not see" in text and "next smaller size" in text
+    assert "The frontier N*(C)" in text and "Each row holds from its compute on" in text
+
+
+def test_a_table_is_the_same_in_every_form(study, page):
+    folder = study / "report" / "tables"
+    names = {p.stem for p in folder.iterdir()}
+    assert {p.name for p in folder.iterdir()} == {f"{n}.{e}" for n in names for e in ("md", "tex")}
+    assert {"law", "claims", "comparisons", "held_out", "other_laws", "frontier", "plan", "versions", "cost"} <= names
+    for name in names:
+        rows = [x for x in (folder / f"{name}.md").read_text().splitlines() if x.startswith("| ")]
+        tex = (folder / f"{name}.tex").read_text()
+        assert tex.count(r" \\") == len(rows) - 1 and tex.count("{") == tex.count("}")  # the rule is no row
+        assert page.count(f"tables/{name}.tex") == 1
+
+
+def test_tables_escape_what_their_forms_reserve():
+    table = Table(name="t", head=("a_b", "c|d"), rows=[("50 % & more", "3·10⁻¹² ± 2\u00a0x²")], title="K_max", note="#1")
+    assert table.markdown() == "K_max\n\n| a_b | c\\|d |\n| --- | ---: |\n| 50 % & more | 3·10⁻¹² ± 2\u00a0x² |\n\n#1\n"
+    tex = table.latex()
+    assert r"a\_b & c|d \\" in tex and r"50 \% \& more & 3$\cdot$10$^{-12}$ $\pm$ 2~x$^2$ \\" in tex
+    assert r"\begin{tabular}{lr}" in tex and r"\caption{K\_max}" in tex and r"\#1" in tex
 
 
 def test_reuse_and_group_runs_stay_out_of_the_main_curves(study):
@@ -170,7 +234,7 @@ def test_the_terminal_says_why_a_law_is_not_carried(tmp_path):
 
 def test_a_curve_that_bends_away_from_the_law_is_told(tmp_path):
     the_plan = make_study(tmp_path / "s", sizes=("xs", "s", "m", "l"), axes=(AxesConfig(seeds=(0, 1)),))
-    assert "not every curve is" not in write_report(tmp_path / "s", n_boot=20).read_text()
+    assert words.misses(load_data(tmp_path / "s"), fit_study(tmp_path / "s", n_boot=20)) == []
     for cell in the_plan.cells:
         if cell.size == "l":  # the last point of the largest size falls by a third more than the law has
             path = tmp_path / "s" / cell.folder / "evals.jsonl"
@@ -181,21 +245,28 @@ def test_a_curve_that_bends_away_from_the_law_is_told(tmp_path):
                     e["pass1"] += 0.12
             path.write_text("".join(json.dumps(e) + "\n" for e in evals))
     data = load_data(tmp_path / "s")
-    (line,) = report._misses(data, fit_study(tmp_path / "s", n_boot=20))
+    (line,) = words.misses(data, fit_study(tmp_path / "s", n_boot=20))
     assert "l base ends below it" in line and "m base" not in line
 
 
 def test_a_report_can_be_made_of_a_part(tmp_path):
-    sizes = ("xs", "s", "m")
-    axes = (AxesConfig(seeds=(0,)),)
-    the_plan = make_study(tmp_path / "s", sizes=sizes, axes=axes, unfinished=("m-base-seed0",))
-    page = write_report(tmp_path / "s", n_boot=20).read_text()
-    text = text_of(page)
-    assert "1 of 3 cells are not finished and not in this report: m-base-seed0" in text
+    axes = (AxesConfig(seeds=(0,)), AxesConfig(name="reuse", sizes=("s",), tau=(5,)))
+    unfinished = ("m-base-seed0", "s-base-tau5-seed0")
+    make_study(tmp_path / "s", sizes=("xs", "s", "m"), axes=axes, unfinished=unfinished)
+    data, fits = load_data(tmp_path / "s"), fit_study(tmp_path / "s", n_boot=20)
+    laws, claims = study_laws(data, fits), study_claims(data)
+    sections = sections_of(data, laws, claims)
+    text = text_of(render_page(data, sections, words.findings(data, laws, claims)))
+    assert "2 of 4 cells are not finished and not in this report: m-base-seed0, s-base-tau5-seed0" in text
     assert "There is no control" in text and "With one run at some or all sizes" in text
     assert "for base models the data do not carry it (2 sizes" in text
-    assert len(the_plan.cells) == 3 and re.search(r"Which base model to train for .*: s \(not decided", text)
-    assert not fit_study(tmp_path / "s", n_boot=20).get("data", "base").verdict.ok
+    assert re.search(r"Which base model to train for .*: s \(not decided", text)
+    assert not fits.get("data", "base").verdict.ok
+    assert "problems are not drawn anew" in text and "No law could be tested on what it had not seen" in text
+    # what the plan asked for and is not there is said, what nobody asked for is not
+    shown = {s.id: s for s in sections}
+    assert "not finished: s-base-tau5-seed0" in shown["tau"].text[0] and not shown["tau"].figures
+    assert "group_size" not in shown and "control" not in shown
 
 
 def test_a_study_without_a_finished_cell_is_an_error(tmp_path):
@@ -221,7 +292,7 @@ def test_a_name_that_looks_like_markup_stays_text(tmp_path):
     make_study(tmp_path / "s", sizes=("xs",), axes=(AxesConfig(),))
     path = tmp_path / "s" / "study.yaml"
     path.write_text(path.read_text().replace("name: synthetic", "name: <b>bold</b>"))
-    page = report._page(data := load_data(tmp_path / "s"), [], ["a < b"])
+    page = render_page(data := load_data(tmp_path / "s"), [], ["a < b"])
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold" in page and "a &lt; b" in page
     assert data.plan.study.name == "<b>bold</b>"
 
@@ -301,8 +372,9 @@ def test_a_figure_of_one_point_and_of_bars_can_be_drawn(tmp_path):
 def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path, monkeypatch):
     shutil.copytree(study, tmp_path / "s")
     bars = BarPanel(title="", x_label="x", rows=("a",), parts=(("one", "no colour", (1.0,)),))
-    section = report._Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
-    monkeypatch.setattr(report, "_sections", lambda *_: [section])
+    section = Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
+    monkeypatch.setattr("grpo_engine.study.report.page.fit_data", lambda *_: read_fits(study / "fits.json"))
+    monkeypatch.setattr("grpo_engine.study.report.page.sections_of", lambda *_: [section])
     with pytest.raises(ValueError, match="valid color"):
         write_report(tmp_path / "s", n_boot=20)
 
@@ -310,9 +382,9 @@ def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path
 def test_variants_take_no_part_in_laws_and_figures(tmp_path):
     axes = (AxesConfig(seeds=(0, 1)), AxesConfig(name="dr", variants={"dr": {"advantage.std": "none"}}))
     the_plan = make_study(tmp_path / "s", axes=axes)
-    data = report.load_data(tmp_path / "s")
+    data = load_data(tmp_path / "s")
     assert sum(c.variant == "dr" for c in the_plan.cells) == 3
     assert len(data.runs) == 9 and [len(data.main(size, "base")) for size in data.sizes] == [2, 2, 2]
-    fits = report.fit_study(tmp_path / "s", n_boot=20)
+    fits = fit_study(tmp_path / "s", n_boot=20)
     assert [s.num_runs for s in fits.get("data", "base").sizes] == [2, 2, 2]
     assert len(set(pq.read_table(tmp_path / "s/runs.parquet").column("run_id").to_pylist())) == 9

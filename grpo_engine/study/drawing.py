@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ def size_colors(sizes: Sequence[str]) -> dict[str, str]:
     return {size: mix(i * step if len(sizes) > 1 else last / 2) for i, size in enumerate(sizes)}
 
 
+Span = tuple[float | None, float | None]  # ends of a bar; None: there is none on that side
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
     """Points in the order in which a line joins them."""
@@ -58,7 +61,8 @@ class Series:
     color: str
     y_error: Sequence[float | None] | None = None  # half-length of the bar
     x_error: Sequence[float | None] | None = None
-    y_span: Sequence[tuple[float | None, float | None]] | None = None  # ends of a bar that is not symmetric
+    y_span: Sequence[Span] | None = None  # ends of a bar that is not symmetric
+    x_span: Sequence[Span] | None = None
     low: Sequence[float] | None = None  # band, with `high`
     high: Sequence[float] | None = None
     line: bool = True
@@ -67,6 +71,7 @@ class Series:
     dashed: bool = False
     end_label: str | None = None  # written beside the last point
     thin: bool = False
+    group: str = ""  # the legend's entry that shows and hides it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +88,14 @@ class Panel:
     ticks_y: Sequence[tuple[float, str]] | None = None
     ticks_x: Sequence[float] | None = None  # where the axis is marked; None: round numbers
     zero: str | None = None  # "x" or "y": a line at 0 of that axis
+    limits: Sequence[float] = ()  # dashed lines at these x
     x_zero: bool = False  # the axis starts at 0
     note: str | None = None  # written in the panel
+
+    @property
+    def about(self) -> str:
+        """What the axes are, for those who do not see them."""
+        return f"{self.title}: {self.y_label or 'rows'} by {self.x_label}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +107,21 @@ class BarPanel:
     rows: Sequence[str]
     parts: Sequence[tuple[str, str, Sequence[float]]]  # label, colour, a value a row
 
+    @property
+    def about(self) -> str:
+        """See `Panel.about`."""
+        return f"{self.title}: {self.x_label} by row"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """An entry of a legend."""
+
+    label: str
+    color: str
+    shape: str = "line"  # "line", "dash", "dot", "ring" or "box"
+    group: str = ""  # the series that it shows and hides; empty: it only explains
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
@@ -105,8 +131,9 @@ class Figure:
     title: str
     caption: str
     panels: Sequence[Panel | BarPanel]
-    legend: Sequence[tuple[str, str, str]] = field(default_factory=tuple)  # label, colour, "line"|"dash"|"dot"|"box"
+    legend: Sequence[Key] = ()
     height: int = 340  # pixels of a panel
+    columns: int = 3  # at the most, where there is room
 
 
 # ------------------------------------------------------------------------------------ ranges and ticks
@@ -197,7 +224,9 @@ class _Axis:
         return self.low + place * (self.high - self.low)
 
 
-def _axis(values: Sequence[float], *, log: bool, before: float, after: float, from_zero: bool = False) -> _Axis:
+def _axis(
+    values: Sequence[float], *, log: bool, before: float, after: float, from_zero: bool = False, most: int = 6
+) -> _Axis:
     values = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not log)]
     low, high = (min(values), max(values)) if values else (1.0, 2.0)
     if from_zero:
@@ -210,7 +239,7 @@ def _axis(values: Sequence[float], *, log: bool, before: float, after: float, fr
     else:
         span = (high - low) or max(abs(high), 1.0) * 0.2
         low, high = low - (0 if from_zero else before * span), high + after * span
-    ticks = log_ticks(low, high) if log else [t for t in linear_ticks(low, high) if low <= t <= high]
+    ticks = log_ticks(low, high) if log else [t for t in linear_ticks(low, high, most) if low <= t <= high]
     return _Axis(low=low, high=high, log=log, ticks=ticks, names=[tick_text(t) for t in ticks])
 
 
@@ -225,13 +254,17 @@ def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
         if s.low is not None and s.high is not None:
             ys += [*s.low, *s.high]
         ys += [end for span in s.y_span or () for end in span if end is not None]
+        xs += [end for span in s.x_span or () for end in span if end is not None]
     if panel.zero:
         (xs if panel.zero == "x" else ys).append(0.0)
+    xs += panel.limits
+    few = 4 if panel.ticks_y is not None else 6  # names of rows leave little room
     labels = any(s.end_label for s in panel.series)
     longest = max((len(s.end_label) for s in panel.series if s.end_label), default=0)
     x = _axis(
-        xs, log=panel.x_log, before=0.04, after=0.04 + (0.03 + 0.02 * longest if labels else 0), from_zero=panel.x_zero
-    )
+        xs, log=panel.x_log, before=0.04, after=0.04 + (0.03 + 0.02 * longest if labels else 0), from_zero=panel.x_zero,
+        most=few,
+    )  # fmt: skip
     if panel.ticks_x is not None:
         x = replace(x, ticks=list(panel.ticks_x), names=[tick_text(t) for t in panel.ticks_x])
     if panel.ticks_y is not None:
@@ -278,9 +311,11 @@ def plotly_spec(panel: Panel | BarPanel, *, height: int) -> dict[str, Any]:
     return _plotly_bars(panel, height) if isinstance(panel, BarPanel) else _plotly_xy(panel, height)
 
 
-def _plotly_layout(title: str, height: int) -> dict[str, Any]:
+def _plotly_layout(title: str, height: int, *, aside: bool = False) -> dict[str, Any]:
+    """What all panels have in common; `aside`: the title begins above the names of the rows, not above the axes."""
     return {
-        "title": {"text": title, "font": {"size": 14, "color": INK}, "x": 0, "xref": "paper", "xanchor": "left",
+        "title": {"text": title, "font": {"size": 14, "color": INK}, "x": 0, "xref": "container" if aside else "paper",
+                  "xanchor": "left",
                   "y": 0.97, "yanchor": "top"},
         "height": height,
         "margin": {"l": 58, "r": 12, "t": 40 if title else 12, "b": 52},
@@ -296,9 +331,11 @@ def _plotly_layout(title: str, height: int) -> dict[str, Any]:
 def _plotly_axis(axis: _Axis, label: str, *, grid: bool) -> dict[str, Any]:
     ends = [math.log10(axis.low), math.log10(axis.high)] if axis.log else [axis.low, axis.high]
     return {
-        "type": "log" if axis.log else "linear", "range": ends, "tickvals": axis.ticks, "ticktext": axis.names,
+        "type": "log" if axis.log else "linear", "range": ends, "tickvals": axis.ticks,
+        "ticktext": [n.replace("\n", "<br>") for n in axis.names],
         "title": {"text": label, "standoff": 8}, "showgrid": grid, "gridcolor": GRID, "zeroline": False,
         "showline": True, "linecolor": FAINT, "ticks": "outside", "tickcolor": FAINT, "ticklen": 4,
+        "tickangle": 0,
     }  # fmt: skip
 
 
@@ -311,12 +348,14 @@ def _plotly_xy(panel: Panel, height: int) -> dict[str, Any]:
                 {
                     "type": "scatter", "mode": "lines", "x": [*s.x, *reversed(s.x)], "y": [*s.high, *reversed(s.low)],
                     "fill": "toself", "fillcolor": _rgba(s.color, 0.16), "line": {"width": 0}, "hoverinfo": "skip",
+                    "legendgroup": s.group,
                 }
             )  # fmt: skip
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": "+".join(m for m, on in (("lines", s.line), ("markers", s.markers)) if on) or "none",
             "name": s.label,
+            "legendgroup": s.group,
             "x": list(s.x),
             "y": list(s.y),
             "line": {"color": s.color, "width": 1.2 if s.thin else 2, "dash": "4px,3px" if s.dashed else "solid"},
@@ -331,15 +370,16 @@ def _plotly_xy(panel: Panel, height: int) -> dict[str, Any]:
             if errors:
                 trace[key] = {"type": "data", "array": list(errors), "color": _rgba(s.color, 0.6), "thickness": 1.2,
                               "width": 0}  # fmt: skip
-        if s.y_span:
-            up, down = _arms(s)
-            trace["error_y"] = {"type": "data", "symmetric": False, "array": up, "arrayminus": down,
-                                "color": _rgba(s.color, 0.6), "thickness": 1.2, "width": 0}  # fmt: skip
+        for key, values, spans in (("error_y", s.y, s.y_span), ("error_x", s.x, s.x_span)):
+            if spans:
+                up, down = _arms(values, spans)
+                trace[key] = {"type": "data", "symmetric": False, "array": up, "arrayminus": down,
+                              "color": _rgba(s.color, 0.6), "thickness": 1.2, "width": 0}  # fmt: skip
         data.append(trace)
     annotations = [
         {
             "x": math.log10(lx) if x.log else lx, "y": math.log10(ly) if y.log else ly, "text": s.end_label,
-            "showarrow": False, "xanchor": "left", "xshift": 7, "font": {"color": s.color, "size": 12},
+            "showarrow": False, "xanchor": "left", "xshift": 7, "font": {"color": s.color, "size": 12}, "name": s.group,
         }
         for lx, ly, s in _labels(panel, x, y)
     ]  # fmt: skip
@@ -348,18 +388,18 @@ def _plotly_xy(panel: Panel, height: int) -> dict[str, Any]:
             {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "text": panel.note, "showarrow": False,
              "font": {"color": FAINT}}
         )  # fmt: skip
-    layout = _plotly_layout(panel.title, height) | {
+    layout = _plotly_layout(panel.title, height, aside=panel.ticks_y is not None) | {
         "xaxis": _plotly_axis(x, panel.x_label, grid=True),
-        "yaxis": _plotly_axis(y, panel.y_label, grid=True) | ({"automargin": True} if panel.ticks_y else {}),
+        "yaxis": _plotly_axis(y, panel.y_label, grid=True) | {"automargin": True},
         "annotations": annotations,
     }
-    if panel.zero:
-        ends = {"x": (0, 0, 0, 1), "y": (0, 1, 0, 0)}[panel.zero]
-        layout["shapes"] = [
-            {"type": "line", "xref": "x" if panel.zero == "x" else "paper",
-             "yref": "y" if panel.zero == "y" else "paper", "x0": ends[0], "x1": ends[1], "y0": ends[2], "y1": ends[3],
-             "line": {"color": FAINT, "width": 1}, "layer": "below"}
-        ]  # fmt: skip
+    across = {"type": "line", "line": {"color": FAINT, "width": 1}, "layer": "below"}
+    upright = across | {"xref": "x", "yref": "paper", "y0": 0, "y1": 1}
+    layout["shapes"] = [
+        *([upright | {"x0": 0, "x1": 0}] if panel.zero == "x" else []),
+        *([across | {"xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": 0, "y1": 0}] if panel.zero == "y" else []),
+        *(upright | {"x0": at, "x1": at, "line": {"color": FAINT, "width": 1, "dash": "dot"}} for at in panel.limits),
+    ]
     return {"data": data, "layout": layout}
 
 
@@ -367,13 +407,14 @@ def _plotly_bars(panel: BarPanel, height: int) -> dict[str, Any]:
     data = [
         {
             "type": "bar", "orientation": "h", "name": label, "y": list(panel.rows), "x": list(values),
+            "legendgroup": label,
             "marker": {"color": color}, "hovertemplate": f"{label}: %{{x:.3g}}<extra>%{{y}}</extra>",
         }
         for label, color, values in panel.parts
     ]  # fmt: skip
     high = max((sum(v[i] for _, _, v in panel.parts) for i in range(len(panel.rows))), default=1.0)
     axis = _Axis(low=0, high=high, log=False, ticks=linear_ticks(0, high), names=[])
-    layout = _plotly_layout(panel.title, height) | {
+    layout = _plotly_layout(panel.title, height, aside=True) | {
         "barmode": "stack",
         "bargap": 0.35,
         "xaxis": _plotly_axis(axis, panel.x_label, grid=True) | {"ticktext": [tick_text(t) for t in axis.ticks]},
@@ -382,10 +423,10 @@ def _plotly_bars(panel: BarPanel, height: int) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _arms(s: Series) -> tuple[list[float], list[float]]:
-    """Lengths of the bars of `y_span` above and below the points."""
-    up = [0.0 if high is None else high - y for y, (_, high) in zip(s.y, s.y_span or (), strict=True)]
-    down = [0.0 if low is None else y - low for y, (low, _) in zip(s.y, s.y_span or (), strict=True)]
+def _arms(values: Sequence[float], spans: Sequence[Span]) -> tuple[list[float], list[float]]:
+    """Lengths of bars above and below the points."""
+    up = [0.0 if high is None else high - v for v, (_, high) in zip(values, spans, strict=True)]
+    down = [0.0 if low is None else v - low for v, (low, _) in zip(values, spans, strict=True)]
     return [max(v, 0.0) for v in up], [max(v, 0.0) for v in down]
 
 
@@ -422,7 +463,7 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
         "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left",
         "pdf.fonttype": 42,
     }  # fmt: skip
-    columns = min(len(figure.panels), 3)
+    columns = min(len(figure.panels), figure.columns)
     rows = math.ceil(len(figure.panels) / columns)
     with matplotlib.rc_context(style):
         width = 3.6 * columns + 0.4 if columns > 1 else 5.2
@@ -436,7 +477,7 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
             ax.set_axis_off()
         if figure.legend:
             mpl.legend(
-                handles=[_mpl_handle(*entry) for entry in figure.legend], loc="outside lower center",
+                handles=[_mpl_handle(key) for key in figure.legend], loc="outside lower center",
                 ncols=min(len(figure.legend), 4 * columns), frameon=False, fontsize=8, handlelength=1.6,
             )  # fmt: skip
         paths = [folder / f"{figure.name}.png", folder / f"{figure.name}.pdf"]
@@ -445,16 +486,17 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     return paths
 
 
-def _mpl_handle(label: str, color: str, shape: str) -> Any:
+def _mpl_handle(key: Key) -> Any:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    if shape == "box":
-        return Patch(color=color, label=label)
-    line = {"line": "-", "dash": (0, (4, 3)), "dot": "", "ring": ""}[shape]
-    mark = "o" if shape in ("dot", "ring") else ""
-    face = "white" if shape == "ring" else color
-    return Line2D([], [], color=color, linestyle=line, marker=mark, markersize=5, markerfacecolor=face, label=label)
+    if key.shape == "box":
+        return Patch(color=key.color, label=key.label)
+    line = {"line": "-", "dash": (0, (4, 3)), "dot": "", "ring": ""}[key.shape]
+    mark = "o" if key.shape in ("dot", "ring") else ""
+    face = "white" if key.shape == "ring" else key.color
+    return Line2D([], [], color=key.color, linestyle=line, marker=mark, markersize=5, markerfacecolor=face,
+                  label=key.label)  # fmt: skip
 
 
 def _mpl_axis(axis: Any, ours: _Axis, setter: Any) -> None:
@@ -481,8 +523,9 @@ def _mpl_xy(ax: Any, panel: Panel) -> None:
             "linestyle": ((0, (4, 3)) if s.dashed else "-") if s.line else "none", "marker": "o" if s.markers else "",
         }  # fmt: skip
         errors = [[v or 0.0 for v in e] if e else None for e in (s.y_error, s.x_error)]
-        if s.y_span:
-            errors[0] = list(reversed(_arms(s)))
+        for i, (values, spans) in enumerate(((s.y, s.y_span), (s.x, s.x_span))):
+            if spans:
+                errors[i] = list(reversed(_arms(values, spans)))
         ax.errorbar(s.x, s.y, yerr=errors[0], xerr=errors[1], elinewidth=0.8, capsize=0, **style)
     _mpl_axis(ax.xaxis, x, ax.set_xlim)
     _mpl_axis(ax.yaxis, y, ax.set_ylim)
@@ -491,6 +534,8 @@ def _mpl_xy(ax: Any, panel: Panel) -> None:
                     fontsize=8, annotation_clip=False)  # fmt: skip
     if panel.zero:
         (ax.axvline if panel.zero == "x" else ax.axhline)(0, color=FAINT, linewidth=0.9, zorder=1.5)
+    for at in panel.limits:
+        ax.axvline(at, color=FAINT, linewidth=0.9, linestyle=":", zorder=1.5)
     if panel.note:
         ax.text(0.5, 0.5, panel.note, transform=ax.transAxes, ha="center", va="center", color=FAINT)
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)

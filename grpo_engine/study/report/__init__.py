@@ -1,0 +1,31 @@
+"""From the records of a study to a table, fitted laws, figures and one page.
+
+    runs.parquet           every evaluation of every finished cell, one row each
+    fits.json              the fitted laws
+    report/index.html      the page: self-contained, interactive, no network
+    report/figures/        every figure as *.png and *.pdf
+    report/tables/         every table as *.md and *.tex (booktabs)
+
+    data.py     the finished cells          fits.py     their laws, and what these recommend
+    tables.py   the tables                  figures.py  the figures, which ../drawing.py draws
+    words.py    what is said in sentences   page.py     the sections, the page and the files
+
+Only records are read, so a report can be remade offline in seconds, and a finished part of a study can be looked at
+while the rest runs.
+"""
+
+from .data import StudyData, load_data
+from .fits import FITS_FILE, fit_study, recommendations
+from .page import REPORT, write_report
+from .tables import law_table
+
+__all__ = [
+    "FITS_FILE",
+    "REPORT",
+    "StudyData",
+    "fit_study",
+    "law_table",
+    "load_data",
+    "recommendations",
+    "write_report",
+]

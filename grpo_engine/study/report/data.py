@@ -1,0 +1,266 @@
+"""The finished cells of a study, and ways to look at them: what every table and figure is made of.
+
+Standard errors. An evaluation records the standard error of pass@1 over its problems. The mean of n runs that
+answered the same problems keeps that error (which problems were drawn does not average out) and adds the spread of
+the runs over the square root of n; the two are added in quadrature. A difference of two such means is treated as if
+they were independent, which is cautious, as both answered the same problems.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import records
+from ...cost import mean_cost, total_cost
+from ...records import EvalRecord, PhaseCost, Run
+from ..curves import PARAMS
+from ..design import STUDY_FILE, Cell, Plan, load_study, plan
+from ..importers import read_table
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """The mean of several runs at one evaluation."""
+
+    step: int
+    prompts: float
+    tokens: float
+    compute: float  # 6 N T
+    pass1: float
+    error: float  # standard error of pass1, and of the loss
+    num_runs: int
+
+    @property
+    def loss(self) -> float:
+        return 1.0 - self.pass1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportedCell:
+    """What is known of a run whose log was imported."""
+
+    size: str
+    kind: str
+    method: str
+    tau: float
+    group_size: int | None
+    variant: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyData:
+    """The finished cells of a study, and ways to look at them."""
+
+    name: str
+    plan: Plan | None  # None: imported from the logs of another trainer
+    runs: dict[str, Run]  # cell name -> run, finished cells only, in the plan's order
+    missing: tuple[str, ...]
+    headline: str  # the in-domain set whose loss the laws are about
+    group_size: int | None  # of the main runs; None: not known
+    params: dict[str, int]  # size -> N
+    table: pyarrow.Table  # of `records.runs_table`
+    cells: dict[str, Cell | ImportedCell] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[str]:
+        """Sizes with a finished cell, smallest first."""
+        return sorted(self.params, key=self.params.__getitem__)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds with a finished main run, base first."""
+        return [k for k in ("base", "instruct") if any(self.main(s, k) for s in self.sizes)]
+
+    def select(self, size: str, keep: Callable[[Cell | ImportedCell], bool]) -> list[Run]:
+        """Finished runs of a size whose cell is wanted; variants of the algorithm and of the order are not."""
+        found = ((self.cells[n], r) for n, r in self.runs.items())
+        return [r for c, r in found if c.size == size and not c.variant and keep(c)]
+
+    def runs_of(self, size: str, kind: str) -> list[tuple[Cell | ImportedCell, Run]]:
+        """Finished GRPO runs of a size and kind, with their cells; without variants."""
+        found = ((self.cells[n], r) for n, r in self.runs.items())
+        return [(c, r) for c, r in found if (c.size, c.kind, c.method, c.variant) == (size, kind, "grpo", "")]
+
+    def main(self, size: str, kind: str) -> list[Run]:
+        """GRPO runs without reuse and with the study's own group size."""
+        return self.select(
+            size,
+            lambda c: c.method == "grpo" and c.kind == kind and c.tau == 1 and c.group_size == self.group_size,
+        )
+
+    def control(self, size: str, kind: str) -> list[Run]:
+        """Plain-pretraining runs."""
+        return self.select(size, lambda c: c.method == "pretrain" and c.kind == kind)
+
+    def curve(self, runs: Sequence[Run], eval_set: str | None = None, mode: str = "sample") -> list[Point]:
+        """Mean test results of runs at the steps that all of them evaluated."""
+        eval_set = eval_set or self.headline
+        by_step: dict[int, list[EvalRecord]] = {}
+        for run in runs:
+            for e in run.evals:
+                if e.eval_set == eval_set and e.mode == mode:
+                    by_step.setdefault(e.step, []).append(e)
+        return [_mean(by_step[s]) for s in sorted(by_step) if len(by_step[s]) == len(runs)]
+
+
+def load_data(study_dir: str | os.PathLike[str]) -> StudyData:
+    """Reads the finished cells of a study.
+
+    Args:
+        study_dir: the study's folder.
+
+    Returns:
+        The data.
+
+    Raises:
+        FileNotFoundError: no study.yaml there.
+        ValueError: no cell is finished, or none evaluated an in-domain set with sampling; a malformed record
+            (named by file and line).
+    """
+    folder = Path(study_dir)
+    if not (folder / STUDY_FILE).is_file() and (table := read_table(folder)) is not None:
+        return _imported(folder, table)
+    the_plan = plan(load_study(folder / STUDY_FILE))
+    runs, missing = {}, []
+    for cell in the_plan.cells:
+        if records.is_complete(folder / cell.folder):
+            runs[cell.name] = records.read_run(folder / cell.folder)
+        else:
+            missing.append(cell.name)
+    cells = {c.name: c for c in the_plan.cells}
+    if not any(cells[name].method == "grpo" for name in runs):
+        raise ValueError(f"{folder}: no GRPO cell is finished yet, so there is nothing to report")
+    return StudyData(
+        name=the_plan.study.name,
+        plan=the_plan,
+        runs=runs,
+        missing=tuple(missing),
+        headline=_headline(folder, runs),
+        group_size=_usual_group(c for c in the_plan.cells if not c.variant),
+        params={cells[n].size: r.header["model"]["params_non_embedding"] for n, r in runs.items()},
+        table=records.runs_table(runs.values()),
+        cells=cells,
+    )
+
+
+def _headline(folder: Path, runs: Mapping[str, Run]) -> str:
+    counts = Counter(
+        e.eval_set for r in runs.values() for e in r.evals if e.mode == "sample" and e.in_domain
+    )
+    if not counts:
+        raise ValueError(f"{folder}: no run evaluated an in-domain set with sampling (evaluation.count is 0?)")
+    return counts.most_common(1)[0][0]
+
+
+def _usual_group(cells: Iterable[Cell | ImportedCell]) -> int | None:
+    groups = Counter(c.group_size for c in cells if c.method == "grpo" and c.tau == 1)
+    return groups.most_common(1)[0][0] if groups else None
+
+
+def _imported(folder: Path, table: pyarrow.Table) -> StudyData:
+    """The rows of a table of other trainers' logs as runs; what they do not say is NaN."""
+    by_run: dict[str, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        by_run.setdefault(row["run_id"], []).append(row)
+    names = [f.name for f in dataclasses.fields(EvalRecord) if f.name in table.column_names]
+    runs, cells, params = {}, {}, {}
+    for name, rows in sorted(by_run.items()):
+        rows.sort(key=lambda r: r["step"])
+        first = rows[0]
+        wanted = [{n: math.nan if r[n] is None and n in COUNTERS else r[n] for n in names} for r in rows]
+        runs[name] = Run(path=folder, header={"run_id": name}, cell=None, steps=[], timings=[], summary={},
+                         evals=[EvalRecord(**w) for w in wanted])  # fmt: skip
+        reuse = first["tau"] or 1.0
+        cells[name] = ImportedCell(
+            size=first["size"], kind=first["kind"], method=first["method"], group_size=first["group_size"],
+            tau=1.0 if round(reuse) == 1 else round(reuse, 1),
+        )  # fmt: skip
+        n = first[PARAMS[params_of(table)]]
+        if n is None:
+            raise ValueError(f"{folder}: run {name}: its parameters are not known: import it again with --params or --model")
+        params[first["size"]] = n
+    if not any(c.method == "grpo" for c in cells.values()):
+        raise ValueError(f"{folder}: no run of method grpo was imported")
+    studies = {s for s in table.column("study").to_pylist() if s}
+    return StudyData(
+        name=" and ".join(sorted(studies)) or folder.resolve().name, plan=None, runs=runs, missing=(),
+        headline=_headline(folder, runs), group_size=_usual_group(cells.values()), params=params, table=table,
+        cells=cells,
+    )  # fmt: skip
+
+
+COUNTERS = ("prompts_seen", "unique_prompts", "trained_tokens", "compute_6nt", "compute_ledger")
+
+
+def params_of(table: pyarrow.Table) -> str:
+    """Which N a table's runs all have; the nominal one where one of them lacks the other."""
+    return "nominal" if table.column(PARAMS["non_embedding"]).null_count else "non_embedding"
+
+
+def _mean(evals: Sequence[EvalRecord]) -> Point:
+    n = len(evals)
+    over_problems = statistics.fmean((e.stderr or 0.0) ** 2 for e in evals)
+    over_runs = statistics.variance([e.pass1 for e in evals]) / n if n > 1 else 0.0
+    return Point(
+        step=evals[0].step,
+        prompts=statistics.fmean(e.prompts_seen for e in evals),
+        tokens=statistics.fmean(e.trained_tokens for e in evals),
+        compute=statistics.fmean(e.compute_6nt for e in evals),
+        pass1=statistics.fmean(e.pass1 for e in evals),
+        error=math.sqrt(over_problems + over_runs),
+        num_runs=n,
+    )
+
+
+def mean_steps(runs: Sequence[Run], name: str) -> tuple[list[float], list[float]]:
+    """Mean of a step record's field over runs, smoothed over a window of a twentieth of the run."""
+    by_step: dict[int, list[float]] = {}
+    for run in runs:
+        for s in run.steps:
+            value = getattr(s, name)
+            if value is not None:
+                by_step.setdefault(s.step, []).append(value)
+    steps = [s for s in sorted(by_step) if len(by_step[s]) == len(runs)]
+    values = [statistics.fmean(by_step[s]) for s in steps]
+    half = len(steps) // 40
+    smooth = [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return [float(s) for s in steps], smooth
+
+
+def costs_of(data: StudyData) -> list[tuple[str, dict[str, PhaseCost]]]:
+    """Mean cost by phase of each size's main runs and of its controls, those of one size side by side."""
+    groups = [
+        (f"{size} {name}", [r for r in runs if r.timings])
+        for size in data.sizes
+        for kind in data.kinds
+        for name, runs in ((kind, data.main(size, kind)), (f"{kind} control", data.control(size, kind)))
+    ]
+    return [(label, mean_cost([total_cost(r.timings) for r in runs])) for label, runs in groups if runs]
+
+
+def transfer_rows(data: StudyData, mode: str) -> list[tuple[str, bool, str, str, Point, Point]]:
+    """(set, in domain, kind, size, before, after) of every main run."""
+    inside: dict[str, bool] = {}
+    for run in data.runs.values():
+        for e in run.evals:
+            inside.setdefault(e.eval_set, e.in_domain)
+    names = sorted(inside, key=lambda n: (n != data.headline, not inside[n]))
+    out = []
+    for name in names:
+        for kind in data.kinds:
+            for size in data.sizes:
+                curve = data.curve(data.main(size, kind), name, mode)
+                if len(curve) > 1:
+                    out.append((name, inside[name], kind, size, curve[0], curve[-1]))
+    return out
