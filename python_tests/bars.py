@@ -2,8 +2,6 @@
 
 import torch
 
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float64: 2.0**-53}
-
 
 def assert_as_good_as_torch(ours, plain, exact, *, slack=2.0, floor=1e-7):
     """The error of ``ours`` is at most ``slack`` times that of plain torch at the same precision.
