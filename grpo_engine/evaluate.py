@@ -85,7 +85,7 @@ def evaluate(
         An `EvalResult` for each set and mode: set by set, sampled before greedy.
 
     Raises:
-        ValueError: an empty set, or what `generate_all` raises.
+        ValueError: an empty set, or what `Engine.generate_all` raises.
     """
     asks: list[tuple[EvalSet, Ask]] = []
     for eval_set in eval_sets:

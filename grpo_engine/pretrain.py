@@ -399,7 +399,6 @@ class ControlCorpus:
         self.recipe = r
         self.tokens = tokens
         self._name = f"control/{r.seed}/{seed}"
-        self._chat = chat
         self._config = dataclasses.replace(r.corpus, chat=1.0) if chat else r.corpus
 
     def batches(self, step: int) -> Iterator[DocumentBatch]:

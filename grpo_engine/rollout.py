@@ -56,7 +56,7 @@ def _mix(x: np.uint64) -> np.uint64:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """Prompts that are answered alike: one of the parts that `generate_all` answers together."""
+    """Prompts that are answered alike: one of the parts that `Engine.generate_all` answers together."""
 
     prompts: Sequence[Sequence[int]]  # P, each a non-empty list of token ids in [0, V)
     group_size: int  # G >= 1 answers to each
@@ -238,11 +238,6 @@ class Engine:
 def generate(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> RolloutBatch:
     """`Engine.generate`, once: nothing is kept for the next rollout."""
     return Engine(model).generate(prompts, **options)
-
-
-def generate_all(model: Model, asks: Sequence[Ask], **options: Any) -> list[RolloutBatch]:
-    """`Engine.generate_all`, once: nothing is kept for the next rollout."""
-    return Engine(model).generate_all(asks, **options)
 
 
 def _queue(

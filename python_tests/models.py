@@ -6,6 +6,7 @@ import torch
 
 from grpo_engine import weights
 from grpo_engine.model import Model, ModelConfig
+from grpo_engine.tokenizer import train_bpe
 
 
 def small_config(*, heads: int = 4, kv_heads: int = 2, tied: bool = True, vocab: int = 97, head_dim: int = 8):
@@ -26,6 +27,21 @@ def random_model(config: ModelConfig | None = None, *, seed: int = 0, scale: flo
             if p.dim() == 1:
                 p.add_(0.2 * torch.randn(p.shape, generator=generator))
     return model.to(dtype)
+
+
+def save_qwen2(folder: Path, texts: list[str], *, vocab: int, width: int, layers: int, heads: int, positions: int) -> Path:
+    """A random checkpoint as transformers saves it, with a tokenizer trained on the texts."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=positions,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    train_bpe(texts, vocab_size=vocab, folder=folder)
+    return folder
 
 
 def as_transformers(model: Model, folder: Path):

@@ -5,13 +5,12 @@ import math
 import subprocess
 import sys
 
+import models
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from grpo_engine import records
 from grpo_engine.tasks.parquet import read_problems
-from grpo_engine.tokenizer import train_bpe
 
 TRAIN = "math_curriculum_sampled/math__sampled_1_4_12800.parquet"
 HELD_OUT = "math_curriculum/math__full_difficulty_ordered_test_500.parquet"
@@ -19,17 +18,8 @@ HELD_OUT = "math_curriculum/math__full_difficulty_ordered_test_500.parquet"
 
 @pytest.fixture(scope="module")
 def checkpoint(real_data, tmp_path_factory):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("qwen")
-    config = Qwen2Config(
-        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    train_bpe([p.prompt for p in read_problems(real_data / TRAIN, limit=1000)], vocab_size=1024, folder=folder)
-    return folder
+    texts = [p.prompt for p in read_problems(real_data / TRAIN, limit=1000)]
+    return models.save_qwen2(tmp_path_factory.mktemp("qwen"), texts, vocab=1024, width=64, layers=2, heads=4, positions=2048)
 
 
 def test_three_steps_on_12800_real_problems(real_data, checkpoint, tmp_path):

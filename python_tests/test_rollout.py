@@ -15,7 +15,7 @@ from grpo_engine.batch import minibatches
 from grpo_engine.config import RolloutConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
 from grpo_engine.model_runner import padded_pages, padded_rows
-from grpo_engine.rollout import Ask, Engine, derive_seeds, generate, generate_all
+from grpo_engine.rollout import Ask, Engine, derive_seeds, generate
 
 pytestmark = pytest.mark.usefixtures("device")
 PLENTY = RolloutConfig(max_new_tokens=24)
@@ -137,7 +137,7 @@ def test_asks_of_different_kinds_are_answered_together_as_alone(model, prompts):
         for i, (p, g, t, n) in enumerate(kinds)
     ]
     for config in (PLENTY, SCARCE):
-        together = generate_all(model, asks, stop_ids=[7, 8], config=config)
+        together = Engine(model).generate_all(asks, stop_ids=[7, 8], config=config)
         for ask, batch in zip(asks, together, strict=True):
             limits = config.model_copy(update={"max_new_tokens": ask.max_new_tokens})
             alone = generate(

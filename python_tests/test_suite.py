@@ -5,10 +5,10 @@ import json
 import math
 from pathlib import Path
 
+import models
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from grpo_engine import suite
 from grpo_engine.config import RunConfig, validate
@@ -46,19 +46,8 @@ def test_the_majority_decides(votes, right, value):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from grpo_engine.tokenizer import train_bpe
-
-    folder = tmp_path_factory.mktemp("qwen")
-    config = Qwen2Config(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    train_bpe(["what is one and two and three"], vocab_size=300, folder=folder)
-    return folder
+    texts = ["what is one and two and three"]
+    return models.save_qwen2(tmp_path_factory.mktemp("qwen"), texts, vocab=300, width=32, layers=1, heads=2, positions=64)
 
 
 @pytest.fixture

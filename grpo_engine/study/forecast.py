@@ -69,11 +69,6 @@ class Cost:
         """The most memory at a time."""
         return footprint.peak_bytes(self.memory)
 
-    @property
-    def wall_seconds(self) -> float:
-        """On all its devices, as if they shared the work without loss."""
-        return self.seconds / self.devices
-
 
 def architecture(source: ModelSource) -> ModelConfig | None:
     """The sizes of a model, without its weights.

@@ -1,5 +1,6 @@
 """Programs in a sandbox."""
 
+import inspect
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import humaneval_solutions
 import pytest
 from scoring import problem
 
@@ -26,17 +28,7 @@ def has_close_elements(numbers: List[float], threshold: float) -> bool:
     ordered = sorted(numbers)
     return any(b - a < threshold for a, b in zip(ordered, ordered[1:]))
 """,
-    "separate_paren_groups": """
-def separate_paren_groups(paren_string):
-    groups, depth, current = [], 0, ""
-    for c in paren_string.replace(" ", ""):
-        depth += 1 if c == "(" else -1
-        current += c
-        if depth == 0:
-            groups.append(current)
-            current = ""
-    return groups
-""",
+    "separate_paren_groups": inspect.getsource(humaneval_solutions.separate_paren_groups),
     "truncate_number": "def truncate_number(number: float) -> float:\n    return number % 1.0\n",
     "sort_numbers": """
 def sort_numbers(numbers: str) -> str:
