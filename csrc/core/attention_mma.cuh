@@ -42,6 +42,17 @@ struct MmaRows {
   __device__ int64_t head_of(int r) const { return head + (skip + r) % group; }
 };
 
+__device__ inline MmaRows rows_of(const AttentionTile& tile, int64_t kv_head, int64_t group) {
+  return {tile.first_token + tile.row / group, kv_head * group, static_cast<int>(tile.row % group), static_cast<int>(group),
+          tile.count};
+}
+
+// How many keys row r of a tile sees; 0 of a row that it does not have. `before`: keys of its sequence before its tokens.
+__device__ inline int keys_seen(const AttentionTile& tile, const MmaRows& rows, int64_t before, int r) {
+  const int64_t seen = before + (rows.token_of(r) - tile.first_token) + 1;
+  return r < rows.count && seen > 0 ? static_cast<int>(seen) : 0;
+}
+
 // A block fills a tile of rows: element 0 of row r is at row_of(r), which is null for a row of zeros.
 template <typename T, typename RowOf>
 __device__ inline void load_rows(RowOf row_of, const bfloat16* anything, int64_t E, bool aligned, bfloat16* tile) {
@@ -371,12 +382,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
   const AttentionTile tile = find_tile<kMmaRows>(a.cu, a.N, a.T, group, late_first % tiles);
   if (tile.count == 0) return;
   const Keys keys = source.template open<bfloat16>(tile.sequence, kv_head, tile.tokens);
-  const MmaRows rows{tile.first_token + tile.row / group, kv_head * group, static_cast<int>(tile.row % group),
-                     static_cast<int>(group), tile.count};
-  const auto sees = [&](int r) {
-    const int64_t keys_seen = keys.before + (rows.token_of(r) - tile.first_token) + 1;
-    return r < rows.count && keys_seen > 0 ? static_cast<int>(keys_seen) : 0;
-  };
+  const MmaRows rows = rows_of(tile, kv_head, group);
+  const auto sees = [&](int r) { return keys_seen(tile, rows, keys.before, r); };
   const int least = sees(0), most = sees(rows.count - 1);
   if (a.partial && tile.tokens == 1) return join_chunks(a, tile.sequence, rows, most);
 

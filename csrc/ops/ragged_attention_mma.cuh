@@ -105,12 +105,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(Ragged
   const AttentionTile tile = find_tile<kMmaRows>(a.plan.cu, a.plan.N, a.T, group, late_first % tiles);
   if (tile.count == 0) return;
   const auto keys = source.template open<bfloat16>(tile.sequence, kv_head, tile.tokens);
-  const MmaRows rows{tile.first_token + tile.row / group, kv_head * group, static_cast<int>(tile.row % group),
-                     static_cast<int>(group), tile.count};
-  const auto sees = [&](int r) {
-    const int64_t keys_seen = keys.before + (rows.token_of(r) - tile.first_token) + 1;
-    return r < rows.count && keys_seen > 0 ? static_cast<int>(keys_seen) : 0;
-  };
+  const MmaRows rows = rows_of(tile, kv_head, group);
+  const auto sees = [&](int r) { return keys_seen(tile, rows, keys.before, r); };
   const int least = sees(0), most = sees(rows.count - 1);
   const MmaLane lane;
   const BackwardTiles<kWidth> shared;
