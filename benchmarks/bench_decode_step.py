@@ -18,7 +18,8 @@ from grpo_engine.ledger import forward_flops  # noqa: E402
 from grpo_engine.model import Model  # noqa: E402
 
 PAGE = 16
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats; bfloat16 rounds through 24 layers and more
+# of all log-probs, in nats; bfloat16 rounds through 24 layers and more
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 
 
 class Decode:

@@ -28,7 +28,8 @@ def forward(name, M, O, I, dtype, *, compiled):
         ours=lambda: ops.linear(x, weight),
         peers=rivals,
         expected=lambda: F(x.double(), weight.double()),
-        tolerance=TOLERANCE[dtype],
+        # in float32 a sum is one chain, whose rounding is a random walk
+        tolerance=max(TOLERANCE[dtype], 2.0**-24 * I**0.5),
         alone=lambda whole: same_bits(ops.linear(x[-1:], weight), whole[-1:]),
         flops=2.0 * M * O * I,
         nbytes=x.element_size() * (M * I + O * I + M * O),

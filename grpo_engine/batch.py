@@ -41,7 +41,8 @@ def pack(rollout: RolloutBatch, advantage: Tensor, *, sequences: Sequence[int]) 
     Raises:
         IndexError: a sequence outside the rollout.
     """
-    index = torch.as_tensor(list(sequences), dtype=torch.int64)
+    on = rollout.tokens.device
+    index = torch.tensor(list(sequences), dtype=torch.int64, device=on)
     starts = rollout.cu_seqlens[:-1].long()[index]
     prompt_len = rollout.prompt_len.long()[index]
     answers = rollout.cu_seqlens[1:].long()[index] - starts - prompt_len
@@ -50,10 +51,10 @@ def pack(rollout: RolloutBatch, advantage: Tensor, *, sequences: Sequence[int]) 
     # which is predicted and never read
     opens = torch.ones_like(index, dtype=torch.bool)
     opens[1:] = index[1:] // rollout.group_size != index[:-1] // rollout.group_size
-    answer_segment = torch.arange(index.numel()) + opens.cumsum(0)
+    answer_segment = torch.arange(index.numel(), device=on) + opens.cumsum(0)
     prompt_segment = answer_segment[opens] - 1
     segments = index.numel() + prompt_segment.numel()
-    length, source, position = torch.zeros(3, segments, dtype=torch.int64)
+    length, source, position = torch.zeros(3, segments, dtype=torch.int64, device=on)
     length[prompt_segment], source[prompt_segment] = prompt_len[opens], starts[opens]
     length[answer_segment], source[answer_segment] = answers - 1, starts + prompt_len
     position[answer_segment] = prompt_len
@@ -70,7 +71,7 @@ def pack(rollout: RolloutBatch, advantage: Tensor, *, sequences: Sequence[int]) 
         tokens=rollout.tokens[torch.repeat_interleave(source, length) + place],
         positions=torch.repeat_interleave(position, length) + place,
         cu_seqlens=cu_seqlens,
-        cu_groups=torch.cat([prompt_segment, torch.tensor([segments])]).int(),
+        cu_groups=torch.cat([prompt_segment, torch.tensor([segments], device=on)]).int(),
         rows=rows,
         target=rollout.tokens[target_source],
         cu_answers=cu_answers,
@@ -139,4 +140,4 @@ def _fill(
 
 
 def _cumulative(lengths: Tensor) -> Tensor:
-    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device=lengths.device), lengths.cumsum(0)]).int()

@@ -132,7 +132,7 @@ def _asks(eval_set: EvalSet, tokenizer: Tokenizer, config: RunConfig) -> list[As
 
 def _result(eval_set: EvalSet, ask: Ask, values: Sequence[float]) -> EvalResult:
     P, samples = len(ask.prompts), ask.group_size
-    rewards = torch.tensor(values, dtype=torch.float64).view(P, samples)
+    rewards = torch.tensor(values, dtype=torch.float64, device="cpu").view(P, samples)
     by_problem = rewards.mean(dim=1)
     counted = bool(((rewards == 0) | (rewards == 1)).all())
     return EvalResult(

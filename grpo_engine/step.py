@@ -88,7 +88,7 @@ def grpo_step(
                                   config=config.rollout, ledger=ledger, progress=progress, answered=answered)  # fmt: skip
         with ledger.timed("reward"):
             rewards = scoring.finish()
-    rewards_PG = torch.tensor([r.value for r in rewards]).view(P, G)
+    rewards_PG = torch.tensor([r.value for r in rewards], device=rollout.tokens.device).view(P, G)
     advantage_PG = ops.group_advantages(rewards_PG, std=config.advantage.std, eps=config.advantage.eps)
 
     losses, norms, stats, trained_tokens, mismatch = [], [], [], 0, 0.0

@@ -387,7 +387,7 @@ class Run:
 
 def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> dict:
     rollout, stats = outcome.rollout, outcome.stats
-    rewards = torch.tensor([r.value for r in outcome.rewards], dtype=torch.float64)
+    rewards = torch.tensor([r.value for r in outcome.rewards], dtype=torch.float64, device="cpu")
     lengths = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).long()
     response_tokens = int((lengths - rollout.prompt_len).sum())
     return {
@@ -471,7 +471,7 @@ def problems_of_step(
         if shuffle:
             if epoch not in orders:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                orders[epoch] = torch.randperm(U, generator=generator)
+                orders[epoch] = torch.randperm(U, generator=generator, device="cpu")
             i = int(orders[epoch][i])
         chosen.append(problems[i])
     return chosen

@@ -6,13 +6,15 @@ a CUDA kernel run it on CPU tensors, on a machine without a GPU (csrc/tests/cuda
 GRPO_ENGINE_ONE_OP_TEST_IN=3 leaves two thirds of the op tests out, by a hash of their names: the emulator is slow.
 """
 
-import functools
 import os
+import sys
+import time
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import grpo_engine
 
@@ -32,12 +34,24 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]  # for code that is told where to compute
 
 
+class DrawnOnCpu(TorchFunctionMode):
+    """The same random numbers on every device: those of a CPU generator are drawn on the CPU, then moved."""
+
+    def __init__(self, device):
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.rand, torch.randn, torch.randint, torch.randperm) and "generator" in kwargs:
+            return func(*args, **{"device": "cpu", **kwargs}).to(kwargs.get("device", self._device))
+        return func(*args, **kwargs)
+
+
 @pytest.fixture(params=DEVICES)
-def device(request, monkeypatch):
-    """Each device in turn; tensors and generators that the test makes without naming a device are on it."""
-    if request.param != "cpu":  # the context reaches every factory, but not this
-        monkeypatch.setattr(torch, "Generator", functools.partial(torch.Generator, device=request.param))
-    with torch.device(request.param):
+def device(request):
+    """Each device in turn; tensors that the test makes without naming a device are on it."""
+    with torch.device(request.param), DrawnOnCpu(request.param):
         yield request.param
 
 
@@ -47,6 +61,18 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [i for i in items if i not in left_out]
+
+
+def pytest_runtest_logfinish(nodeid, location):
+    """A fault ends this process's CUDA context, and every later test here would fail with it: pytest-xdist's worker
+    leaves, and another takes its place."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as fault:
+            print(f"after {nodeid}: {fault}", file=sys.__stderr__, flush=True)
+            time.sleep(1)  # the test's report is on its way
+            os._exit(1)
 
 
 @pytest.fixture

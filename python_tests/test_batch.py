@@ -17,8 +17,8 @@ NO_STATS = RolloutStats(
 )
 
 
-def test_the_example_of_the_docstring():
-    rollout = RolloutBatch(
+def example():
+    return RolloutBatch(
         tokens=torch.tensor([5, 9, 2, 5, 9, 7, 2]),
         cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32),
         prompt_len=torch.tensor([2, 2], dtype=torch.int32),
@@ -28,6 +28,10 @@ def test_the_example_of_the_docstring():
         group_size=2,
         stats=NO_STATS,
     )
+
+
+def test_the_example_of_the_docstring():
+    rollout = example()
     assert rollout.answers() == [[2], [7, 2]]
     batch = pack(rollout, torch.tensor([0.5, -0.5]), sequences=[1, 0])
     assert batch.tokens.tolist() == [5, 9, 7]
@@ -36,6 +40,15 @@ def test_the_example_of_the_docstring():
     assert batch.rows.tolist() == [1, 2, 1] and batch.target.tolist() == [7, 2, 2]
     assert batch.cu_answers.tolist() == [0, 2, 3] and batch.num_sequences == 2 and batch.num_inputs == 5
     assert batch.old_logprob.tolist() == [-2.0, -3.0, -1.0] and batch.advantage.tolist() == [-0.5, -0.5, 0.5]
+
+
+def test_packing_does_not_follow_the_default_device():
+    rollout = example()
+    advantage = torch.tensor([0.5, -0.5])
+    want = pack(rollout, advantage, sequences=[0, 1])
+    with torch.device("meta"):
+        got = pack(rollout, advantage, sequences=[0, 1])
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.cu_groups, want.cu_groups)
 
 
 @pytest.fixture(scope="module")

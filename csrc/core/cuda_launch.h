@@ -61,13 +61,13 @@ void launch(const Launch& l, void (*kernel)(Params...), const Args&... args) {
 #endif
 }
 
-// The block's dynamic shared memory, aligned to 128 bytes.
+// The block's dynamic shared memory, aligned to 1,024 bytes.
 template <typename T>
 __device__ inline T* dynamic_shared() {
 #ifdef GE_CUDA_EMULATED
   return static_cast<T*>(cuda_emulator::dynamic_shared());
 #else
-  extern __shared__ __align__(128) unsigned char ge_dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char ge_dynamic_shared[];
   return reinterpret_cast<T*>(ge_dynamic_shared);
 #endif
 }

@@ -4,38 +4,16 @@
 
 #include "core/mma.cuh"
 #include "core/tile_load.cuh"
+#include "ops/linear_tiles.cuh"
+#include "ops/linear_wgmma.cuh"
 
 namespace grpo_engine {
 namespace {
-
-// Tiles of C in the order in which they start: columns of at most kTall tiles, so that those at work together share
-// rows of A and columns of B in the second-level cache.
-struct Place {
-  int64_t m, n;  // first row and column
-
-  __device__ Place(const GemmArgs& a, int64_t rows, int64_t columns) {
-    constexpr int64_t kTall = 16;
-    const int64_t down = (a.M + rows - 1) / rows, across = (a.N + columns - 1) / columns, index = blockIdx.x;
-    const int64_t first = index / (kTall * across) * kTall, tall = down - first < kTall ? down - first : kTall;
-    const int64_t within = index % (kTall * across);
-    m = (first + within % tall) * rows;
-    n = within / tall * columns;
-  }
-};
-
-// The tile's shape decides which elements a block has and nothing about their bits: each is one sum over k. In float32 and
-// float64 it is a chain; in bfloat16 one chain for each chunk of k, from zero, and the chunks in ascending order, so that
-// a few rows can have warps that share k.
-template <typename Shape>
-int64_t tiles_of(const GemmArgs& a) { return ceil_div(a.M, Shape::kM) * ceil_div(a.N, Shape::kN); }
-
-constexpr int64_t kFill = 128;  // blocks: fewer than that leave multiprocessors idle, and smaller tiles are used
 
 // ---------------------------------------------------------------- bfloat16: tensor cores
 
 constexpr int kK = 32;      // of a stage
 constexpr int kStages = 4;  // of shared memory: while one is multiplied the others are on their way
-constexpr int kChunk = 256;
 static_assert(kChunk % kK == 0);
 
 template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kResident_>
@@ -57,41 +35,6 @@ struct MmaTiles {
   using B = std::conditional_t<kAcrossB, Tile<kK, Shape::kN>, Tile<Shape::kN, kK>>;
   static constexpr int kStage = (Shape::kM + Shape::kN) * kK;  // elements
 };
-
-struct alignas(8) Two {
-  float first, second;
-};
-
-// `pairs`: two neighbours may be written at once.
-__device__ inline void store_two(const GemmArgs& a, int64_t m, int64_t n, float first, float second, bool pairs) {
-  if (m >= a.M || n >= a.N) return;
-  const int64_t at = m * a.c_row + n;
-  const bool both = n + 1 < a.N;
-  if (a.c_dtype == DType::f32) {
-    float* c = static_cast<float*>(a.c) + at;
-    if (both && pairs) {
-      *reinterpret_cast<Two*>(c) = Two{first, second};
-    } else {
-      c[0] = first;
-      if (both) c[1] = second;
-    }
-    return;
-  }
-  bfloat16* c = static_cast<bfloat16*>(a.c) + at;
-  bfloat16 low, high;
-  from_arith(first, &low);
-  from_arith(second, &high);
-  if (both && pairs) {
-    *reinterpret_cast<uint32_t*>(c) = low.bits | static_cast<uint32_t>(high.bits) << 16;
-  } else {
-    c[0] = low;
-    if (both) c[1] = high;
-  }
-}
-
-__device__ inline float bias_of(const GemmArgs& a, int64_t n) {
-  return a.bias && n < a.N ? to_arith(static_cast<const bfloat16*>(a.bias)[n]) : 0.f;
-}
 
 template <typename Shape, bool kAcrossA, bool kAcrossB>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
@@ -192,12 +135,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
       store_two(a, first_m + i * 16 + 8, n, total[i][j][2] + one, total[i][j][3] + two, pairs);
     }
   }
-}
-
-// Whether two neighbours of C, the first of them at an even place, may be written at once.
-bool pairs_aligned(const GemmArgs& a) {
-  const int64_t size = a.c_dtype == DType::f32 ? 4 : 2;
-  return reinterpret_cast<uintptr_t>(a.c) % (2 * size) == 0 && a.c_row % 2 == 0;
 }
 
 template <typename Shape, bool kAcrossA, bool kAcrossB>
@@ -335,7 +272,10 @@ void run_few_rows_for(const GemmArgs& a, CudaStream stream) {
   if (a.M <= 16) {
     return wide ? run_few_rows<FewRowsShape<16, 64, 3, 8>>(a, stream) : run_few_rows<FewRowsShape<16, 16, 8, 8>>(a, stream);
   }
-  wide ? run_few_rows<FewRowsShape<64, 64, 3, 4>>(a, stream) : run_few_rows<FewRowsShape<64, 16, 3, 8>>(a, stream);
+  if (a.M <= 32) {
+    return wide ? run_few_rows<FewRowsShape<32, 64, 3, 4>>(a, stream) : run_few_rows<FewRowsShape<32, 16, 4, 8>>(a, stream);
+  }
+  wide ? run_few_rows<FewRowsShape<64, 32, 3, 4>>(a, stream) : run_few_rows<FewRowsShape<64, 16, 3, 8>>(a, stream);
 }
 
 // ---------------------------------------------------------------- float32 and float64: fused multiply-adds
@@ -502,6 +442,7 @@ void gemm_cuda(const GemmArgs& a, CudaStream stream) {
     return tiles_of<LargeFma>(a) < kFill ? run_fma<SmallFma>(a, stream) : run_fma<LargeFma>(a, stream);
   }
   if (has_few_rows(a)) return run_few_rows_for(a, stream);
+  if (wgmma_can(a)) return run_wgmma(a, stream);
   tiles_of<LargeMma>(a) < kFill ? run_mma_for<SmallMma>(a, stream) : run_mma_for<LargeMma>(a, stream);
 }
 

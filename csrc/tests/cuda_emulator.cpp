@@ -207,7 +207,7 @@ void launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, v
   blockDim = block;
   gridDim = grid;
   threads.assign(block.x, {});
-  shared.assign(shared_bytes + 128, 0);
+  shared.assign(shared_bytes + 1024, 0);
   failure.clear();
   ++launches;
   for (uint64_t left = uint64_t{1} * grid.x * grid.y * grid.z; left > 0; --left) {
@@ -225,7 +225,7 @@ void launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, v
 
 void* dynamic_shared() {
   const auto address = reinterpret_cast<std::uintptr_t>(shared.data());
-  return reinterpret_cast<void*>((address + 127) / 128 * 128);
+  return reinterpret_cast<void*>((address + 1023) / 1024 * 1024);
 }
 
 void require_aligned(const void* p, std::size_t bytes) {

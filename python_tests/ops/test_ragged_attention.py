@@ -70,8 +70,14 @@ def test_large_scores_do_not_overflow():
     theirs = run(plain, 40 * query, 40 * key, value, cu, dout, 1.0)
     double = [40 * query.double(), 40 * key.double(), value.double()]
     exact = run(reference.ragged_attention, *double, cu, dout.double(), 1.0)
-    for a, b, c in zip(ours, theirs, exact, strict=True):
+    for a, b, c in zip(ours[::3], theirs[::3], exact[::3], strict=True):
         assert_as_good_as_torch(a, b, c, floor=2.0**-22)
+    # the softmax is one-hot, so these are 0: what is left is the difference of two sums of E products of dout and value,
+    # each rounded E times, on its way through a key or query
+    products = 16 * dout.abs().max() * value.abs().max()
+    bound = 2 * 16 * 2.0**-24 * products * 40 * max(query.abs().max(), key.abs().max())
+    for a, c in zip(ours[1:3], exact[1:3], strict=True):
+        assert (a - c).abs().max() <= bound
 
 
 @pytest.mark.parametrize("H,K,E", [(2, 2, 3), (4, 2, 5), (7, 1, 2)])
