@@ -27,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import table  # noqa: E402
 
-WHOLE = ("decode_step", "training", "rollout", "step", "scaling")  # what is no op, in the order of the tables
-CPU_ONLY = ("scaling",)
+WHOLE = ("decode_step", "training", "rollout", "step", "trl_training", "scaling")  # no op, in the order of the tables
+CPU_ONLY = ("trl_training", "scaling")
 PARTS = ("all", "ops", "whole")
 
 

@@ -16,6 +16,8 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from grpo_engine import plugins
+
 PRESETS = Path(__file__).parent / "presets"
 
 Positive = Annotated[int, Field(ge=1)]
@@ -49,9 +51,9 @@ class ModelSource(Config):
 class TaskConfig(Config):
     """Problems to train on and to be tested on."""
 
-    name: Literal["micro", "parquet"] = "micro"
-    train: str | None = None  # parquet only: file in verl's format
-    evals: dict[str, str] = {}  # parquet only: name -> file
+    name: str = "micro"  # micro, parquet, or "module:function" of your own: see `tasks`
+    train: str | None = None  # parquet: file in verl's format; your own: what you like
+    evals: dict[str, str] = {}  # likewise: name -> file
     train_problems: Positive | None = None  # how many different training problems; None: all, or as many as needed
     subset: Literal["nested", "independent"] = "nested"  # which: a smaller number's are among a larger one's, or not
     eval_problems: Positive | None = 500  # problems an evaluation set is cut to; None: all
@@ -59,6 +61,8 @@ class TaskConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _files(self) -> TaskConfig:
+        if self.name not in ("micro", "parquet") and not plugins.is_target(self.name):
+            raise ValueError(f"task.name must be micro, parquet or 'module:function', got {self.name!r}")
         if self.name == "parquet" and self.train is None:
             raise ValueError("task.train must name a parquet file when task.name is parquet")
         if self.name == "micro" and (self.train is not None or self.evals):
@@ -87,6 +91,7 @@ class RewardConfig(Config):
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # wall-clock limit of one answer
     workers: Positive = 2  # killable processes; none are started when every scorer is harmless
     behaviour: Behaviour = "ours"  # of parquet tasks; paper: as its code scores, `rewards.paper`
+    function: Annotated[str, Field(pattern=plugins.TARGET)] | None = None  # "module:function" of your own, for all problems
     unprotected: bool = False  # run programs where the kernel refuses a protection of `rewards.sandbox`
 
 

@@ -300,7 +300,7 @@ class PolicyStats(NamedTuple):
     tokens: float  # kept tokens
     policy_loss: float  # the loss without its KL term
     kl_loss: float  # the KL term of the loss, coefficient included
-    kl: float  # sum of the KL estimates
+    kl: float  # sum of the KL estimates, times their ratios with kl_ratio
     ratio: float  # sum of the ratios
     ratio_max: float
     clip_low: float  # tokens clipped from below: A < 0 and ratio < 1 - clip_low
@@ -339,6 +339,7 @@ def policy_loss(
     dual_clip: float | None = 3.0,
     kl: Literal["k1", "k2", "k3"] = "k3",
     kl_coef: float = 0.0,
+    kl_ratio: bool = False,
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean",
     num_tokens: int | None = None,
     num_sequences: int | None = None,
@@ -375,6 +376,8 @@ def policy_loss(
         dual_clip: > 1, or None for off.
         kl: estimator of the KL to the reference.
         kl_coef: finite, >= 0.
+        kl_ratio: multiply each KL estimate by the ratio, which is differentiated as well; of k3 and token ratios the
+            gradient is then an unbiased one of the reverse KL.
         aggregation: what the weights divide by.
         num_tokens: kept tokens of the whole optimizer step, for "token_mean"; None: of this call.
         num_sequences: sequences of the whole optimizer step, for the others; None: N.
@@ -391,7 +394,8 @@ def policy_loss(
     Source:
         Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4; Yu et al. 2025, arXiv:2503.14476 (DAPO); Liu et
         al. 2025, arXiv:2503.20783 (Dr. GRPO); Zheng et al. 2025, arXiv:2507.18071 (GSPO); MiniMax 2025,
-        arXiv:2506.13585 (CISPO); Ye et al. 2020, arXiv:1912.09729 (dual clip); Schulman 2020 (k1-k3).
+        arXiv:2506.13585 (CISPO); Ye et al. 2020, arXiv:1912.09729 (dual clip); Schulman 2020 (k1-k3);
+        DeepSeek-AI 2025, arXiv:2512.02556 (kl_ratio).
     """
     if (aggregation == "constant") != (constant_length is not None):
         raise ValueError(
@@ -408,7 +412,7 @@ def policy_loss(
         denominator = float(sequences * (constant_length if constant_length is not None else 1))
     loss, _, stats = _ops.policy_loss(
         logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective,
-        clip_low, clip_high, dual_clip, kl, kl_coef, aggregation, denominator,
+        clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio, aggregation, denominator,
     )  # fmt: skip
     return PolicyLoss(loss, stats)
 

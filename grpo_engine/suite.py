@@ -125,13 +125,15 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
         One result for each set.
 
     Raises:
-        ValueError: no set, a bad file, or a folder that holds another suite.
+        ValueError: no set, a bad file, a reward.function, or a folder that holds another suite.
         RuntimeError: see `RewardPool`.
     """
     from grpo_engine.train import tokenizer_and_model
 
     if not config.task.evals:
         raise ValueError("evaluate_suite: task.evals names no set")
+    if config.reward.function is not None:
+        raise ValueError("evaluate_suite: reward.function is for runs; a suite keeps the scorers of its sets")
     config = config.model_copy(update={"device": device.resolve(config.device)})
     folder = hub.find_model(config.model.path).folder if config.model.path else None
     sets = {

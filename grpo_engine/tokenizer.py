@@ -172,17 +172,18 @@ class HFTokenizer:
         """
         if not chat:
             return self._fast.encode(text, add_special_tokens=True).ids
-        if self._templates.chat_template is None:
+        if self.templates.chat_template is None:
             raise ValueError(f"{self.folder}: no chat template there, as a base model's tokenizer; wanted one for chat")
         turn = [{"role": "user", "content": text}]
         try:
-            rendered = self._templates.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            rendered = self.templates.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"{self.folder}: the chat template failed: {error}") from error
         return self.encode(rendered)
 
     @functools.cached_property
-    def _templates(self) -> transformers.PreTrainedTokenizerBase:
+    def templates(self) -> transformers.PreTrainedTokenizerBase:
+        """The folder's tokenizer as transformers reads it, for its chat templates alone."""
         from transformers import AutoTokenizer
 
         try:

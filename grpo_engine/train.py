@@ -7,6 +7,7 @@ the records and the weights come out as if nothing had happened.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import time
@@ -16,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_engine import checkpoint, device, footprint, hub, pretrain, records, weights
-from grpo_engine.config import Behaviour, RunConfig, TaskConfig
+from grpo_engine import checkpoint, device, footprint, hub, plugins, pretrain, records, weights
+from grpo_engine.config import RewardConfig, RunConfig, TaskConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
 from grpo_engine.ledger import Ledger
@@ -77,7 +78,7 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
     """
     config = config.model_copy(update={"device": device.resolve(config.device)})
     folder = hub.find_model(config.model.path).folder if config.model.path else None
-    task = load_task(config.task, seed=config.seed, needed=1, behaviour=config.reward.behaviour)
+    task = load_task(config.task, seed=config.seed, needed=1, reward=config.reward)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
     tokenizer, model, _ = tokenizer_and_model(config, folder)
@@ -105,7 +106,7 @@ def tokenizer_and_model(
         device.require_capability()
     m = config.model
     folder = folder or pretrain.ensure_model(m.size, m.kind)
-    tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)
+    tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
     pages_stay = True
     if train_on is not None:
         pages_stay = footprint.require_room(config, weights.read_config(folder), _longest(train_on, tokenizer, config))
@@ -188,7 +189,7 @@ class Run:
             folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
         # problems first: a wrong file is found before a model of the ladder is pretrained
         self.task = load_task(
-            c.task, seed=c.seed, needed=c.steps * c.batch.prompts, behaviour=c.reward.behaviour
+            c.task, seed=c.seed, needed=c.steps * c.batch.prompts, reward=c.reward
         )
         self.tokenizer, self.model, pages_stay = tokenizer_and_model(c, folder, self.task)
         self.engine = Engine(self.model, keep=pages_stay)
@@ -411,7 +412,7 @@ def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> 
     }
 
 
-def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviour = "ours") -> Task:
+def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfig | None = None) -> Task:
     """The problems of a run.
 
     Args:
@@ -419,20 +420,25 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviou
         seed: of the run; generated training problems depend on it, test problems do not.
         needed: training problems that the run draws; a generator makes that many, or config.train_problems if that
             is more.
-        behaviour: of the scorers, for problems of files.
+        reward: whose behaviour the scorers of files have, and whose function, if it names one, scores all problems;
+            None: the defaults.
 
     Returns:
         A `Task` with config.train_problems training problems (see `subset`), where there are as many, and at most
         config.eval_problems problems in each evaluation set.
 
     Raises:
-        ValueError: a bad file, the fault named.
+        ValueError: a bad file, or a function of the user's that is not there or returns no task; the fault is named.
     """
-    if config.name == "parquet":
+    reward = reward or RewardConfig()
+    if plugins.is_target(config.name):
+        task = _own_task(config, seed=seed, needed=needed)
+    elif config.name == "parquet":
         from grpo_engine.tasks.parquet import parquet_task
 
         task = parquet_task(
-            train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=behaviour
+            train=config.train, evals=config.evals, eval_problems=config.eval_problems,
+            behaviour=reward.behaviour,
         )
     else:
         from grpo_engine.tasks.micro import micro_task
@@ -441,11 +447,37 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviou
         task = micro_task(train_problems=count, eval_problems=config.eval_problems, seed=seed)
         if not config.shuffle:
             task = dataclasses.replace(task, train=sorted(task.train, key=difficulty))
-    if config.train_problems is None:
-        return task
-    return dataclasses.replace(
-        task, train=subset(task.train, config.train_problems, seed=seed, how=config.subset)
-    )
+    if config.train_problems is not None:
+        task = dataclasses.replace(
+            task, train=subset(task.train, config.train_problems, seed=seed, how=config.subset)
+        )
+    return _scored_by(task, reward.function)
+
+
+def _own_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
+    task = plugins.load(config.name, "task.name")(config, seed=seed, needed=needed)
+    if not isinstance(task, Task) or not task.train:
+        raise ValueError(f"task.name={config.name}: must return a grpo_engine.types.Task with problems, got {task!r:.200}")
+    uids = [p.uid for problems in (task.train, *(s.problems for s in task.evals.values())) for p in problems]
+    if len(set(uids)) < len(uids):
+        twice = collections.Counter(uids).most_common(1)[0][0]
+        raise ValueError(f"task.name={config.name}: no two problems, trained on or not, may share a uid: {twice!r}")
+    return task
+
+
+def _scored_by(task: Task, function: str | None) -> Task:
+    """The task with one scorer for all, if one is given; a scorer that is not there is found now and not in a worker."""
+
+    def changed(problems: Sequence[Problem]) -> list[Problem]:
+        return [dataclasses.replace(p, reward=function) for p in problems]
+
+    if function is not None:
+        evals = {name: dataclasses.replace(s, problems=changed(s.problems)) for name, s in task.evals.items()}
+        task = dataclasses.replace(task, train=changed(task.train), evals=evals)
+    for name in {p.reward for problems in (task.train, *(s.problems for s in task.evals.values())) for p in problems}:
+        if plugins.is_target(name):
+            plugins.load(name, "Problem.reward" if function is None else "reward.function")
+    return task
 
 
 def problems_of_step(

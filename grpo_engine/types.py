@@ -26,7 +26,7 @@ class Problem:
     prompt: str  # text shown to the model, before any chat template
     answer: str  # ground truth in the form that the scorer reads
     domain: str  # task family, for instance "chain", "math", "code"
-    reward: str  # name of the scorer: "exact", "math", "code", "logic" or "choice"
+    reward: str  # name of the scorer (`grpo_engine.rewards`), or "module:function"
     grade: int | None = None  # difficulty level, None when ungraded
     info: Mapping[str, object] = field(default_factory=dict)  # what the source said besides
 

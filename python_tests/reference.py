@@ -117,7 +117,7 @@ def group_advantages(rewards, std, eps):
 def policy_loss(
     logprob, *, advantage, cu_seqlens, old_logprob=None, ref_logprob=None, mask=None,
     ratio="token", objective="clip", clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl="k3",
-    kl_coef=0.0, aggregation="token_mean", num_tokens=None, num_sequences=None,
+    kl_coef=0.0, kl_ratio=False, aggregation="token_mean", num_tokens=None, num_sequences=None,
     constant_length=None,
 ):  # fmt: skip
     """(loss, stats): one sequence after another, on its kept tokens only."""
@@ -153,6 +153,8 @@ def policy_loss(
         if ref_logprob is not None:
             e = torch.clamp(ref_logprob.double()[ids] - new, -20, 20)
             estimate = {"k1": -e, "k2": 0.5 * e**2, "k3": torch.expm1(e) - e}[kl]
+            if kl_ratio:
+                estimate = estimate * r
         weight = {
             "token_mean": 1 / num_tokens,
             "sequence_mean": 1 / (num_sequences * len(ids)),

@@ -34,6 +34,6 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$(sources)" ]; then
   echo "grpo_engine: installing into $ROOT/.venv (a few minutes the first time)"
   PIP=("$PYTHON" -m pip install --quiet --disable-pip-version-check)
   "${PIP[@]}" "${GRPO_ENGINE_TORCH:-torch==2.13.0}" "setuptools>=77" wheel cmake ninja
-  "${PIP[@]}" --no-build-isolation --editable "$ROOT[test]"
+  "${PIP[@]}" --no-build-isolation --editable "$ROOT[test,trl]"
   sources >"$STAMP"
 fi

@@ -48,7 +48,7 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
                const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
                const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
                double clip_low, double clip_high, std::optional<double> dual_clip,
-               std::string_view kl, double kl_coef, std::string_view aggregation,
+               std::string_view kl, double kl_coef, bool kl_ratio, std::string_view aggregation,
                double denominator) {
   require_shape(kOp, "logprob", logprob, {-1}, "[R]");
   TORCH_CHECK_TYPE(logprob.scalar_type() == at::kFloat || logprob.scalar_type() == at::kDouble, kOp,
@@ -87,6 +87,7 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
   c.args.clip_high = clip_high;
   c.args.dual_clip = dual_clip.value_or(std::numeric_limits<double>::infinity());
   c.args.kl_coef = kl_coef;
+  c.args.kl_ratio = kl_ratio;
   c.args.weight = 1.0 / denominator;
   c.out = {at::empty({}, logprob.options()), at::empty_like(logprob),
            at::empty({kNumPolicyStats}, logprob.options().dtype(at::kDouble))};
@@ -97,9 +98,9 @@ Three meta(const at::Tensor& logprob, const at::Tensor& advantage, const at::Ten
            const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
            const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
            double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view kl,
-           double kl_coef, std::string_view aggregation, double denominator) {
+           double kl_coef, bool kl_ratio, std::string_view aggregation, double denominator) {
   return check(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective,
-               clip_low, clip_high, dual_clip, kl, kl_coef, aggregation, denominator)
+               clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio, aggregation, denominator)
       .out;
 }
 
@@ -116,9 +117,9 @@ Three forward(const at::Tensor& logprob, const at::Tensor& advantage, const at::
               const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
               const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
               double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view kl,
-              double kl_coef, std::string_view aggregation, double denominator) {
+              double kl_coef, bool kl_ratio, std::string_view aggregation, double denominator) {
   Contract c = check(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio,
-                     objective, clip_low, clip_high, dual_clip, kl, kl_coef, aggregation,
+                     objective, clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio, aggregation,
                      denominator);
   auto& [loss, dlogprob, stats] = c.out;
   PolicyLossArgs& args = c.args;
@@ -177,17 +178,17 @@ class Differentiable : public torch::autograd::Function<Differentiable> {
   }
 
  private:
-  static constexpr size_t kNumInputs = 15;
+  static constexpr size_t kNumInputs = 16;
 };
 
 Three autograd(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tensor& cu_seqlens,
                const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob, const OptionalTensor& mask,
                std::string_view ratio, std::string_view objective, double clip_low, double clip_high,
-               std::optional<double> dual_clip, std::string_view kl, double kl_coef, std::string_view aggregation,
-               double denominator) {
+               std::optional<double> dual_clip, std::string_view kl, double kl_coef, bool kl_ratio,
+               std::string_view aggregation, double denominator) {
   const auto out = Differentiable::apply(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio,
-                                         objective, clip_low, clip_high, dual_clip, kl, kl_coef, aggregation,
-                                         denominator);
+                                         objective, clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio,
+                                         aggregation, denominator);
   return {out[0], out[1], out[2]};
 }
 
@@ -197,7 +198,7 @@ TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def(
       "policy_loss(Tensor logprob, Tensor advantage, Tensor cu_seqlens, Tensor? old_logprob,"
       " Tensor? ref_logprob, Tensor? mask, str ratio, str objective, float clip_low,"
-      " float clip_high, float? dual_clip, str kl, float kl_coef, str aggregation,"
+      " float clip_high, float? dual_clip, str kl, float kl_coef, bool kl_ratio, str aggregation,"
       " float denominator) -> (Tensor loss, Tensor dlogprob, Tensor stats)");
 }
 GE_DEVICE_IMPL(m) { m.impl(kOp, &forward); }

@@ -72,4 +72,12 @@ GE_HOST_DEVICE inline KlTerm<T> kl_term(PolicyKl kl, const PolicyConstants<T>& c
   return {exp_e - e.value - c.one, (c.one - exp_e) * e.inside};
 }
 
+// The estimate times the ratio. `inside` is 0 where the ratio does not move with this token alone: where the limit of its
+// log-ratio binds, and for a ratio of the sequence.
+template <typename T>
+GE_HOST_DEVICE inline KlTerm<T> times_ratio(KlTerm<T> kl, T ratio, T inside) {
+  const T value = kl.value * ratio;
+  return {value, kl.slope * ratio + value * inside};
+}
+
 }  // namespace grpo_engine

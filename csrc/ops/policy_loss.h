@@ -7,6 +7,7 @@
 //           df/dr = -A on the first branch (ties included), else 0
 //   cispo   f_t = -A stop_gradient(clamp(r, 1 - clip_low, 1 + clip_high)) logprob_t
 //   KL, e = clamp(ref_t - logprob_t, -20, 20):  k1 = -e,  k2 = e^2 / 2,  k3 = exp(e) - e - 1
+//   kl_ratio: KL_t r_t in its place, r differentiated as well: the gradient of k3 is then that of the reverse KL
 //   loss = sum_t w_t (f_t + kl_coef KL_t) over tokens that the mask keeps
 //     token_mean      w = 1 / num_tokens                               (DAPO; verl's default)
 //     sequence_mean   w = 1 / (num_sequences * tokens kept in the sequence)        (GRPO's eq. 3)
@@ -22,7 +23,8 @@
 // GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4 (k3); dual clip: Ye et al. 2020,
 // arXiv:1912.09729; DAPO: Yu et al. 2025, arXiv:2503.14476; Dr. GRPO: Liu et al. 2025,
 // arXiv:2503.20783; GSPO: Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7; CISPO: MiniMax 2025,
-// arXiv:2506.13585; k1, k2, k3: Schulman 2020, "Approximating KL divergence".
+// arXiv:2506.13585; k1, k2, k3: Schulman 2020, "Approximating KL divergence"; KL times ratio: DeepSeek-AI 2025,
+// arXiv:2512.02556.
 //
 //   logprob, old, ref, advantage, dlogprob [R] float32 or float64   mask [R] bool   cu_seqlens [N+1] int32
 #pragma once
@@ -41,7 +43,7 @@ enum PolicyStat : int32_t {
   kStatTokens,      // kept tokens
   kStatPolicyLoss,  // sum w f
   kStatKlLoss,      // sum w kl_coef KL
-  kStatKl,          // sum KL
+  kStatKl,          // sum KL, times the ratio with kl_ratio
   kStatRatio,       // sum r
   kStatRatioMax,    // max r
   kStatClipLow,     // tokens with A < 0 and r < 1 - clip_low
@@ -57,6 +59,7 @@ struct PolicyLossArgs {
   PolicyRatio ratio;
   PolicyObjective objective;
   PolicyKl kl;
+  bool kl_ratio;           // KL times the ratio
   bool sequence_mean;      // divide each sequence's weight by its kept tokens
   double clip_low, clip_high, kl_coef;
   double dual_clip;        // +inf: off

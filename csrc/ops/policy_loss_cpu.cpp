@@ -86,7 +86,8 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
   const double kept = static_cast<double>(s.kept()), length = kept > 0.0 ? kept : 1.0;
   const double weight = a.sequence_mean ? a.weight / length : a.weight;
   const bool by_sequence = a.ratio == PolicyRatio::sequence;
-  const bool shared = by_sequence && kObjective == PolicyObjective::clip;
+  const bool clip_by_sequence = by_sequence && kObjective == PolicyObjective::clip;
+  const bool kl_by_sequence = by_sequence && a.kl_ratio && a.kl_coef > 0.0;
   V sequence_ratio = V::zero();
   if (by_sequence) {
     Sum log_ratios;
@@ -101,6 +102,7 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
   V low = V::zero(), high = V::zero(), dual = V::zero();  // counts: exact
   V ratio_max = V::zero(), mismatch = V::zero();          // of values >= 0, NaN left out
   const V each = V::set1(static_cast<A>(weight)), kl_each = V::set1(static_cast<A>(weight * a.kl_coef));
+  const V kl_coef = V::set1(static_cast<A>(a.kl_coef));
   each_vector(s.length, [&](int64_t i, int count) {
     const V keep = s.keep(i, count), logprob = s.read(s.logprob, i, count, keep);
     const LogRatio<V> d = log_ratio(c, s.difference(i, count, keep, logprob));
@@ -111,10 +113,12 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
     const PolicyTerm<V> term = policy_term(kObjective, c, s.read(s.advantage, i, count, keep), ratio, logprob,
                                            by_sequence ? c.one : d.inside);
     V gradient = V::zero();
-    if (shared) slopes.add(term.slope);
+    if (clip_by_sequence) slopes.add(term.slope);
     else gradient = each * term.slope;
     if (s.ref_logprob) {
-      const KlTerm<V> t = kl_term(kKl, c, e, exps[1]);
+      KlTerm<V> t = kl_term(kKl, c, e, exps[1]);
+      if (a.kl_ratio) t = times_ratio(t, ratio, by_sequence ? c.zero : d.inside);
+      if (kl_by_sequence) slopes.add(kl_coef * t.value);
       kl.add(t.value);
       // with coefficient 0 it is only measured: a NaN must not reach the loss
       if (a.kl_coef > 0.0) gradient = fma(kl_each, t.slope * keep, gradient);
@@ -128,7 +132,7 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
     high = high + term.high;
     dual = dual + term.dual;
   });
-  if (shared) {
+  if (clip_by_sequence || kl_by_sequence) {
     // d(mean of the log-ratios)/dlogprob_t is 1/length for each kept token whose limit does not bind
     const V share = V::set1(static_cast<A>(weight * slopes.total() / length));
     each_vector(s.length, [&](int64_t i, int count) {

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(PolicyLossArgs a)
                              constant(kLogRatioLimit)};
   const Sequence<A> s(a, first, last);
   const bool by_sequence = a.ratio == PolicyRatio::sequence;
-  const bool shared = by_sequence && a.objective == PolicyObjective::clip;
+  const bool clip_by_sequence = by_sequence && a.objective == PolicyObjective::clip;
   double sums[kNumPolicyStats] = {}, log_ratios = 0.0, slopes = 0.0;
   s.each([&](int64_t i) {
     if (!s.keeps(i)) return;
@@ -79,11 +79,15 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(PolicyLossArgs a)
     const PolicyTerm<A> term =
         policy_term(a.objective, c, s.advantage[i], ratio, logprob, by_sequence ? c.one : d.inside);
     A gradient = 0;
-    if (shared) slopes += static_cast<double>(term.slope);
+    if (clip_by_sequence) slopes += static_cast<double>(term.slope);
     else gradient = each * term.slope;
     if (s.ref_logprob) {
       const LogRatio<A> e = log_ratio(c, s.ref_logprob[i] - logprob);
-      const KlTerm<A> kl = kl_term(a.kl, c, e, a.kl == PolicyKl::k3 ? exp(e.value) : c.one);
+      KlTerm<A> kl = kl_term(a.kl, c, e, a.kl == PolicyKl::k3 ? exp(e.value) : c.one);
+      if (a.kl_ratio) {
+        kl = times_ratio(kl, ratio, by_sequence ? c.zero : d.inside);
+        if (by_sequence && a.kl_coef > 0.0) slopes += a.kl_coef * static_cast<double>(kl.value);
+      }
       sums[kStatKl] += static_cast<double>(kl.value);
       // with coefficient 0 it is only measured: a NaN must not reach the loss
       if (a.kl_coef > 0.0) gradient = fma(kl_each, kl.slope, gradient);
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(PolicyLossArgs a)
     sums[kStatClipHigh] += static_cast<double>(term.high);
     sums[kStatDualClip] += static_cast<double>(term.dual);
   });
-  if (shared) {
+  if (clip_by_sequence || (by_sequence && a.kl_ratio && a.kl_coef > 0.0)) {
     // d(mean of the log-ratios)/dlogprob_t is 1/length for each kept token whose limit does not bind
     const A share = static_cast<A>(weight * block_reduce(slopes, Add{}, 0.0) / length);
     s.each([&](int64_t i) {

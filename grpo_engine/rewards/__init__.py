@@ -7,6 +7,7 @@
     logic_strict   1.0 for a grid that is right throughout, else 0.0
     code           HumanEval's tests, run in a sandbox
     paper_...      math, aime, gsm8k, choice, logic, code: as the paper's code scores (`rewards.paper`)
+    module:name    a function of your own; `reward.function` gives it to every problem of a run
 
 A scorer is deterministic, reads `problem.answer` and `problem.info` alone, and may hang, crash or raise on the text of
 a model that is being trained to please it: `rewards.pool.RewardPool` runs it where that costs one zero. Nothing under
@@ -15,9 +16,10 @@ a model that is being trained to please it: `rewards.pool.RewardPool` runs it wh
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
+
+from grpo_engine import plugins
 
 
 class Question(Protocol):
@@ -61,7 +63,7 @@ def register_scorer(name: str, target: str) -> None:
     Raises:
         ValueError: the name is taken, or target has no "module:function" form.
     """
-    if target.count(":") != 1 or not all(target.split(":")):
+    if not plugins.is_target(target):
         raise ValueError(f"register_scorer: target must read 'module:function', got {target!r}")
     if SCORERS.setdefault(name, target) != target:
         raise ValueError(f"register_scorer: {name!r} is already {SCORERS[name]}, got {target}")
@@ -71,7 +73,7 @@ def scorer_target(name: str) -> str:
     """Where a scorer lives.
 
     Args:
-        name: "exact", "math", ... or a registered one.
+        name: "exact", "math", ..., a registered one, or "module:function" itself.
 
     Returns:
         "module:function".
@@ -79,9 +81,9 @@ def scorer_target(name: str) -> str:
     Raises:
         ValueError: no such scorer; the message lists those there are.
     """
-    if name not in SCORERS:
-        raise ValueError(f"no scorer {name!r}: there are {', '.join(sorted(SCORERS))}")
-    return SCORERS[name]
+    if name not in SCORERS and not plugins.is_target(name):
+        raise ValueError(f"no scorer {name!r}: there are {', '.join(sorted(SCORERS))}, and 'module:function'")
+    return SCORERS.get(name, name)
 
 
 def import_scorer(target: str) -> Scorer:
@@ -94,8 +96,6 @@ def import_scorer(target: str) -> Scorer:
         The scorer.
 
     Raises:
-        ImportError: no such module.
-        AttributeError: no such function in it.
+        ValueError: no such module, or no such function in it.
     """
-    module, function = target.split(":")
-    return getattr(importlib.import_module(module), function)
+    return plugins.load(target, "scorer")

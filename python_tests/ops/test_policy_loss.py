@@ -31,6 +31,7 @@ OPTIONS = [
         ("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"), AGGREGATIONS.values()
     )
 ]
+OPTIONS += [o | {"kl_ratio": True} for o in OPTIONS if o["aggregation"] == "sequence_mean"]
 
 
 def name_of(options):
@@ -128,7 +129,7 @@ def test_given_denominators_replace_those_of_the_call(given, dtype):
 
 
 def trl_loss(
-    new, old, ref, advantages, mask, *, loss_type, level, epsilon, epsilon_high, delta, beta,
+    new, old, ref, advantages, mask, *, loss_type, level, epsilon, epsilon_high, delta, beta, use_bias_correction_kl,
     max_completion_length, num_items_in_batch,
 ):  # fmt: skip
     """The loss of TRL's GRPOTrainer on padded [N, L] tensors, from its documentation."""
@@ -138,6 +139,7 @@ def trl_loss(
         log_ratio = (log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
         log_ratio = log_ratio.unsqueeze(-1)
     coef_1, A = log_ratio.exp(), advantages.unsqueeze(1)
+    kl_weight = coef_1 if use_bias_correction_kl else 1.0
     if loss_type == "cispo":
         per_token = -coef_1.clamp(max=epsilon_high).detach() * A * new
     else:
@@ -146,7 +148,7 @@ def trl_loss(
             coef_1 = coef_1.clamp(max=delta)
         per_token = -torch.min(coef_1 * A, coef_2 * A)
     if beta:
-        per_token = per_token + beta * ((ref - new).exp() - (ref - new) - 1)
+        per_token = per_token + beta * ((ref - new).exp() - (ref - new) - 1) * kl_weight
     if loss_type == "grpo":
         return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
     total = (per_token * mask).sum()
@@ -157,11 +159,11 @@ def trl_loss(
     return total / num_items_in_batch
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("beta, corrected", [(0.0, False), (0.04, False), (0.04, True)])
 @pytest.mark.parametrize("delta", [None, 1.5])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
-def test_trl_loss_types(loss_type, level, delta, beta):
+def test_trl_loss_types(loss_type, level, delta, beta, corrected):
     lengths, L = [7, 20, 1, 13], 20
     data = make(lengths, torch.float64, masked=0.0, spread=0.6)
     valid = torch.arange(L) < torch.tensor(lengths)[:, None]
@@ -175,8 +177,8 @@ def test_trl_loss_types(loss_type, level, delta, beta):
     want = trl_loss(
         pad(leaf), pad(data["old_logprob"]), pad(data["ref_logprob"]),
         data["advantage"][starts], valid, loss_type=loss_type, level=level, epsilon=0.2,
-        epsilon_high=1.3 if cispo else 0.28, delta=delta, beta=beta, max_completion_length=50,
-        num_items_in_batch=300,
+        epsilon_high=1.3 if cispo else 0.28, delta=delta, beta=beta, use_bias_correction_kl=corrected,
+        max_completion_length=50, num_items_in_batch=300,
     )  # fmt: skip
     want.backward()
     aggregation = {
@@ -188,7 +190,7 @@ def test_trl_loss_types(loss_type, level, delta, beta):
     clip = {"clip_low": 1.0, "clip_high": 0.3} if cispo else {"clip_low": 0.2, "clip_high": 0.28}
     loss, grad, _ = run(
         policy_loss, data, ratio=level, objective="cispo" if cispo else "clip", dual_clip=delta,
-        kl_coef=beta, **clip, **aggregation,
+        kl_coef=beta, kl_ratio=corrected, **clip, **aggregation,
     )  # fmt: skip
     torch.testing.assert_close(loss, want.detach(), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-11, atol=1e-14)
@@ -551,5 +553,5 @@ def test_registration(full, dtype):
     torch.library.opcheck(
         torch.ops.grpo_engine.policy_loss.default,
         (data["logprob"].requires_grad_(), data["advantage"], data["cu_seqlens"], *optional, *rest,
-         "sequence_mean", 3.0),
+         full, "sequence_mean", 3.0),
     )  # fmt: skip
