@@ -49,20 +49,20 @@ class ModelSource(Config):
 class TaskConfig(Config):
     """Problems to train on and to be tested on."""
 
-    name: Literal["micro", "parquet"] = "micro"
-    train: str | None = None  # parquet only: file in verl's format
-    evals: dict[str, str] = {}  # parquet only: name -> file
+    name: Literal["micro", "files"] = "micro"
+    train: str | None = None  # files only: what to train on, see `tasks.files`
+    evals: dict[str, str] = {}  # files only: name -> file
     train_problems: Positive | None = None  # how many different training problems; None: all, or as many as needed
     subset: Literal["nested", "independent"] = "nested"  # which: a smaller number's are among a larger one's, or not
     eval_problems: Positive | None = 500  # problems an evaluation set is cut to; None: all
-    shuffle: bool = True  # False: the file's own order (a curriculum, in the paper's files); generated ones by grade
+    shuffle: bool = True  # False: a curriculum, easy to hard by pass rate or grade; equals in their file's order
 
     @pydantic.model_validator(mode="after")
     def _files(self) -> TaskConfig:
-        if self.name == "parquet" and self.train is None:
-            raise ValueError("task.train must name a parquet file when task.name is parquet")
+        if self.name == "files" and self.train is None:
+            raise ValueError("task.train must name a file of problems when task.name is files")
         if self.name == "micro" and (self.train is not None or self.evals):
-            raise ValueError("task.train and task.evals belong to task.name=parquet, not to micro")
+            raise ValueError("task.train and task.evals belong to task.name=files, not to micro")
         return self
 
 
@@ -86,7 +86,7 @@ class RewardConfig(Config):
 
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # wall-clock limit of one answer
     workers: Positive = 2  # killable processes; none are started when every scorer is harmless
-    behaviour: Behaviour = "ours"  # of parquet tasks; paper: as its code scores, `rewards.paper`
+    behaviour: Behaviour = "ours"  # of problems from files; paper: as its code scores, `rewards.paper`
     unprotected: bool = False  # run programs where the kernel refuses a protection of `rewards.sandbox`
 
 

@@ -222,27 +222,34 @@ class Run:
         self.ledger = Ledger(self.counters.flops, device=c.device)
 
     def _leave_out_long_prompts(self) -> None:
-        self.num_too_long = 0
-        limit = self.config.rollout.max_prompt_tokens
-        if limit is None:
-            return
+        """Keeps what fits into rollout.max_prompt_tokens, in training and in evaluation, and counts the rest."""
+        whole, limit = self.task, self.config.rollout.max_prompt_tokens
         chat = self.config.model.kind == "instruct"
 
-        def fits(p: Problem) -> bool:
-            return len(self.tokenizer.encode_prompt(p.prompt, chat)) <= limit
+        def fitting(what: str, problems: Sequence[Problem]) -> Sequence[Problem]:
+            if limit is None:
+                return problems
+            kept = [p for p in problems if len(self.tokenizer.encode_prompt(p.prompt, chat)) <= limit]
+            if not kept:
+                raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no problem {what}")
+            return kept
 
-        kept = [p for p in self.task.train if fits(p)]
-        self.num_too_long = len(self.task.train) - len(kept)
-        self.progress.say(
-            f"{self.num_too_long} of {len(self.task.train)} training prompts are longer than {limit} tokens and left out"
+        self.task = Task(
+            name=whole.name,
+            train=fitting("to train on", whole.train),
+            evals={
+                name: dataclasses.replace(s, problems=fitting(f"of {name}", s.problems)) for name, s in whole.evals.items()
+            },
         )
-        if not kept:
-            raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no training problem")
-        evals = {
-            name: dataclasses.replace(s, problems=[p for p in s.problems if fits(p)])
-            for name, s in self.task.evals.items()
+        self.num_too_long = len(whole.train) - len(self.task.train)
+        self.evals_too_long = {
+            name: len(s.problems) - len(self.task.evals[name].problems) for name, s in whole.evals.items()
         }
-        self.task = Task(name=self.task.name, train=kept, evals=evals)
+        if limit is not None:
+            self.progress.say(
+                f"longer than {limit} tokens and left out: {self.num_too_long} of {len(whole.train)} training prompts"
+                + "".join(f", {n} of {name}" for name, n in self.evals_too_long.items() if n)
+            )
 
     def _header(self) -> dict:
         c = self.config
@@ -259,7 +266,11 @@ class Run:
                 "params_nominal": c.model.params_nominal,
                 "params_total": self.model.num_parameters,
             },
-            "task": {"train_problems": len(self.task.train), "left_out_too_long": self.num_too_long},
+            "task": {
+                "train_problems": len(self.task.train),
+                "left_out_too_long": self.num_too_long,
+                "evals_left_out_too_long": self.evals_too_long,
+            },
             "versions": records.collect_versions(),
             "hardware": records.collect_hardware(),
         }
@@ -314,6 +325,7 @@ class Run:
             config_hash=self.run_id,
             lengths={w.path.name: w.num_bytes for w in (self.steps, self.evals, self.timings)},
             meta={"counters": dataclasses.asdict(self.counters)},
+            tokenizer_folder=self.tokenizer.folder,
         )
 
     def _grpo_step(self, step: int) -> records.StepRecord:
@@ -422,16 +434,16 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviou
         behaviour: of the scorers, for problems of files.
 
     Returns:
-        A `Task` with config.train_problems training problems (see `subset`), where there are as many, and at most
-        config.eval_problems problems in each evaluation set.
+        A `Task` with config.train_problems training problems (see `subset`), where there are as many, from easy to hard
+        unless they are to be shuffled, and at most config.eval_problems problems in each evaluation set.
 
     Raises:
         ValueError: a bad file, the fault named.
     """
-    if config.name == "parquet":
-        from grpo_engine.tasks.parquet import parquet_task
+    if config.name == "files":
+        from grpo_engine.tasks.files import files_task
 
-        task = parquet_task(
+        task = files_task(
             train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=behaviour
         )
     else:
@@ -439,13 +451,10 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviou
 
         count = max(needed, config.train_problems or 0)
         task = micro_task(train_problems=count, eval_problems=config.eval_problems, seed=seed)
-        if not config.shuffle:
-            task = dataclasses.replace(task, train=sorted(task.train, key=difficulty))
-    if config.train_problems is None:
-        return task
-    return dataclasses.replace(
-        task, train=subset(task.train, config.train_problems, seed=seed, how=config.subset)
-    )
+    train = task.train
+    if config.train_problems is not None:
+        train = subset(train, config.train_problems, seed=seed, how=config.subset)
+    return dataclasses.replace(task, train=train if config.shuffle else sorted(train, key=difficulty))
 
 
 def problems_of_step(

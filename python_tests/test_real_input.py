@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_engine import records
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 
 TRAIN = "math_curriculum_sampled/math__sampled_1_4_12800.parquet"
 HELD_OUT = "math_curriculum/math__full_difficulty_ordered_test_500.parquet"
@@ -28,7 +28,7 @@ def test_three_steps_on_12800_real_problems(real_data, checkpoint, tmp_path):
     command = [
         sys.executable, "-m", "grpo_engine", "train", "--out", str(out), "--threads", "2",
         f"model.path={checkpoint}", "steps=3", "batch.prompts=16", "batch.group_size=4",
-        "task.name=parquet", f"task.train={real_data / TRAIN}", f"task.evals={{held_out: {real_data / HELD_OUT}}}",
+        "task.name=files", f"task.train={real_data / TRAIN}", f"task.evals={{held_out: {real_data / HELD_OUT}}}",
         "task.eval_problems=50", "evaluation.count=2", "evaluation.samples=1",
         "rollout.max_new_tokens=24", "rollout.max_prompt_tokens=512", "optimizer.lr=1e-4",
     ]  # fmt: skip

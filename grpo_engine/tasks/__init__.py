@@ -1,1 +1,1 @@
-"""Where problems come from: generated ones (`micro`) and files in the parquet format of verl (`parquet`)."""
+"""Where problems come from: generated ones (`micro`) and files of them (`files`)."""
