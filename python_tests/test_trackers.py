@@ -63,9 +63,10 @@ def test_trackio_writes_them_into_its_folder(run_dir, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     assert trackers.export(run_dir, "trackio", out=tmp_path) == 2
     with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "grpo_engine.db")) as base:
-        found = [(step, json.loads(values)) for step, values in base.execute("select step, metrics from metrics order by step")]
-    assert [(step, values["train/reward_mean"]) for step, values in found] == [(1, 0.25), (2, 0.5)]
-    assert found[1][1]["eval/words/greedy/pass1"] == 0.75
+        rows = base.execute("select step, metrics from metrics order by step").fetchall()
+    (one, first), (two, second) = ((step, json.loads(values)) for step, values in rows)
+    assert (one, two) == (1, 2) and (first["train/reward_mean"], second["train/reward_mean"]) == (0.25, 0.5)
+    assert second["eval/words/greedy/pass1"] == 0.75
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
