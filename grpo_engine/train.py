@@ -99,7 +99,7 @@ def tokenizer_and_model(
         The tokenizer, the model on the device, and whether pages may stay beside training.
 
     Raises:
-        ValueError: more tokens than the model has, a bad folder, or no room.
+        ValueError: more tokens than the model has, a prompt without room for an answer, a bad folder, or no room.
     """
     if config.device == "cuda":
         device.require_capability()
@@ -108,7 +108,9 @@ def tokenizer_and_model(
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)
     pages_stay = True
     if train_on is not None:
-        pages_stay = footprint.require_room(config, weights.read_config(folder), _longest(train_on, tokenizer, config))
+        sizes, longest = weights.read_config(folder), _longest(train_on, tokenizer, config)
+        _require_positions(sizes.max_position_embeddings, longest, config)
+        pages_stay = footprint.require_room(config, sizes, longest)
     model = weights.load_model(
         folder, dtype=DTYPES[m.dtype], device=config.device, batch_invariant=m.batch_invariant
     )
@@ -117,6 +119,17 @@ def tokenizer_and_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
         )
     return tokenizer, model, pages_stay
+
+
+def _require_positions(positions: int, longest: int, config: RunConfig) -> None:
+    """Refuses a prompt that would end the run at the step that draws it."""
+    answer = config.rollout.max_new_tokens
+    if longest + answer > positions:
+        mend = f"; rollout.max_prompt_tokens={positions - answer} leaves the longer ones out" if answer < positions else ""
+        raise ValueError(
+            f"prompts of up to {longest} tokens with rollout.max_new_tokens={answer} exceed the model's {positions} "
+            f"positions{mend}"
+        )
 
 
 def _longest(task: Task, tokenizer: Tokenizer, config: RunConfig) -> int:

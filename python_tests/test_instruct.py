@@ -66,7 +66,7 @@ def problems(tmp_path_factory):
     return path, held_out
 
 
-def run(checkpoint, problems, out, kind, monkeypatch):
+def run(checkpoint, problems, out, kind, monkeypatch, **rollout):
     """A run of three steps; what the engine was asked and what it answered in each."""
     seen = []
     generate = Engine.generate
@@ -80,7 +80,7 @@ def run(checkpoint, problems, out, kind, monkeypatch):
     config = validate(RunConfig, {
         "model": {"path": str(checkpoint), "kind": kind}, "steps": 3,
         "task": {"name": "files", "train": str(problems[0]), "evals": {"held_out": str(problems[1])}, "shuffle": False},
-        "rollout": {"max_new_tokens": 40, "max_prompt_tokens": LIMIT}, "batch": {"prompts": 4, "group_size": 8},
+        "rollout": {"max_new_tokens": 40, "max_prompt_tokens": LIMIT, **rollout}, "batch": {"prompts": 4, "group_size": 8},
         "evaluation": {"count": 1, "samples": 1}, "optimizer": {"lr": 1e-3},
         "reward": {"behaviour": "paper"},  # draws letters, so that random text is right now and then
     })  # fmt: skip
@@ -132,4 +132,12 @@ def test_an_instruct_run_of_a_base_tokenizer_is_refused_before_any_step(checkpoi
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="base: no chat template there"):
         run(base, problems, tmp_path / "run", "instruct", monkeypatch)
+    assert not (tmp_path / "run" / records.STEPS_FILE).exists()
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_before_any_step(checkpoint, problems, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"up to \d+ tokens .* 256 positions; rollout.max_prompt_tokens=56 leaves"):
+        run(checkpoint, problems, tmp_path / "run", "base", monkeypatch, max_prompt_tokens=None, max_new_tokens=200)
+    with pytest.raises(ValueError, match="max_prompt_tokens=2 leaves no problem to train on"):
+        run(checkpoint, problems, tmp_path / "run", "base", monkeypatch, max_prompt_tokens=2)
     assert not (tmp_path / "run" / records.STEPS_FILE).exists()
