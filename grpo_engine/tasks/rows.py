@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,13 @@ def read_rows(path: str | Path, fields: Collection[str]) -> Iterator[tuple[str, 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no problem file {path}")
-    read: dict[str, Callable[[Path, Collection[str]], Iterator[tuple[str, Row]]]] = {
-        ".parquet": _parquet, ".jsonl": _jsonl,
-    }  # fmt: skip
     if path.is_dir():
         return _folder(path, fields)
-    if path.suffix not in read:
-        raise ValueError(f"{path}: problems are read from {FORMATS}, got {path.suffix or 'a name without an ending'!r}")
-    return read[path.suffix](path, fields)
+    if path.suffix == ".parquet":
+        return _parquet(path, fields)
+    if path.suffix == ".jsonl":
+        return _jsonl(path, fields)
+    raise ValueError(f"{path}: problems are read from {FORMATS}, got {path.suffix or 'a name without an ending'!r}")
 
 
 def _parquet(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row]]:
