@@ -2,8 +2,8 @@
 
 A run directory holds
 
-    checkpoint/            the newest: a Hugging Face folder (`grpo_engine.weights`: load it as a model anywhere),
-                           optimizer.safetensors (or numbered shards of it) and meta.json
+    checkpoint/            the newest: a Hugging Face folder (`grpo_engine.weights`: load it as a model anywhere), with its
+                           tokenizer and chat template, optimizer.safetensors (or numbered shards of it) and meta.json
     checkpoint.previous/   the one before it, used when the newest turns out to be damaged
     checkpoint.new/        one that is being written; whatever a killed process left of it is thrown away
 
@@ -103,6 +103,7 @@ def save(
     config_hash: str,
     lengths: Mapping[str, int],
     meta: Mapping[str, Any],
+    tokenizer_folder: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a checkpoint; a kill at any moment leaves the one before it, or this one.
 
@@ -114,6 +115,7 @@ def save(
         config_hash: of the configuration; `load` refuses another.
         lengths: record file -> length in bytes, after it was synced.
         meta: JSON; given back by `load`.
+        tokenizer_folder: its files are copied along; None: there are none.
 
     Raises:
         TypeError: meta, or a setting of the optimizer, has no JSON form.
@@ -139,6 +141,8 @@ def save(
     new.mkdir()
     try:
         weights.write_files(model, new)
+        if tokenizer_folder is not None:
+            weights.copy_tokenizer(tokenizer_folder, new)
         weights.write_tensors(new, OPTIMIZER_FILE, _optimizer_tensors(model, optimizer))
         facts["files"] = {p.name: _fingerprint(p) for p in sorted(new.iterdir())}
         facts["sha256"] = _digest(facts)

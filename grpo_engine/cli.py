@@ -135,7 +135,7 @@ def _evaluate_suite(config: str | None, suite: str, data: str, out: Path | None,
     if out is None:
         raise ValueError("--suite needs --out, the folder of its answers and tables")
     files = suite_files(suite, data)
-    task = {"name": "parquet", "train": next(iter(files.values())), "evals": files, "eval_problems": None}
+    task = {"name": "files", "train": next(iter(files.values())), "evals": files, "eval_problems": None}
     settings = [f"task={json.dumps(task)}", "rollout.max_new_tokens=4096", *overrides]
     start = time.monotonic()
     with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:

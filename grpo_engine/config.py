@@ -51,22 +51,22 @@ class ModelSource(Config):
 class TaskConfig(Config):
     """Problems to train on and to be tested on."""
 
-    name: str = "micro"  # micro, parquet, or "module:function" of your own: see `tasks`
-    train: str | None = None  # parquet: file in verl's format; your own: what you like
+    name: str = "micro"  # micro, files, or "module:function" of your own: see `tasks`
+    train: str | None = None  # files: what to train on, see `tasks.files`; your own: what you like
     evals: dict[str, str] = {}  # likewise: name -> file
     train_problems: Positive | None = None  # how many different training problems; None: all, or as many as needed
     subset: Literal["nested", "independent"] = "nested"  # which: a smaller number's are among a larger one's, or not
     eval_problems: Positive | None = 500  # problems an evaluation set is cut to; None: all
-    shuffle: bool = True  # False: the file's own order (a curriculum, in the paper's files); generated ones by grade
+    shuffle: bool = True  # False: a curriculum, easy to hard by pass rate or grade; equals in their file's order
 
     @pydantic.model_validator(mode="after")
     def _files(self) -> TaskConfig:
-        if self.name not in ("micro", "parquet") and not plugins.is_target(self.name):
-            raise ValueError(f"task.name must be micro, parquet or 'module:function', got {self.name!r}")
-        if self.name == "parquet" and self.train is None:
-            raise ValueError("task.train must name a parquet file when task.name is parquet")
+        if self.name not in ("micro", "files") and not plugins.is_target(self.name):
+            raise ValueError(f"task.name must be micro, files or 'module:function', got {self.name!r}")
+        if self.name == "files" and self.train is None:
+            raise ValueError("task.train must name a file of problems when task.name is files")
         if self.name == "micro" and (self.train is not None or self.evals):
-            raise ValueError("task.train and task.evals belong to task.name=parquet, not to micro")
+            raise ValueError("task.train and task.evals belong to task.name=files, not to micro")
         return self
 
 
@@ -90,7 +90,7 @@ class RewardConfig(Config):
 
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # wall-clock limit of one answer
     workers: Positive = 2  # killable processes; none are started when every scorer is harmless
-    behaviour: Behaviour = "ours"  # of parquet tasks; paper: as its code scores, `rewards.paper`
+    behaviour: Behaviour = "ours"  # of problems from files; paper: as its code scores, `rewards.paper`
     function: Annotated[str, Field(pattern=plugins.TARGET)] | None = None  # "module:function" of your own, for all problems
     unprotected: bool = False  # run programs where the kernel refuses a protection of `rewards.sandbox`
 

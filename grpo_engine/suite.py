@@ -35,7 +35,7 @@ from grpo_engine.rewards.math import spelling
 from grpo_engine.rewards.pool import RewardPool, reward_pool
 from grpo_engine.rollout import Ask, Engine, Progress, derive_seeds
 from grpo_engine.study.bootstrap import LEVEL, interval
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 from grpo_engine.tokenizer import Tokenizer
 from grpo_engine.types import Problem, Reward
 

@@ -28,6 +28,7 @@ PATTERN = (
 class Tokenizer(Protocol):
     """What rollout, evaluation and scoring ask of a tokenizer."""
 
+    folder: Path | None  # with its files; None: it has none
     eos_id: int  # ends a text; always one of stop_ids
     stop_ids: tuple[int, ...]  # an answer ends with any of these
     vocab_size: int  # ids are in [0, vocab_size); the model may have more rows

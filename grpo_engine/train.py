@@ -100,7 +100,7 @@ def tokenizer_and_model(
         The tokenizer, the model on the device, and whether pages may stay beside training.
 
     Raises:
-        ValueError: more tokens than the model has, a bad folder, or no room.
+        ValueError: more tokens than the model has, a prompt without room for an answer, a bad folder, or no room.
     """
     if config.device == "cuda":
         device.require_capability()
@@ -109,7 +109,9 @@ def tokenizer_and_model(
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
     pages_stay = True
     if train_on is not None:
-        pages_stay = footprint.require_room(config, weights.read_config(folder), _longest(train_on, tokenizer, config))
+        sizes, longest = weights.read_config(folder), _longest(train_on, tokenizer, config)
+        _require_positions(sizes.max_position_embeddings, longest, config)
+        pages_stay = footprint.require_room(config, sizes, longest)
     model = weights.load_model(
         folder, dtype=DTYPES[m.dtype], device=config.device, batch_invariant=m.batch_invariant
     )
@@ -118,6 +120,17 @@ def tokenizer_and_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
         )
     return tokenizer, model, pages_stay
+
+
+def _require_positions(positions: int, longest: int, config: RunConfig) -> None:
+    """Refuses a prompt that would end the run at the step that draws it."""
+    answer = config.rollout.max_new_tokens
+    if longest + answer > positions:
+        mend = f"; rollout.max_prompt_tokens={positions - answer} leaves the longer ones out" if answer < positions else ""
+        raise ValueError(
+            f"prompts of up to {longest} tokens with rollout.max_new_tokens={answer} exceed the model's {positions} "
+            f"positions{mend}"
+        )
 
 
 def _longest(task: Task, tokenizer: Tokenizer, config: RunConfig) -> int:
@@ -223,27 +236,34 @@ class Run:
         self.ledger = Ledger(self.counters.flops, device=c.device)
 
     def _leave_out_long_prompts(self) -> None:
-        self.num_too_long = 0
-        limit = self.config.rollout.max_prompt_tokens
-        if limit is None:
-            return
+        """Keeps what fits into rollout.max_prompt_tokens, in training and in evaluation, and counts the rest."""
+        whole, limit = self.task, self.config.rollout.max_prompt_tokens
         chat = self.config.model.kind == "instruct"
 
-        def fits(p: Problem) -> bool:
-            return len(self.tokenizer.encode_prompt(p.prompt, chat)) <= limit
+        def fitting(what: str, problems: Sequence[Problem]) -> Sequence[Problem]:
+            if limit is None:
+                return problems
+            kept = [p for p in problems if len(self.tokenizer.encode_prompt(p.prompt, chat)) <= limit]
+            if not kept:
+                raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no problem {what}")
+            return kept
 
-        kept = [p for p in self.task.train if fits(p)]
-        self.num_too_long = len(self.task.train) - len(kept)
-        self.progress.say(
-            f"{self.num_too_long} of {len(self.task.train)} training prompts are longer than {limit} tokens and left out"
+        self.task = Task(
+            name=whole.name,
+            train=fitting("to train on", whole.train),
+            evals={
+                name: dataclasses.replace(s, problems=fitting(f"of {name}", s.problems)) for name, s in whole.evals.items()
+            },
         )
-        if not kept:
-            raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no training problem")
-        evals = {
-            name: dataclasses.replace(s, problems=[p for p in s.problems if fits(p)])
-            for name, s in self.task.evals.items()
+        self.num_too_long = len(whole.train) - len(self.task.train)
+        self.evals_too_long = {
+            name: len(s.problems) - len(self.task.evals[name].problems) for name, s in whole.evals.items()
         }
-        self.task = Task(name=self.task.name, train=kept, evals=evals)
+        if limit is not None:
+            self.progress.say(
+                f"longer than {limit} tokens and left out: {self.num_too_long} of {len(whole.train)} training prompts"
+                + "".join(f", {n} of {name}" for name, n in self.evals_too_long.items() if n)
+            )
 
     def _header(self) -> dict:
         c = self.config
@@ -260,7 +280,11 @@ class Run:
                 "params_nominal": c.model.params_nominal,
                 "params_total": self.model.num_parameters,
             },
-            "task": {"train_problems": len(self.task.train), "left_out_too_long": self.num_too_long},
+            "task": {
+                "train_problems": len(self.task.train),
+                "left_out_too_long": self.num_too_long,
+                "evals_left_out_too_long": self.evals_too_long,
+            },
             "versions": records.collect_versions(),
             "hardware": records.collect_hardware(),
         }
@@ -315,6 +339,7 @@ class Run:
             config_hash=self.run_id,
             lengths={w.path.name: w.num_bytes for w in (self.steps, self.evals, self.timings)},
             meta={"counters": dataclasses.asdict(self.counters)},
+            tokenizer_folder=self.tokenizer.folder,
         )
 
     def _grpo_step(self, step: int) -> records.StepRecord:
@@ -424,8 +449,8 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
             None: the defaults.
 
     Returns:
-        A `Task` with config.train_problems training problems (see `subset`), where there are as many, and at most
-        config.eval_problems problems in each evaluation set.
+        A `Task` with config.train_problems training problems (see `subset`), where there are as many, from easy to hard
+        unless they are to be shuffled, and at most config.eval_problems problems in each evaluation set.
 
     Raises:
         ValueError: a bad file, or a function of the user's that is not there or returns no task; the fault is named.
@@ -433,24 +458,21 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
     reward = reward or RewardConfig()
     if plugins.is_target(config.name):
         task = _own_task(config, seed=seed, needed=needed)
-    elif config.name == "parquet":
-        from grpo_engine.tasks.parquet import parquet_task
+    elif config.name == "files":
+        from grpo_engine.tasks.files import files_task
 
-        task = parquet_task(
-            train=config.train, evals=config.evals, eval_problems=config.eval_problems,
-            behaviour=reward.behaviour,
+        task = files_task(
+            train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=reward.behaviour
         )
     else:
         from grpo_engine.tasks.micro import micro_task
 
         count = max(needed, config.train_problems or 0)
         task = micro_task(train_problems=count, eval_problems=config.eval_problems, seed=seed)
-        if not config.shuffle:
-            task = dataclasses.replace(task, train=sorted(task.train, key=difficulty))
+    train = task.train
     if config.train_problems is not None:
-        task = dataclasses.replace(
-            task, train=subset(task.train, config.train_problems, seed=seed, how=config.subset)
-        )
+        train = subset(train, config.train_problems, seed=seed, how=config.subset)
+    task = dataclasses.replace(task, train=train if config.shuffle else sorted(train, key=difficulty))
     return _scored_by(task, reward.function)
 
 

@@ -44,6 +44,7 @@ from grpo_engine.records import read_object
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 # copied beside the weights when a tokenizer folder is given: all that transformers or we read of it
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,7 +54,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_FILE,
 )
 _READABLE = ("F32", "BF16", "F16")  # safetensors' names; F16 is read, never written
 _WRITABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -619,7 +620,7 @@ def write_tensors(
 
 
 def copy_tokenizer(source: str | os.PathLike[str], folder: Path) -> None:
-    """Copies the `TOKENIZER_FILES` that a folder has.
+    """Copies the `TOKENIZER_FILES` that a folder has; where its config.json alone says where answers end, so does the copy.
 
     Args:
         source: a folder with tokenizer.json.
@@ -633,6 +634,11 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)
+    config, generation = (
+        read_object(path) if path.is_file() else {} for path in (Path(source) / CONFIG_FILE, folder / GENERATION_FILE)
+    )
+    if generation.get("eos_token_id") is None and config.get("eos_token_id") is not None:
+        _write_object(folder / GENERATION_FILE, generation | {"eos_token_id": config["eos_token_id"]})
 
 
 def _write_object(path: Path, obj: Mapping[str, Any]) -> None:

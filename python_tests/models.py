@@ -29,15 +29,22 @@ def random_model(config: ModelConfig | None = None, *, seed: int = 0, scale: flo
     return model.to(dtype)
 
 
-def save_qwen2(folder: Path, texts: list[str], *, vocab: int, width: int, layers: int, heads: int, positions: int) -> Path:
-    """A random checkpoint as transformers saves it, with a tokenizer trained on the texts."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def qwen2_config(*, vocab: int, width: int, layers: int, heads: int, positions: int):
+    """Of transformers."""
+    from transformers import Qwen2Config
 
-    config = Qwen2Config(
+    return Qwen2Config(
         vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=positions,
         tie_word_embeddings=True,
     )  # fmt: skip
+
+
+def save_qwen2(folder: Path, texts: list[str], *, vocab: int, width: int, layers: int, heads: int, positions: int) -> Path:
+    """A random checkpoint as transformers saves it, with a tokenizer trained on the texts."""
+    from transformers import Qwen2ForCausalLM
+
+    config = qwen2_config(vocab=vocab, width=width, layers=layers, heads=heads, positions=positions)
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     train_bpe(texts, vocab_size=vocab, folder=folder)

@@ -42,7 +42,7 @@ def test_a_dry_run_lists_the_cells_and_runs_nothing(tmp_path):
         (("study", "run", "tiny", "--out", "OUT"), "no preset 'tiny'"),
         (("study", "status", "OUT"), "study.yaml"),
         (("evaluate", "--model", "m", "--suite", "paper", "--data", "/nowhere", "--out", "OUT"), "no file /nowhere/math"),
-        (("train", "--out", "OUT", "task.name=parquet", "task.train=no.parquet", "model.size=xs"), "no.parquet"),
+        (("train", "--out", "OUT", "task.name=files", "task.train=no.parquet", "model.size=xs"), "no.parquet"),
     ],
 )
 def test_an_error_is_a_message_and_not_a_traceback(arguments, says, tmp_path):

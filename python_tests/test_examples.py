@@ -69,7 +69,7 @@ def test_a_function_of_the_users_scores_every_problem():
 @pytest.mark.parametrize(
     "setting, says",
     [
-        ("task.name=sorting", "task.name must be micro, parquet or 'module:function', got 'sorting'"),
+        ("task.name=sorting", "task.name must be micro, files or 'module:function', got 'sorting'"),
         ("reward.function=score", "reward.function: .*got 'score'"),
         ("task.name=no_such_module:sorting", "task.name=no_such_module:sorting: .*PYTHONPATH"),
         ("task.name=custom_task:sort", "task.name=custom_task:sort: module custom_task has no sort"),

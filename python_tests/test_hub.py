@@ -47,7 +47,7 @@ def test_a_name_is_a_snapshot_of_the_cache(cache, tmp_path):
     ("models/../x", "no such folder, and no name on a hub"),
 ])  # fmt: skip
 def test_what_is_nowhere_is_refused_before_the_problems_are_read(cache, tmp_path, path, says):
-    settings = [f"model={{path: '{path}'}}", "task={name: parquet, train: absent.parquet}"]
+    settings = [f"model={{path: '{path}'}}", "task={name: files, train: absent.parquet}"]
     with pytest.raises(FileNotFoundError, match=says):
         train(load_run_config(None, settings), tmp_path / "run", quiet=True)
 

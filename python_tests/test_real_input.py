@@ -8,9 +8,12 @@ import sys
 import models
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from grpo_engine import records
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.cli import app
+from grpo_engine.suite import SUITES
+from grpo_engine.tasks.files import read_problems
 
 TRAIN = "math_curriculum_sampled/math__sampled_1_4_12800.parquet"
 HELD_OUT = "math_curriculum/math__full_difficulty_ordered_test_500.parquet"
@@ -28,7 +31,7 @@ def test_three_steps_on_12800_real_problems(real_data, checkpoint, tmp_path):
     command = [
         sys.executable, "-m", "grpo_engine", "train", "--out", str(out), "--threads", "2",
         f"model.path={checkpoint}", "steps=3", "batch.prompts=16", "batch.group_size=4",
-        "task.name=parquet", f"task.train={real_data / TRAIN}", f"task.evals={{held_out: {real_data / HELD_OUT}}}",
+        "task.name=files", f"task.train={real_data / TRAIN}", f"task.evals={{held_out: {real_data / HELD_OUT}}}",
         "task.eval_problems=50", "evaluation.count=2", "evaluation.samples=1",
         "rollout.max_new_tokens=24", "rollout.max_prompt_tokens=512", "optimizer.lr=1e-4",
     ]  # fmt: skip
@@ -46,3 +49,24 @@ def test_three_steps_on_12800_real_problems(real_data, checkpoint, tmp_path):
     equal = sum(s["equal_groups"] for s in steps)
     statement = "All 48 groups had equal rewards" if equal == 48 else f"{equal} of 48 groups had equal rewards"
     assert statement in " ".join(result.stdout.split())
+
+
+def test_the_papers_suite_on_the_command_line(real_data, checkpoint, tmp_path):
+    out = tmp_path / "suite"
+    command = ["evaluate", "--model", str(checkpoint), "--suite", "paper", "--data", str(real_data), "--out", str(out),
+               "task.eval_problems=2", "evaluation.samples=2", "rollout.max_new_tokens=8"]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    table = json.loads((out / "table.json").read_text())
+    assert [row["eval_set"] for row in table] == list(SUITES["paper"])
+    for row in table:
+        assert row["problems"] == row["samples"] == 2 and row["failures"] == 0
+        assert row["pass_at"].keys() == {"1", "2"} and (row["maj_at"] is None) == (row["eval_set"] == "humaneval")
+        assert row["low"] <= row["score"] <= row["high"] and row["truncated"] > 0 and row["mean_tokens"] > 0
+    heads, _, scores = (out / "table.md").read_text().splitlines()[2:5]
+    assert heads.split(" | ")[1:3] == ["aime2024", "amc2023"] and scores.count("±") == 8
+    assert pq.read_metadata(out / "problems.parquet").num_rows == 16
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert CliRunner().invoke(app, command).exit_code == 0  # nothing is left to answer
+    tables = ("table.json", "table.md", "table.html", "problems.parquet")
+    assert all((out / name).read_bytes() == before[name] for name in tables)

@@ -65,7 +65,7 @@ def config(model, tmp_path):
     files = {"words": file("a.parquet", source, "ABCDEFGHIJ"), "letters": file("b.parquet", source, "AB")}
     return validate(RunConfig, {
         "model": {"path": str(model)}, "rollout": {"max_new_tokens": 8, "max_running": 8}, "evaluation": {"samples": 4},
-        "task": {"name": "parquet", "train": files["words"], "evals": files, "eval_problems": None},
+        "task": {"name": "files", "train": files["words"], "evals": files, "eval_problems": None},
         "reward": {"behaviour": "paper"},  # draws letters, so that random text is right now and then
     })  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_an_unknown_suite_and_a_missing_file_are_named(tmp_path):
 
 
 def test_the_papers_suite_has_its_eight_sets(real_data):
-    from grpo_engine.tasks.parquet import read_problems
+    from grpo_engine.tasks.files import read_problems
 
     counts = {name: len(read_problems(file)) for name, file in suite.suite_files("paper", real_data).items()}
     assert counts == {"holdout": 500, "aime2024": 30, "amc2023": 40, "humaneval": 164, "gsm8k": 1319, "zebra": 200,

@@ -1,7 +1,9 @@
 """Trackers get the numbers of the records; each is tested where it is installed."""
 
+import contextlib
 import json
 import math
+import sqlite3
 
 import pytest
 
@@ -44,6 +46,27 @@ def test_tensorboard_reads_them_back(run_dir, tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/reward_mean")] == [(1, 0.25), (2, 0.5)]
     assert [(e.step, e.value) for e in events.Scalars("eval/words/greedy/pass1")] == [(2, 0.75)]
+
+
+def test_wandb_writes_them_offline(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb = pytest.importorskip("wandb")
+    assert trackers.export(run_dir, "wandb", out=tmp_path / "out") == 2
+    wandb.teardown()  # its process writes the file to the end
+    (file,) = (tmp_path / "out").rglob("offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    assert b"train/reward_mean" in written and b"eval/words/greedy/pass1" in written and b"0.75" in written
+
+
+def test_trackio_writes_them_into_its_folder(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio")
+    assert trackers.export(run_dir, "trackio", out=tmp_path) == 2
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "grpo_engine.db")) as base:
+        rows = base.execute("select step, metrics from metrics order by step").fetchall()
+    (one, first), (two, second) = ((step, json.loads(values)) for step, values in rows)
+    assert (one, two) == (1, 2) and (first["train/reward_mean"], second["train/reward_mean"]) == (0.25, 0.5)
+    assert second["eval/words/greedy/pass1"] == 0.75
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

@@ -456,3 +456,7 @@ def test_the_tokenizer_goes_along(tmp_path):
     names = {p.name for p in (tmp_path / "m").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
     assert weights.read_config(tmp_path / "m") == ours().config
+    # an end that stood in config.json alone, which the copy writes anew
+    (tmp_path / "t" / "config.json").write_text('{"eos_token_id": [5, 7]}')
+    weights.save_checkpoint(ours(), tmp_path / "n", tokenizer_folder=tmp_path / "t")
+    assert json.loads((tmp_path / "n" / "generation_config.json").read_text()) == {"eos_token_id": [5, 7]}

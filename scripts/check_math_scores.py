@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pebble
 
 from grpo_engine.rewards import math as ours
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 
 LIMIT_S = 40.0  # of all forms of a truth; some expressions have no end
 FILES = (

@@ -69,6 +69,7 @@ class MicroTokenizer:
     """
 
     name = "micro"
+    folder = None
 
     def __init__(self) -> None:
         self._ids = {word: i for i, word in enumerate(VOCABULARY)}

@@ -4,7 +4,7 @@ import pytest
 from scoring import problem
 
 from grpo_engine.rewards.choice import chosen_letter, score
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from scoring import problem
 
 from grpo_engine.rewards import code
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 
 TESTS = json.dumps({"functional": "assert add(2, 3) == 5\nassert add(-1, 1) == 0\n"})
 RIGHT = "def add(a, b):\n    return a + b\n"

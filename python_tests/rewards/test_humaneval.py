@@ -15,7 +15,7 @@ import humaneval_solutions
 import pytest
 
 from grpo_engine.rewards import code
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 
 SOURCE = Path(humaneval_solutions.__file__).read_text()
 HELPERS = {"find_zero": ["poly"], "decode_cyclic": ["encode_cyclic"], "decode_shift": ["encode_shift"]}

@@ -6,7 +6,7 @@ import pytest
 from scoring import problem
 
 from grpo_engine.rewards.logic import MAX_GRID_CHARS, score, score_strict
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 
 GRID = {"header": ["Position", "Job", "Pet"], "rows": [["1", "cook", "cat"], ["2", "writer", "dog"]]}
 GOLD = json.dumps(GRID)

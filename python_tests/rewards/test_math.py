@@ -8,7 +8,7 @@ from scoring import problem
 from grpo_engine.rewards.extract import after_thinking, last_boxed
 from grpo_engine.rewards.math import gold_text, score
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.tasks.parquet import read_problems
+from grpo_engine.tasks.files import read_problems
 
 FILES = (
     ("guru_verl/online_eval/gsm8k.parquet", None),

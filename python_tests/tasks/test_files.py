@@ -1,15 +1,18 @@
-"""Problem files in verl's format."""
+"""Files of problems: every format, both forms of a row, and the task that is made of them."""
 
 import json
 import logging
 import math
+import types
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from grpo_engine.config import TaskConfig
 from grpo_engine.rewards import SCORERS
-from grpo_engine.tasks.parquet import FAMILIES, family_of, parquet_task, read_problems
+from grpo_engine.tasks.files import FAMILIES, family_of, files_task, read_problems
+from grpo_engine.train import load_task
 
 EVALS = {  # file below guru_verl/online_eval: rows, domain, scorer
     "aime2024": (30, "math", "math"),
@@ -33,14 +36,39 @@ def row(number=0, **changes):
     }
 
 
+def save_to_disk(rows, path, shards=2):
+    """What `datasets` leaves behind."""
+    path.mkdir()
+    table, files = pyarrow.Table.from_pylist(rows), []
+    for shard in range(shards):
+        first, last = (len(rows) * i // shards for i in (shard, shard + 1))
+        files.append({"filename": f"data-{shard:05d}-of-{shards:05d}.arrow"})
+        with pyarrow.ipc.new_stream(str(path / files[-1]["filename"]), table.schema) as stream:
+            stream.write_table(table.slice(first, last - first))
+    (path / "state.json").write_text(json.dumps({"_data_files": files, "_fingerprint": "0", "_split": None}))
+
+
+WRITERS = {
+    ".parquet": lambda rows, path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
+    ".jsonl": lambda rows, path: path.write_text("".join(json.dumps(r) + "\n" for r in rows)),
+    "": save_to_disk,
+}
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(rows, name="problems.parquet"):
         path = tmp_path / name
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        WRITERS[path.suffix](rows, path)
         return path
 
     return write
+
+
+@pytest.fixture(params=WRITERS, ids=lambda ending: ending.lstrip(".") or "datasets")
+def written(request, write):
+    """`write`, to each format in turn."""
+    return lambda rows, name="problems": write(rows, name + request.param)
 
 
 # ------------------------------------------------------------------ real files
@@ -94,7 +122,7 @@ def test_the_papers_task(real_data, caplog):
     evals = {name: folder / f"{name}.parquet" for name in EVALS}
     evals["held_out"] = real_data / "math_curriculum/math__full_difficulty_ordered_test_500.parquet"
     with caplog.at_level(logging.WARNING):
-        task = parquet_task(
+        task = files_task(
             train=real_data / "math_curriculum_sampled/math__sampled_1_4_12800.parquet", evals=evals, eval_problems=100
         )
     assert len(task.train) == 12798 and "2 of 12800" in caplog.text
@@ -111,23 +139,78 @@ def test_the_papers_task(real_data, caplog):
 # ------------------------------------------------------------------ what is read
 
 
-def test_a_row(write):
-    (p,) = read_problems(write([row(7)]))
+def test_a_row(written):
+    (p,) = read_problems(written([row(7)]))
     assert (p.prompt, p.answer, p.domain, p.reward, p.grade) == ("what is 7 + 1?", "8", "math", "math", None)
     assert p.info == {"data_source": "math__test", "index": 7, "some_pass_rate": 0.5, "pass_rate": 0.5}
     assert p.uid.startswith("math__test/")
 
 
-def test_extra_info_may_be_absent(write):
+def test_the_same_rows_are_the_same_problems_in_every_format(write):
+    rows = [row(i) for i in range(5)]
+    first, *others = (read_problems(write(rows, f"p{ending}")) for ending in WRITERS)
+    assert [first] * len(others) == others and len(first) == 5
+
+
+def test_a_plain_row(written):
+    plain = {"question": "7 + 1?", "answer": "8", "pass_rate": 0.25}
+    (p,) = read_problems(written([plain]))
+    assert (p.prompt, p.answer, p.domain, p.reward) == ("7 + 1?", "8", "math", "math")
+    assert p.info == {"data_source": "math__plain", "pass_rate": 0.25} and p.uid.startswith("math__plain/")
+    named = {"problem": "Which?", "solution": "B", "data_source": "stem__supergpqa"}
+    assert read_problems(written([named], "named"))[0].reward == "choice"
+
+
+@pytest.mark.parametrize(
+    ("plain", "prompt", "answer"),
+    [
+        ({"prompt": "a", "question": "b", "problem": "c", "answer": "1", "ground_truth": "2", "solution": "3"}, "a", "1"),
+        ({"question": "b", "problem": "c", "ground_truth": "2", "solution": "3"}, "b", "2"),
+        ({"prompt": None, "problem": "c", "answer": None, "solution": "so \\boxed{3}"}, "c", "so \\boxed{3}"),
+        ({"prompt": [{"role": "user", "content": "a"}], "answer": 204}, "a", "204"),
+        ({"prompt": "a", "answer": 0.5}, "a", "0.5"),
+    ],
+)
+def test_names_of_plain_fields(write, plain, prompt, answer):
+    (p,) = read_problems(write([plain], "p.jsonl"))
+    assert (p.prompt, p.answer) == (prompt, answer)
+
+
+def test_a_plain_solution_is_scored_by_its_end():
+    from grpo_engine.rewards.math import score
+
+    for solution in ("so \\boxed{3}", "1 + 2\n#### 3"):
+        problem = types.SimpleNamespace(answer=solution, info={})
+        assert score(r"\boxed{3}", problem) == 1.0 and score(r"\boxed{1}", problem) == 0.0
+
+
+def test_empty_lines_are_passed_over_and_rows_may_differ(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "answer": "1"}\n\n{"problem": "b", "solution": "2", "x": [1]}\n')
+    assert [p.prompt for p in read_problems(tmp_path / "p.jsonl")] == ["a", "b"]
+
+
+def test_what_the_datasets_library_saves(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [row(i) for i in range(9)]
+    shuffled = datasets.Dataset.from_list(rows).shuffle(seed=1)
+    shuffled.save_to_disk(tmp_path / "one", num_shards=2)
+    assert [p.prompt for p in read_problems(tmp_path / "one")] == [r["prompt"][0]["content"] for r in shuffled]
+    datasets.DatasetDict(train=shuffled, test=shuffled).save_to_disk(tmp_path / "two")
+    assert read_problems(tmp_path / "two" / "test") == read_problems(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"two: holds the splits \['train', 'test'\]; name the folder of one"):
+        read_problems(tmp_path / "two")
+
+
+def test_extra_info_may_be_absent(written):
     rows = [row(i) for i in range(2)]
     for r in rows:
         del r["extra_info"]
-    assert [p.info for p in read_problems(write(rows))] == [{"data_source": "math__test"}] * 2
+    assert [p.info for p in read_problems(written(rows))] == [{"data_source": "math__test"}] * 2
 
 
-def test_a_pass_rate_that_is_not_a_number_is_none(write):
+def test_a_pass_rate_that_is_not_a_number_is_none(written):
     rows = [row(0, extra_info={"a_pass_rate": math.nan}), row(1, extra_info={"a_pass_rate": None})]
-    assert [p.info["pass_rate"] for p in read_problems(write([*rows, row(2, extra_info={"a_pass_rate": 1.0})]))] == [
+    assert [p.info["pass_rate"] for p in read_problems(written([*rows, row(2, extra_info={"a_pass_rate": 1.0})]))] == [
         None, None, 1.0
     ]  # fmt: skip
 
@@ -170,53 +253,111 @@ def test_training_problems_that_are_tested_on_are_left_out(write, caplog):
     shouted = row(3, prompt=[{"role": "user", "content": "WHAT is  3 + 1?\n"}])
     test = write([row(9), shouted], "test.parquet")
     with caplog.at_level(logging.WARNING):
-        task = parquet_task(train=train, evals={"t": test})
+        task = files_task(train=train, evals={"t": test})
     assert [p.answer for p in task.train] == ["1", "2", "3", "5", "6"]
     assert "1 of 6 training problems" in caplog.text
     # The training set does not depend on how much of the evaluation set is used.
-    cut = parquet_task(train=train, evals={"t": test}, eval_problems=1)
+    cut = files_task(train=train, evals={"t": test}, eval_problems=1)
     assert cut.train == task.train and len(cut.evals["t"].problems) == 1
     with pytest.raises(ValueError, match="every training problem"):
-        parquet_task(train=test, evals={"t": test})
+        files_task(train=test, evals={"t": test})
+
+
+def test_a_curriculum_and_its_subsets_in_every_format(written):
+    rates = [0.5, 0.1, 0.9, 0.5, 0.3, 0.7, 1.0, 0.0]
+    path = written([row(i, extra_info={"a_pass_rate": rate}) for i, rate in enumerate(rates)])
+
+    def answers(**changes):
+        config = TaskConfig(name="files", train=str(path), **changes)
+        return [int(p.answer) - 1 for p in load_task(config, seed=0, needed=8).train]
+
+    easy_first = [6, 2, 5, 0, 3, 4, 1, 7]  # of equals the file's first
+    assert answers() == list(range(8)) and answers(shuffle=False) == easy_first
+    half = answers(shuffle=False, train_problems=4)
+    assert half == [i for i in easy_first if i in half]
+    quarters = {6, 2}, {5, 0, 3}, {0, 3, 4}, {1, 7}  # of the ranking, in which the equals 0 and 3 may change places
+    assert all(i in quarter for i, quarter in zip(half, quarters, strict=True))
+    assert set(answers(train_problems=2)) < set(half) == set(answers(train_problems=4))
 
 
 def test_in_domain_goes_by_what_is_trained_on(write):
     letters = [row(i, data_source="stem__supergpqa", reward_model={"ground_truth": "B"}) for i in (20, 21)]
     stem, maths = write(letters, "stem.parquet"), write([row(1)], "math.parquet")
     both = write([row(30), letters[0] | {"prompt": [{"role": "user", "content": "?"}]}], "both.parquet")
-    task = parquet_task(train=stem, evals={"math": maths, "both": both})
+    task = files_task(train=stem, evals={"math": maths, "both": both})
     assert {n: s.in_domain for n, s in task.evals.items()} == {"math": False, "both": False}
-    task = parquet_task(train=both, evals={"math": maths, "stem": stem})
+    task = files_task(train=both, evals={"math": maths, "stem": stem})
     assert {n: s.in_domain for n, s in task.evals.items()} == {"math": True, "stem": True}
 
 
 # ------------------------------------------------------------------ faults are named
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.parquet"):
-        read_problems(tmp_path / "nowhere.parquet")
+@pytest.mark.parametrize("ending", WRITERS)
+def test_a_missing_file_is_named(tmp_path, ending):
+    with pytest.raises(FileNotFoundError, match=f"nowhere{ending}"):
+        read_problems(tmp_path / f"nowhere{ending}")
 
 
-def test_a_file_that_is_no_parquet_is_named(tmp_path):
-    (tmp_path / "text.parquet").write_text("hello")
-    with pytest.raises(ValueError, match="text.parquet: not a readable parquet"):
-        read_problems(tmp_path / "text.parquet")
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("text.parquet", "hello", "text.parquet: not a readable parquet"),
+        ("text.jsonl", '{"prompt": "a", "answer": "1"}\nhello\n', "text.jsonl: line 2: not JSON"),
+        ("text.jsonl", "[1]\n", "text.jsonl: line 1: must be a JSON object, got list"),
+        ("text.jsonl", b"\xff\n", "text.jsonl: not UTF-8"),
+        ("text.csv", "prompt,answer\n", r"text.csv: problems are read from .parquet, .jsonl.* got '.csv'"),
+        ("set/other.arrow", "", "set: no state.json there"),
+        ("set/state.json", "{}", "set/state.json: _data_files must list file names, got None"),
+        ("set/state.json", '{"_data_files": [{"filename": "absent.arrow"}]}', "absent.arrow: not a readable Arrow file"),
+        ("set/dataset_dict.json", '{"splits": ["train"]}', r"set: holds the splits \['train'\]"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, said):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=said):
+        read_problems(path if path.parent == tmp_path else path.parent)
 
 
-@pytest.mark.parametrize("column", ["data_source", "prompt", "reward_model"])
-def test_a_missing_column_is_named(write, column):
+@pytest.mark.parametrize("field", ["data_source", "prompt", "reward_model"])
+def test_a_missing_field_is_named(written, field):
     without = row()
-    del without[column]
-    with pytest.raises(ValueError, match=f"problems.parquet: column '{column}' is missing"):
-        read_problems(write([without]))
+    del without[field]
+    named = "answer .or ground_truth or solution, or reward_model." if field == "reward_model" else field
+    with pytest.raises(ValueError, match=f"problems.*: (row 0|line 1): {named} is missing; there are "):
+        read_problems(written([without]))
 
 
 def test_an_empty_file_is_named(tmp_path):
     path = tmp_path / "empty.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), path)
-    with pytest.raises(ValueError, match="empty.parquet: the file holds no rows"):
-        read_problems(path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for file in (path, tmp_path / "empty.jsonl"):
+        with pytest.raises(ValueError, match=f"{file.name}: the file holds no rows"):
+            read_problems(file)
+
+
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [
+        ({"answer": "1"}, "prompt .or question or problem. is missing; there are answer"),
+        ({"problem": "?", "answer": None}, "answer .*is missing"),
+        ({"problem": " ", "answer": "1"}, "problem is empty"),
+        ({"question": ["?"], "answer": "1"}, "question must be a list of messages"),
+        ({"problem": "?", "solution": ""}, "solution is empty"),
+        ({"problem": "?", "answer": True}, "answer must be text for math problems, got bool True"),
+        ({"problem": "?", "answer": ["1"]}, "answer must be text for math problems, got list"),
+        ({"problem": "?", "answer": "1", "pass_rate": 2}, r"pass_rate must be a share in \[0, 1\], got int 2"),
+        ({"problem": "?", "answer": "1", "data_source": "poetry"}, "unknown data_source 'poetry'"),
+        ({"problem": "?", "ground_truth": "K", "data_source": "stem__supergpqa"}, "ground_truth must be a letter A to J"),
+        ({"problem": "?", "answer": "x", "data_source": "codegen__humaneval"}, "answer: .*functional"),
+    ],
+)
+def test_a_bad_plain_value_is_named(write, plain, said):
+    with pytest.raises(ValueError, match=f"p.jsonl: line 2: {said}"):
+        read_problems(write([{"problem": "!", "answer": "1"}, plain], "p.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -247,15 +388,15 @@ def test_a_bad_value_is_named(write, changes, said):
         read_problems(write([row(0, **changes)]))
 
 
-def test_the_row_is_named(write):
-    with pytest.raises(ValueError, match="row 2: reward_model.ground_truth is empty"):
-        read_problems(write([row(0), row(1), row(2, reward_model={"style": "rule", "ground_truth": ""})]))
+def test_the_row_is_named(written):
+    with pytest.raises(ValueError, match="(row 2|line 3): reward_model.ground_truth is empty"):
+        read_problems(written([row(0), row(1), row(2, reward_model={"style": "rule", "ground_truth": ""})]))
 
 
 @pytest.mark.parametrize("arguments", [{"eval_problems": 0}, {"eval_problems": -1}])
 def test_a_bad_limit_is_named(write, arguments):
     path = write([row(0), row(1)])
     with pytest.raises(ValueError, match=next(iter(arguments))):
-        parquet_task(train=path, evals={}, **arguments)
+        files_task(train=path, evals={}, **arguments)
     with pytest.raises(ValueError, match="limit"):
         read_problems(path, limit=0)
