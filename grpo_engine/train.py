@@ -104,7 +104,7 @@ def tokenizer_and_model(
     if config.device == "cuda":
         device.require_capability()
     m = config.model
-    folder = folder or pretrain.ensure_model(m.size, m.kind)
+    folder = folder or pretrain.ensure_model(m.size, m.kind, seed=m.seed)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" else folder)
     pages_stay = True
     if train_on is not None:
@@ -438,7 +438,9 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, behaviour: Behaviou
         from grpo_engine.tasks.micro import micro_task
 
         count = max(needed, config.train_problems or 0)
-        task = micro_task(train_problems=count, eval_problems=config.eval_problems, seed=seed)
+        task = micro_task(
+            train_problems=count, eval_problems=config.eval_problems, seed=seed, selection=config.eval_draw == "selection"
+        )
         if not config.shuffle:
             task = dataclasses.replace(task, train=sorted(task.train, key=difficulty))
     if config.train_problems is None:

@@ -89,9 +89,24 @@ def test_two_cells_of_one_name_are_refused():
 
 def test_models_come_base_first_and_only_where_the_ladder_makes_them(tmp_path):
     models = [n.name for n, _ in plan(study()).models]
-    assert models == ["xs-base", "xs-instruct", "s-base", "s-instruct"]
-    axes = (AxesConfig(kinds=("instruct",)),)
+    assert models == [f"{size}-{kind}-{seed}" for size in ("xs", "s") for seed in (0, 1) for kind in ("base", "instruct")]
+    axes = (AxesConfig(kinds=("instruct",), seeds=(0, 1)),)
     assert [n.name for n, _ in plan(study(axes=axes)).models] == models  # an instruct model is made from its base
+
+
+def test_each_seed_has_a_model_of_its_own_unless_the_block_names_one():
+    axes = (
+        AxesConfig(name="main", sizes=("s",), seeds=(0, 1), control=("base",)),
+        AxesConfig(name="group", sizes=("s",), seeds=(0, 3), base_seed=0, group_size=(4, 8)),
+    )
+    the_plan = plan(study(axes=axes))
+    found = {c.name: (c.config.seed, c.config.model.seed, c.needs.name) for c in the_plan.cells}
+    assert found == {
+        "s-base-seed0": (0, 0, "s-base-0"), "s-base-seed1": (1, 1, "s-base-1"),
+        "s-base-control-seed0": (0, 0, "s-base-0"), "s-base-control-seed1": (1, 1, "s-base-1"),
+        "s-base-seed3": (3, 0, "s-base-0"), "s-base-G8-seed0": (0, 0, "s-base-0"), "s-base-G8-seed3": (3, 0, "s-base-0"),
+    }  # fmt: skip
+    assert [n.name for n, _ in the_plan.models] == ["s-base-0", "s-base-1"]
 
 
 def test_a_folder_of_weights_needs_no_preparation(tmp_path):
@@ -249,7 +264,7 @@ def test_the_plan_can_be_read():
     assert total["flops"] == pytest.approx(sum(r["flops"] for r in rows))
     json.dumps(design.plan_json(the_plan), allow_nan=False)
     text = shown(design.plan_view(the_plan, jobs=2))
-    assert "s-base-control-seed1" in text and "12 cells and 4 models to prepare" in text and "with 2 at once" in text
+    assert "s-base-control-seed1" in text and "12 cells and 8 models to prepare" in text and "with 2 at once" in text
     (line,) = [x for x in text.splitlines() if x.startswith("s-base-seed0 ")]
     assert "~" in line
     priced = study(estimate={"gpu": "h200", "usd_per_hour": 2.0})
