@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo_engine import pretrain, records
-from grpo_engine.config import RunConfig, validate
+from grpo_engine.config import ModelSource, RunConfig, validate
 from grpo_engine.evaluate import EvalResult
 from grpo_engine.study.design import AxesConfig, StudyConfig, load_study, plan
 from grpo_engine.study.drawing import Figure, Key, Panel, Series, draw, size_colors
+from grpo_engine.study.forecast import num_params
 from grpo_engine.study.run import run_study
 from grpo_engine.tasks import micro
 
@@ -81,7 +82,7 @@ def measured_bases(study: StudyConfig, out: Path, jobs: int) -> list[dict[str, A
     out.mkdir(parents=True, exist_ok=True)
     needs = [n for n, _ in plan(study).models]
     missing = [n for n in needs if not (out / f"{n.name}.json").exists()]
-    missing.sort(key=lambda n: (n.kind, -list(study.sizes).index(n.size)))  # the longest first; an instruct model waits for its base
+    missing.sort(key=lambda n: (n.kind, -list(study.sizes).index(n.size)))  # bases first, the longest first of all
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(measured_base, n.size, n.kind, n.seed, study.run): n for n in missing}
@@ -108,20 +109,12 @@ def measured_base(size: str, kind: str, seed: int, run: Mapping[str, Any]) -> di
     results = {r.mode: r for r in evaluate_only(validate(RunConfig, data, where=size)) if r.eval_set == "chain"}
     sample: EvalResult = results["sample"]
     return {
-        "size": size, "kind": kind, "seed": seed, "params": pretrain_params(size),
+        "size": size, "kind": kind, "seed": seed, "params": num_params(ModelSource(size=size)),
         "tokens": pretrain.training_tokens(size, kind), "cpu_s": round(seconds, 1) if made else None,
         "greedy": results["greedy"].pass1, "greedy_stderr": results["greedy"].stderr,
         "sample": sample.pass1, "sample_stderr": sample.stderr,
         "problems": sample.num_problems, "samples": sample.num_samples,
     }  # fmt: skip
-
-
-def pretrain_params(size: str) -> int:
-    """Non-embedding parameters of a size."""
-    from grpo_engine.config import ModelSource
-    from grpo_engine.study.forecast import num_params
-
-    return num_params(ModelSource(size=size))
 
 
 def sweep_study(study: StudyConfig) -> StudyConfig:
@@ -187,93 +180,98 @@ def of_size(rows: Sequence[Mapping[str, Any]], size: str, **more: Any) -> list[M
 def base_table(data: Mapping[str, Any]) -> str:
     rows = []
     for size in dict.fromkeys(b["size"] for b in data["bases"]):
-        mine = of_size(data["bases"], size, kind="base")
-        chat = of_size(data["bases"], size, kind="instruct")
+        mine, chat = (of_size(data["bases"], size, kind=kind) for kind in ("base", "instruct"))
+        answers = (", ".join(f"{b[mode]:.3f}" for b in group) for group in (mine, chat) for mode in ("greedy", "sample"))
         seconds = [b["cpu_s"] for b in mine if b["cpu_s"] is not None]
-        rows.append([
-            size, f"{mine[0]['params']:,}", f"{mine[0]['tokens'] / 1e6:g}M",
-            *(", ".join(f"{b[mode]:.3f}" for b in group) for group in (mine, chat) for mode in ("greedy", "sample")),
-            f"{statistics.fmean(seconds):.0f}" if seconds else "",
-        ])  # fmt: skip
-    head = ["size", "N", "tokens read", "base: greedy", "base: T = .7", "instruct: greedy", "instruct: T = .7", "CPU seconds a base"]
+        took = f"{statistics.fmean(seconds):.0f}" if seconds else ""
+        rows.append([size, f"{mine[0]['params']:,}", f"{mine[0]['tokens'] / 1e6:g}M", *answers, took])
+    head = ["size", "N", "tokens read", "base: greedy", "sampled", "instruct: greedy", "sampled", "CPU seconds"]
     return table(head, rows)
 
 
 def sweep_table(data: Mapping[str, Any]) -> str:
-    chosen = chosen_rates(data["sweep"])
-    rows = [
-        [
-            r["size"], f"{'**' if chosen[r['size']] == r['lr'] else ''}{r['lr']:g}{'**' if chosen[r['size']] == r['lr'] else ''}",
-            f"{r['loss'][0]:.3f}", f"{end_loss(r):.3f}", f"{r['greedy'][0]:.3f}", f"{statistics.fmean(r['greedy'][-LAST:]):.3f}",
-            f"{min(r['greedy']):.3f}",
-        ]
-        for r in data["sweep"]
-    ]  # fmt: skip
+    chosen, rows = chosen_rates(data["sweep"]), []
+    for r in data["sweep"]:
+        rate = f"{r['lr']:g}"
+        rows.append([
+            r["size"], f"**{rate}**" if chosen[r["size"]] == r["lr"] else rate, f"{r['loss'][0]:.3f}", f"{end_loss(r):.3f}",
+            f"{r['greedy'][0]:.3f}", f"{statistics.fmean(r['greedy'][-LAST:]):.3f}", f"{min(r['greedy']):.3f}",
+        ])  # fmt: skip
     return table(["size", "rate", "loss before", "loss after", "greedy before", "greedy after", "lowest greedy"], rows)
 
 
 def noise_table(data: Mapping[str, Any]) -> str:
     chosen, rows = chosen_rates(data["sweep"]), []
     for r in data["sweep"]:
-        if chosen[r["size"]] != r["lr"]:
-            continue
-        bases = of_size(data["bases"], r["size"], kind="base")
-        gain = r["loss"][0] - r["loss"][-1]
-        rows.append([
-            r["size"], f"{r['stderr'][0]:.4f}", f"{r['stderr'][-1]:.4f}", f"{gain:.3f} ± {r['change_stderr']:.3f}",
-            f"{gain / r['change_stderr']:.0f}", f"{statistics.stdev(b['sample'] for b in bases):.3f}",
-        ])  # fmt: skip
-    head = ["size", "standard error before", "and after", "gain of the run", "gain / its error", "spread between bases (s.d.)"]
-    return table(head, rows)
+        if chosen[r["size"]] == r["lr"]:
+            gain, error = r["loss"][0] - r["loss"][-1], r["change_stderr"]
+            spread = statistics.stdev(b["sample"] for b in of_size(data["bases"], r["size"], kind="base"))
+            rows.append([
+                r["size"], f"{r['stderr'][0]:.4f}", f"{r['stderr'][-1]:.4f}", f"{gain:.3f} ± {error:.3f}",
+                f"{gain / error:.0f}", f"{spread:.3f}",
+            ])  # fmt: skip
+    return table(["size", "error before", "error after", "gain of the run", "gain / its error", "spread of bases"], rows)
 
 
 def page(data: Mapping[str, Any]) -> str:
     """docs/calibration.md."""
-    tasks, run, low, high = data["tasks"], data["run"], *HEADROOM
     bases = [b for b in data["bases"] if b["kind"] == "base"]
-    outside = [f"{b['size']}-{b['kind']}-{b['seed']} ({b['greedy']:.3f})" for b in data["bases"] if not low <= b["greedy"] <= high]
-    seeds = sorted({b["seed"] for b in bases})
-    batch, evaluation = run["batch"], run["evaluation"]
-    verdict = f"outside: {', '.join(outside)}" if outside else "none is outside"
-    hardware = data["hardware"]
-    return f"""# Calibration of the embedded study
+    outside = [
+        f"{b['size']}-{b['kind']}-{b['seed']} ({b['greedy']:.3f})" for b in data["bases"]
+        if not HEADROOM[0] <= b["greedy"] <= HEADROOM[1]
+    ]  # fmt: skip
+    tasks, run = data["tasks"], data["run"]
+    errors = [b["greedy_stderr"] for b in bases]
+    return PAGE.format(
+        cpu=data["hardware"]["cpu"], problems=bases[0]["problems"], sweep_seed=SWEEP_SEED,
+        seeds=", ".join(str(s) for s in sorted({b["seed"] for b in bases})), highest=tasks["limit"] - 1,
+        operand=tasks["operand"], fewest=min(tasks["terms"]), most=max(tasks["terms"]), error=tasks["error"],
+        direct=tasks["direct"], temperature=run["evaluation"]["temperature"], low=HEADROOM[0], high=HEADROOM[1],
+        verdict=f"outside are {', '.join(outside)}" if outside else "none is outside", least=min(errors),
+        largest=max(errors), base_table=base_table(data), steps=run["steps"], prompts=run["batch"]["prompts"],
+        group=run["batch"]["group_size"],
+        last=LAST, sweep_table=sweep_table(data), samples=run["evaluation"]["samples"], noise_table=noise_table(data),
+    )  # fmt: skip
 
-What the `micro` preset was settled on, before any of its runs. `scripts/calibrate_micro.py` remakes this page and its records
-([calibration.json](calibration.json)) in about as long as the study's bases take; every figure here is one of those records.
-Measured on {hardware.get("cpu_model") or hardware.get("cpu") or "a CPU"}, two processes of one thread.
 
-**Nothing was chosen on the test set.** Everything below is answered by *selection* problems ({bases[0]["problems"]} chains): a second
-draw from the pool that is kept out of pretraining and RL, without any problem of the test sets (`task.eval_draw: selection`). Learning
-rates are chosen on bases (seed {SWEEP_SEED}) that the study does not use (its own: {", ".join(map(str, seeds))}).
+PAGE = """# Calibration of the embedded study
 
-Tasks: values 0 to {tasks["limit"] - 1}, operands to {tasks["operand"]}, {min(tasks["terms"])} to {max(tasks["terms"])} terms; in the corpus {tasks["error"]:.0%} of written values are wrong and {tasks["direct"]:.0%} of
-sums are answered without working.
+What the `micro` preset was settled on, before any of its runs. `scripts/calibrate_micro.py` remakes this page, and
+[calibration.json](calibration.json), its records; every measured figure here is one of them. Measured on {cpu},
+two processes of one thread.
+
+**Nothing was chosen on the test set.** All answers here are to *selection* problems ({problems} chains): a second draw from
+the pool that is kept out of pretraining and RL, without any problem of the test sets (`task.eval_draw: selection`).
+Learning rates are chosen on bases (seed {sweep_seed}) that the study does not use (its own: {seeds}).
+
+Tasks: values 0 to {highest}, operands to {operand}, {fewest} to {most} terms. In the corpus {error:.0%} of the written
+values are wrong and {direct:.0%} of the sums are answered without working.
 
 ## Bases
 
-Greedy accuracy and pass@1 at temperature {evaluation["temperature"]:g} of every model of the study, seeds {", ".join(map(str, seeds))} in this order. Wanted: greedy between
-{low:.0%} and {high:.0%}, so that RL has something to teach and no ceiling is near; {verdict}. Standard errors of a greedy accuracy over
-problems: {min(b["greedy_stderr"] for b in bases):.3f} to {max(b["greedy_stderr"] for b in bases):.3f}.
+Greedy accuracy, and pass@1 at temperature {temperature:g}, of the study's models with seeds {seeds}, in this order (a size
+with fewer has fewer). Wanted: greedy between {low:.0%} and {high:.0%}, so that RL has something to teach and no ceiling is
+near; {verdict}. Standard errors of greedy accuracy over problems: {least:.3f} to {largest:.3f}.
 
-{base_table(data)}
+{base_table}
 
 ![Bases by size, and the end of each run by its learning rate](calibration.png)
 
 ## Learning rates
 
-{run["steps"]} steps of {batch["prompts"]} prompts x {batch["group_size"]} answers, one run a rate. "After" is the mean of the last {LAST} evaluations; the rate with the lowest
-loss (bold) is the preset's.
+{steps} steps of {prompts} prompts x {group} answers, one run a rate. "After" is the mean of the last {last} evaluations. The
+rate with the lowest loss (bold) is the preset's.
 
-{sweep_table(data)}
+{sweep_table}
 
 ## Noise
 
-The test loss of a point is the mean over {run["task"]["eval_problems"]} problems x {evaluation["samples"]} answers. From the runs at the chosen rates: its standard error over
-problems, and the gain of the run (loss before less loss after) with the standard error of that difference, which is smaller because
-both are of the same problems and random numbers. Runs differ by more than this: the last column is what another base alone changes
-at the start, and is why a study has {len(seeds)} bases a size.
+The test loss of a point is a mean over {problems} problems x {samples} answers. Of the runs at the chosen rates: its
+standard error over problems; the gain (loss before less loss after) with the standard error of that difference, which is
+of the same problems; and what another base alone changes before RL (standard deviation between the bases of a size),
+which is why every seed of the main runs has a base of its own.
 
-{noise_table(data)}
+{noise_table}
 """
 
 
@@ -285,15 +283,17 @@ def picture(data: Mapping[str, Any], path: Path) -> None:
     for mode, hollow in (("greedy", False), ("sample", True)):
         for size in sizes:
             mine = of_size(data["bases"], size, kind="base")
-            bases.append(Series(label=f"{size}, {mode}", x=[b["params"] for b in mine], y=[b[mode] for b in mine],
-                                color=colors[size], y_error=[b[f"{mode}_stderr"] for b in mine], line=False, hollow=hollow))  # fmt: skip
+            bases.append(
+                Series(label=f"{size}, {mode}", x=[b["params"] for b in mine], y=[b[mode] for b in mine], color=colors[size],
+                       y_error=[b[f"{mode}_stderr"] for b in mine], line=False, hollow=hollow)
+            )  # fmt: skip
     for size in sizes:
         mine = of_size(data["sweep"], size)
-        ends.append(Series(label=size, x=[r["lr"] for r in mine], y=[end_loss(r) for r in mine], color=colors[size],
-                           end_label=size, hollow=True))  # fmt: skip
-        best = [r for r in mine if r["lr"] == chosen[size]]
-        ends.append(Series(label=f"{size}, chosen", x=[r["lr"] for r in best], y=[end_loss(r) for r in best], color=colors[size],
-                           line=False))  # fmt: skip
+        best = of_size(mine, size, lr=chosen[size])
+        for runs, style in ((mine, {"hollow": True, "end_label": size}), (best, {"line": False})):
+            ends.append(
+                Series(label=size, x=[r["lr"] for r in runs], y=[end_loss(r) for r in runs], color=colors[size], **style)
+            )
     figure = Figure(
         name="calibration", title="Calibration", caption="",
         panels=[
@@ -313,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/calibration"), help="folder of runs and results")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
-    parser.add_argument("--page", action="store_true", help="write the page and its picture from docs/calibration.json alone")
+    parser.add_argument("--page", action="store_true", help="write page and picture from docs/calibration.json")
     arguments = parser.parse_args()
     if not arguments.page:
         os.environ["OMP_NUM_THREADS"] = "1"

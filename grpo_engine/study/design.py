@@ -51,13 +51,12 @@ class AxesConfig(Config):
     name: str = "main"
     sizes: tuple[str, ...] = ()  # empty: every size of the study
     kinds: tuple[Kind, ...] = ("base",)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # embedded ladder: of the model too, but where model.seed is set
     tau: tuple[Annotated[float, Field(ge=1)], ...] = (1.0,)  # data reuse: prompts seen / different prompts
     unique: tuple[Positive, ...] = ()  # or the number of different prompts, in place of tau
     order: tuple[Order, ...] = ()  # easy to hard, or each pass in an order of its own; empty: the run's own
     group_size: tuple[Annotated[int, Field(ge=2)], ...] = ()  # empty: the run's own
     variants: dict[str, dict[str, Any]] = {}  # name -> overrides, dotted; one without overrides is the plain run
-    base_seed: Annotated[int, Field(ge=0)] | None = None  # embedded ladder: of every run's model; None: the run's own seed
     control: tuple[Kind, ...] = ()  # and, for these kinds, a plain-pretraining run of the same length per size and seed
     run: dict[str, Any] = {}  # overrides for this block, dotted
 
@@ -150,6 +149,11 @@ class Cell:
     overrides: tuple[str, ...]  # what makes `config` out of RunConfig's defaults, dotted
     needs: ModelNeed | None  # None: the weights are a folder
     cost: Cost
+
+    @property
+    def prompts(self) -> int:
+        """Prompts a step."""
+        return self.config.batch.prompts
 
     @property
     def folder(self) -> str:
@@ -298,8 +302,7 @@ def _cell(
     data = apply_overrides(study.run, _dotted(entry.run))
     data = apply_overrides(data, _dotted(block.run))
     data = apply_overrides(data, [f"seed={seed}", f"method={method}", f"model.kind={kind}"])
-    base_seed = seed if block.base_seed is None else block.base_seed
-    data["model"] |= {"path": folder} if folder else {"size": size, "seed": base_seed}
+    data["model"] |= {"path": folder} if folder else {"size": size, "seed": data["model"].get("seed", seed)}
     if entry.params_nominal is not None:
         data["model"]["params_nominal"] = entry.params_nominal
     parts = [size, kind, *(["control"] if method == "pretrain" else [])]

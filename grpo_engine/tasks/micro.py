@@ -30,7 +30,7 @@ import numpy as np
 from grpo_engine import _C
 from grpo_engine.types import EvalSet, Problem, Task
 
-LIMIT = 30  # values lie in [0, LIMIT); as sums stop at both ends, the order of their terms matters
+LIMIT = 60  # values lie in [0, LIMIT); as sums stop at both ends, the order of their terms matters
 OPERAND = 9  # operands lie in [1, OPERAND]
 CORPUS_TERMS = (2, 3, 4, 5, 6, 8)
 TERMS = (3, 4, 5, 6, 8)  # of the problems that are trained and tested on
@@ -45,7 +45,8 @@ OUT_OF_DOMAIN = ("code", "logic")
 DOMAINS = IN_DOMAIN + OUT_OF_DOMAIN
 EVAL_SEED = 2024  # evaluation sets are the same in every run
 SELECTION_SEED = 2025  # and so are those that settings are chosen on
-TEST_PROBLEMS = 500  # of each test set at most; selection sets hold none of them
+TEST_PROBLEMS = 1000  # of each test set in domain at most; selection sets hold none of them
+FEW_PROBLEMS = 500  # of each set out of domain at most: there are hardly more orders of so few names
 _TRIES = 200  # draws before a grade counts as used up
 
 
@@ -254,7 +255,7 @@ def eval_sets(eval_problems: int | None = TEST_PROBLEMS, *, selection: bool = Fa
     """The evaluation sets, the same in every run and for every model.
 
     Args:
-        eval_problems: problems of each; None: `TEST_PROBLEMS`.
+        eval_problems: problems of each, out of domain no more than `FEW_PROBLEMS`; None: `TEST_PROBLEMS`.
         selection: a second draw from the test pool, without the problems of the test sets, to choose settings on; of
             the sets in domain alone.
 
@@ -272,7 +273,11 @@ def eval_sets(eval_problems: int | None = TEST_PROBLEMS, *, selection: bool = Fa
         domains, seed, without = IN_DOMAIN, SELECTION_SEED, held_out_keys(eval_sets().values())
     return {
         d: EvalSet(
-            name=d, in_domain=d in IN_DOMAIN, problems=problems(d, count, seed=seed, test=True, without=without)
+            name=d,
+            in_domain=d in IN_DOMAIN,
+            problems=problems(
+                d, count if d in IN_DOMAIN else min(count, FEW_PROBLEMS), seed=seed, test=True, without=without
+            ),
         )
         for d in domains
     }
