@@ -105,8 +105,8 @@ def _recipe(width: int, layers: int, heads: int, kv_heads: int, ffn: int, *, tok
 LADDER: dict[str, MicroRecipe] = {  # non-embedding parameters:
     "xxs": _recipe(16, 2, 2, 1, 48, tokens=4_000_000, lr=1e-2),  # 6 thousand
     "xs": _recipe(32, 2, 2, 1, 80, tokens=2_500_000, lr=6e-3),  # 22 thousand
-    "s": _recipe(48, 3, 3, 1, 128, tokens=2_000_000, lr=4e-3),  # 74 thousand
-    "m": _recipe(96, 3, 6, 2, 256, tokens=1_800_000, lr=2e-3),  # 296 thousand
+    "s": _recipe(48, 3, 3, 1, 128, tokens=1_800_000, lr=4e-3),  # 74 thousand
+    "m": _recipe(96, 3, 6, 2, 256, tokens=1_200_000, lr=2e-3),  # 296 thousand
     "l": _recipe(160, 4, 10, 2, 384, tokens=1_200_000, lr=1.2e-3),  # 985 thousand
 }
 

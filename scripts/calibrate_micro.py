@@ -26,6 +26,7 @@ from typing import Any
 
 from grpo_engine import pretrain, records
 from grpo_engine.config import ModelSource, RunConfig, validate
+from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult
 from grpo_engine.study.design import AxesConfig, StudyConfig, load_study, plan
 from grpo_engine.study.drawing import Figure, Key, Panel, Series, draw, size_colors
@@ -62,8 +63,8 @@ def measure(out: Path, jobs: int) -> dict[str, Any]:
     study = load_study("micro")
     bases = measured_bases(study, out / "bases", jobs)
     result = run_study(out / "sweep", study=sweep_study(study), jobs=jobs)
-    if not result.ok:
-        raise SystemExit(f"the sweep is not finished: {[f.name for f in result.failures]}; run this again")
+    if result.failures or result.interrupted is not None:
+        raise SystemExit("the sweep is not finished: run this again")
     return {
         "hardware": records.collect_hardware(),
         "versions": records.collect_versions(),
@@ -137,7 +138,7 @@ def swept(study: StudyConfig, folder: Path) -> list[dict[str, Any]]:
         run = records.read_run(folder / cell.folder)
         evals = [e for e in run.evals if e.eval_set == "chain"]
         sample, greedy = ([e for e in evals if e.mode == mode] for mode in ("sample", "greedy"))
-        seconds = sum(cost.seconds for t in run.timings for cost in t.phases.values())
+        seconds = sum(cost.seconds for cost in total_cost(run.timings).values())
         out.append({
             "size": cell.size, "lr": cell.config.optimizer.lr, "seconds": round(seconds, 1),
             "steps": [e.step for e in sample], "loss": [round(e.loss, 4) for e in sample],

@@ -234,8 +234,8 @@ def limits(data: StudyData) -> list[str]:
         read = {s: training_tokens(s, "base") for s in data.sizes}
         if len(set(read.values())) > 1:
             out.append(
-                f"The bases read different amounts ({', '.join(f'{s} {human(n)}' for s, n in read.items())} tokens), so that "
-                "none starts near the floor or the ceiling: where a size starts says nothing about size."
+                f"The bases read different amounts ({', '.join(f'{s} {human(n)}' for s, n in read.items())} tokens), so "
+                "that none starts near the floor or the ceiling: where a size starts says nothing about size."
             )
         out.append(
             "These are models of thousands of parameters on generated problems. The numbers test the method; they "
