@@ -291,7 +291,7 @@ def picture(data: Mapping[str, Any], path: Path) -> None:
     for size in sizes:
         mine = of_size(data["sweep"], size)
         best = of_size(mine, size, lr=chosen[size])
-        for runs, style in ((mine, {"hollow": True, "end_label": size}), (best, {"line": False})):
+        for runs, style in ((mine, {"hollow": True}), (best, {"line": False})):
             ends.append(
                 Series(label=size, x=[r["lr"] for r in runs], y=[end_loss(r) for r in runs], color=colors[size], **style)
             )

@@ -209,8 +209,6 @@ def method_points(data: StudyData) -> list[str]:
 
 def limits(data: StudyData) -> list[str]:
     """What the data cannot show, found by looking at what there is."""
-    from ...pretrain import training_tokens
-
     out = []
     counts = [len(data.main(s, k)) for s in data.sizes for k in data.kinds]
     if min(counts) < 2:
@@ -231,12 +229,6 @@ def limits(data: StudyData) -> list[str]:
     if not any(c.method == "pretrain" for n, c in data.cells.items() if n in data.runs):
         out.append("There is no control, so what RL adds beyond plain training of the same length is not known.")
     if cells and all(c.config.model.path is None for c in cells):
-        read = {s: training_tokens(s, "base") for s in data.sizes}
-        if len(set(read.values())) > 1:
-            out.append(
-                f"The bases read different amounts ({', '.join(f'{s} {human(n)}' for s, n in read.items())} tokens), so "
-                "that none starts near the floor or the ceiling: where a size starts says nothing about size."
-            )
         out.append(
             "These are models of thousands of parameters on generated problems. The numbers test the method; they "
             "say nothing of the size of the effects in language models."
