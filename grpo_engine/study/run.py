@@ -391,16 +391,15 @@ def _jobs(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, _Tracked
     wanted = [c for c in the_plan.cells if c.name not in skipped]
     needed = {c.needs for c in wanted if c.needs}
     needed |= {n.base for n in needed}
-    costs = dict(the_plan.models)
-    missing = {n for n in needed if not model_ready(n)}
+    missing = {n: cost for n, cost in the_plan.models if n in needed and not model_ready(n)}
     found: dict[str, Job] = {}
-    for need in missing:
+    for need, cost in missing.items():
         found[f"model {need.name}"] = Job(
             name=f"model {need.name}",
             arguments=("model", need.size, need.kind, str(need.seed)),
             log=folder / MODELS / f"{need.name}.log",
             after=(f"model {need.base.name}",) if need.kind == "instruct" and need.base in missing else (),
-            seconds=costs[need].seconds,
+            seconds=cost.seconds,
         )
     for cell in wanted:
         path = folder / cell.folder
