@@ -11,6 +11,7 @@ killed goes on. docs/calibration.json holds the records, and every figure of the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -62,7 +63,9 @@ def measure(out: Path, jobs: int) -> dict[str, Any]:
     """
     study = load_study("micro")
     bases = measured_bases(study, out / "bases", jobs)
-    result = run_study(out / "sweep", study=sweep_study(study), jobs=jobs)
+    models = [pretrain.model_key(size, "base", seed=SWEEP_SEED) for size in study.sizes]
+    sweep = out / f"sweep-{hashlib.sha256(' '.join(models).encode()).hexdigest()[:12]}"  # of other models: another folder
+    result = run_study(sweep, study=sweep_study(study), jobs=jobs)
     if result.failures or result.interrupted is not None:
         raise SystemExit("the sweep is not finished: run this again")
     return {
@@ -74,7 +77,7 @@ def measure(out: Path, jobs: int) -> dict[str, Any]:
         },
         "run": study.run,
         "bases": bases,
-        "sweep": swept(study, out / "sweep"),
+        "sweep": swept(study, sweep),
     }  # fmt: skip
 
 
@@ -82,19 +85,20 @@ def measured_bases(study: StudyConfig, out: Path, jobs: int) -> list[dict[str, A
     """Every embedded model of a study, on the selection problems."""
     out.mkdir(parents=True, exist_ok=True)
     needs = [n for n, _ in plan(study).models]
-    missing = [n for n in needs if not (out / f"{n.name}.json").exists()]
+    files = {n: out / f"{pretrain.model_key(n.size, n.kind, seed=n.seed)}.json" for n in needs}
+    missing = [n for n in needs if not files[n].exists()]
     missing.sort(key=lambda n: (n.kind, -list(study.sizes).index(n.size)))  # bases first, the longest first of all
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(measured_base, n.size, n.kind, n.seed, study.run): n for n in missing}
         for done, future in enumerate(as_completed(running), start=1):
             need, record = running[future], future.result()
-            records.write_json_atomic(out / f"{need.name}.json", record)
+            records.write_json_atomic(files[need], record)
             print(
                 f"{need.name}: greedy {record['greedy']:.3f}, sampled {record['sample']:.3f} "
                 f"({done} of {len(missing)} models, {time.monotonic() - started:.0f} s)", flush=True,
             )  # fmt: skip
-    return [json.loads((out / f"{n.name}.json").read_text()) for n in needs]
+    return [json.loads(files[n].read_text()) for n in needs]
 
 
 def measured_base(size: str, kind: str, seed: int, run: Mapping[str, Any]) -> dict[str, Any]:
