@@ -37,6 +37,7 @@ class ModelSource(Config):
     path: str | None = None  # folder with config.json and safetensors, or a name on the hub: OWNER/NAME, OWNER/NAME@REVISION
     size: str | None = None  # size of the embedded ladder, for instance "s"; exclusive with path
     kind: Literal["base", "instruct"] = "base"  # instruct models get their prompts through the chat template
+    seed: Annotated[int, Field(ge=0)] = 0  # embedded ladder: of first weights and corpus; several bases of one size
     params_nominal: float | None = None  # what the model's name says, for instance 0.5e9; only recorded
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_invariant: bool = True  # False: products on CUDA by cuBLAS; sampling and training differ in bits
@@ -45,6 +46,8 @@ class ModelSource(Config):
     def _one_source(self) -> ModelSource:
         if (self.path is None) == (self.size is None):
             raise ValueError("give either path (a Hugging Face folder) or size (embedded ladder), and not both")
+        if self.path is not None and self.seed:
+            raise ValueError(f"seed belongs to models of the embedded ladder, got {self.seed} and a path")
         return self
 
 
@@ -57,6 +60,7 @@ class TaskConfig(Config):
     train_problems: Positive | None = None  # how many different training problems; None: all, or as many as needed
     subset: Literal["nested", "independent"] = "nested"  # which: a smaller number's are among a larger one's, or not
     eval_problems: Positive | None = 500  # problems an evaluation set is cut to; None: all
+    eval_draw: Literal["test", "selection"] = "test"  # micro only; selection: others, to choose settings on
     shuffle: bool = True  # False: a curriculum, easy to hard by pass rate or grade; equals in their file's order
 
     @pydantic.model_validator(mode="after")
@@ -67,6 +71,8 @@ class TaskConfig(Config):
             raise ValueError("task.train must name a file of problems when task.name is files")
         if self.name == "micro" and (self.train is not None or self.evals):
             raise ValueError("task.train and task.evals belong to task.name=files, not to micro")
+        if self.name != "micro" and self.eval_draw != "test":
+            raise ValueError("task.eval_draw belongs to task.name=micro: a file's problems are named by task.evals")
         return self
 
 

@@ -42,7 +42,7 @@ from grpo_engine.tasks.micro import Corpus, CorpusConfig
 Kind = Literal["base", "instruct"]
 Progress = Callable[[int, int, float], None]  # (tokens read, tokens to read, loss)
 
-VERSION = 2  # raise it when code that decides the weights changes in a way that the recipe does not show
+VERSION = 3  # raise it when code that decides the weights changes in a way that the recipe does not show
 CLIP_NORM = 1.0
 
 
@@ -72,7 +72,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroRecipe:
-    """Everything that decides the weights of one size of the ladder."""
+    """Everything that decides the weights of one model of the ladder."""
 
     width: int
     layers: int
@@ -84,7 +84,7 @@ class MicroRecipe:
     corpus: CorpusConfig = CorpusConfig()
     documents: int = 64  # of an optimizer step
     betas: tuple[float, float] = (0.9, 0.98)
-    seed: int = 1
+    seed: int = 0  # of the first weights and of the corpus
 
 
 def _recipe(width: int, layers: int, heads: int, kv_heads: int, ffn: int, lr: float) -> MicroRecipe:
@@ -94,7 +94,7 @@ def _recipe(width: int, layers: int, heads: int, kv_heads: int, ffn: int, lr: fl
         heads=heads,
         kv_heads=kv_heads,
         ffn=ffn,
-        base=Schedule(tokens=2_000_000, lr=lr),
+        base=Schedule(tokens=1_200_000, lr=lr),
         # chat documents are 15 % of the base's corpus: the second training is short and gentle
         instruct=Schedule(tokens=200_000, lr=lr * 0.3, warmup=0.1, anneal=0.9),
     )
@@ -109,11 +109,12 @@ LADDER: dict[str, MicroRecipe] = {  # non-embedding parameters:
 }
 
 
-def recipe(size: str) -> MicroRecipe:
-    """The recipe of a size.
+def recipe(size: str, *, seed: int = 0) -> MicroRecipe:
+    """The recipe of a model.
 
     Args:
         size: a key of `LADDER`.
+        seed: of its first weights and corpus: each makes another model of the size.
 
     Returns:
         Its recipe.
@@ -123,7 +124,7 @@ def recipe(size: str) -> MicroRecipe:
     """
     if size not in LADDER:
         raise ValueError(f"the embedded ladder has no size {size!r}; it has {', '.join(LADDER)}")
-    return LADDER[size]
+    return dataclasses.replace(LADDER[size], seed=seed)
 
 
 def architecture(size: str) -> ModelConfig:
@@ -257,26 +258,27 @@ def cache_root() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "grpo_engine"
 
 
-def model_key(size: str, kind: Kind) -> str:
+def model_key(size: str, kind: Kind, *, seed: int = 0) -> str:
     """The name of a trained model: readable, and a hash of all that decides its weights.
 
     Args:
         size: a key of `LADDER`.
         kind: "base" or "instruct".
+        seed: see `recipe`.
 
     Returns:
-        For instance "xs-base-0123456789ab". A base's name does not depend on the recipe of its instruct model.
+        For instance "xs-base-0-0123456789ab". A base's name does not depend on the recipe of its instruct model.
 
     Raises:
         ValueError: no such size or kind.
     """
-    r = recipe(size)
+    r = recipe(size, seed=seed)
     _schedule(r, kind)
     facts = {"version": VERSION, "recipe": dataclasses.asdict(r), "tasks": _task_facts()}
     if kind == "base":
         del facts["recipe"]["instruct"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return f"{size}-{kind}-{digest[:12]}"
+    return f"{size}-{kind}-{seed}-{digest[:12]}"
 
 
 def _task_facts() -> dict[str, object]:
@@ -290,12 +292,13 @@ def _task_facts() -> dict[str, object]:
     }
 
 
-def cached_model(size: str, kind: Kind, *, cache_dir: Path | str | None = None) -> Path | None:
+def cached_model(size: str, kind: Kind, *, seed: int = 0, cache_dir: Path | str | None = None) -> Path | None:
     """The folder of a model that was trained before.
 
     Args:
         size: a key of `LADDER`.
         kind: "base" or "instruct".
+        seed: see `recipe`.
         cache_dir: default `cache_root()`.
 
     Returns:
@@ -304,12 +307,17 @@ def cached_model(size: str, kind: Kind, *, cache_dir: Path | str | None = None) 
     Raises:
         ValueError: no such size or kind.
     """
-    folder = Path(cache_dir or cache_root()) / "models" / model_key(size, kind)
+    folder = Path(cache_dir or cache_root()) / "models" / model_key(size, kind, seed=seed)
     return folder if folder.is_dir() else None
 
 
 def ensure_model(
-    size: str, kind: Kind, *, cache_dir: Path | str | None = None, progress: Progress | None = None
+    size: str,
+    kind: Kind,
+    *,
+    seed: int = 0,
+    cache_dir: Path | str | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """The folder of a trained model of the ladder; trains it when it is not in the cache.
 
@@ -319,6 +327,7 @@ def ensure_model(
     Args:
         size: a key of `LADDER`.
         kind: "base" or "instruct"; an instruct model makes, or finds, its base first.
+        seed: see `recipe`; an instruct model's is that of its base.
         cache_dir: default `cache_root()`.
         progress: called every optimizer step of a training.
 
@@ -332,15 +341,17 @@ def ensure_model(
     """
     from grpo_engine import weights
 
-    folder = Path(cache_dir or cache_root()) / "models" / model_key(size, kind)
+    folder = Path(cache_dir or cache_root()) / "models" / model_key(size, kind, seed=seed)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    base = ensure_model(size, "base", cache_dir=cache_dir, progress=progress) if kind == "instruct" else None
+    base = None
+    if kind == "instruct":
+        base = ensure_model(size, "base", seed=seed, cache_dir=cache_dir, progress=progress)
     with _locked(folder.with_suffix(".lock")):
         if folder.is_dir():  # another process made it while this one waited
             return folder
-        r = recipe(size)
+        r = recipe(size, seed=seed)
         if base is None:
             model = Model(_architecture(r)).init_weights(r.seed, std=None)
         else:
@@ -371,7 +382,7 @@ def _batches(r: MicroRecipe, seed: str, *, chat_only: bool) -> Iterator[Document
 
 @functools.cache
 def _held_out() -> frozenset[str]:
-    return micro.held_out_keys(micro.eval_sets().values())
+    return micro.held_out_keys([*micro.eval_sets().values(), *micro.eval_sets(selection=True).values()])
 
 
 @contextlib.contextmanager
@@ -432,7 +443,7 @@ def control_corpus(config: RunConfig) -> ControlCorpus:
     """The documents that a control run reads.
 
     Args:
-        config: of the run; model.size and model.kind, seed, and batch.prompts x batch.group_size answers a step, each
+        config: of the run; model.size, .kind and .seed, seed, and batch.prompts x batch.group_size answers a step, each
             counted as long as a fully worked one: at least as many tokens as the RL run trains on.
 
     Returns:
@@ -446,7 +457,7 @@ def control_corpus(config: RunConfig) -> ControlCorpus:
     chat = config.model.kind == "instruct"
     answers = config.batch.prompts * config.batch.group_size
     tokens = round(answers * micro.tokens_per_worked_answer(chat=chat))
-    return ControlCorpus(recipe(config.model.size), seed=config.seed, chat=chat, tokens=tokens)
+    return ControlCorpus(recipe(config.model.size, seed=config.model.seed), seed=config.seed, chat=chat, tokens=tokens)
 
 
 def control_step(

@@ -105,7 +105,7 @@ def tokenizer_and_model(
     if config.device == "cuda":
         device.require_capability()
     m = config.model
-    folder = folder or pretrain.ensure_model(m.size, m.kind)
+    folder = folder or pretrain.ensure_model(m.size, m.kind, seed=m.seed)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
     pages_stay = True
     if train_on is not None:
@@ -468,7 +468,9 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
         from grpo_engine.tasks.micro import micro_task
 
         count = max(needed, config.train_problems or 0)
-        task = micro_task(train_problems=count, eval_problems=config.eval_problems, seed=seed)
+        task = micro_task(
+            train_problems=count, eval_problems=config.eval_problems, seed=seed, selection=config.eval_draw == "selection"
+        )
     train = task.train
     if config.train_problems is not None:
         train = subset(train, config.train_problems, seed=seed, how=config.subset)

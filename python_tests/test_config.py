@@ -25,6 +25,8 @@ from grpo_engine.config import RunConfig, apply_overrides, load_run_config, load
         (["model.size=null"], "model: give either path .* or size"),
         (["task.name=files"], "task.train must name a file of problems"),
         (["task.train=x.parquet"], "task.train and task.evals belong to task.name=files"),
+        (["task.name=files", "task.train=x", "task.eval_draw=selection"], "task.eval_draw belongs to task.name=micro"),
+        (["model.path=x", "model.seed=1"], "seed belongs to models of the embedded ladder, got 1"),
         (["seed=abc"], "seed: .*valid integer.*got 'abc'"),
         (["steps=0"], "steps: .*greater than or equal to 1, got 0"),
         (["steps"], "an override must be key.path=value, got 'steps'"),

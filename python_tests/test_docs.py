@@ -1,12 +1,16 @@
 """Documentation is executed: docstrings follow signatures, README's Python runs, files that it names exist."""
 
 import inspect
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-from grpo_engine import ops
+from grpo_engine import ops, pretrain
+from grpo_engine.study.design import load_study
+from grpo_engine.tasks import micro
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,3 +44,20 @@ def test_files_that_the_documents_link_to_exist():
             if "://" not in target and not (page.parent / target).exists():
                 missing.append(f"{page.name}: {target}")
     assert missing == []
+
+
+def test_the_calibration_page_and_the_presets_follow_its_records():
+    script = runpy.run_path(str(ROOT / "scripts" / "calibrate_micro.py"))
+    data = json.loads((ROOT / "docs" / "calibration.json").read_text())
+    assert script["page"](data) == (ROOT / "docs" / "calibration.md").read_text()
+    rates = script["chosen_rates"](data["sweep"])
+    for preset in ("micro", "smoke"):
+        assert {s: rates[s] for s in load_study(preset).sizes} == {
+            s: entry.run["optimizer.lr"] for s, entry in load_study(preset).sizes.items()
+        }
+    assert (data["tasks"]["limit"], data["tasks"]["terms"]) == (micro.LIMIT, list(micro.TERMS))
+    assert load_study("micro").run == data["run"]
+    low, high = script["HEADROOM"]
+    for b in data["bases"]:
+        assert b["tokens"] == pretrain.training_tokens(b["size"], b["kind"])
+        assert b["kind"] != "base" or low <= b["greedy"] <= high

@@ -162,8 +162,22 @@ def test_key_follows_what_decides_the_weights(tiny, monkeypatch):
     assert noisier[0] != base
     assert noisier[1] != chat
     assert with_recipe() == (base, chat)
+    assert pretrain.model_key("tiny", "base", seed=1) != base
+    assert pretrain.model_key("tiny", "instruct", seed=1) != chat
+    assert with_recipe(seed=7) == (base, chat)  # the caller says which
     monkeypatch.setattr(pretrain, "VERSION", pretrain.VERSION + 1)
     assert pretrain.model_key("tiny", "base") != base
+
+
+def test_each_seed_makes_a_model_of_its_own(tiny, tmp_path):
+    make = lambda seed, kind="base": pretrain.ensure_model("tiny", kind, seed=seed, cache_dir=tmp_path)  # noqa: E731
+    folders = [make(0), make(1), make(1, "instruct")]
+    assert [f.name.rpartition("-")[0] for f in folders] == ["tiny-base-0", "tiny-base-1", "tiny-instruct-1"]
+    first, second, chat = (weights.load_model(f, dtype=torch.float32).state_dict() for f in folders)
+    assert not any(torch.equal(first[n], second[n]) for n in first if "norm" not in n and "bias" not in n)
+    apart = [sum((chat[n] - base[n]).norm() for n in chat) for base in (first, second)]
+    assert apart[1] < 0.5 * apart[0]  # an instruct model is made from the base of its seed
+    assert pretrain.cached_model("tiny", "instruct", seed=0, cache_dir=tmp_path) is None
 
 
 def _ensure(ladder, cache, queue):
@@ -230,6 +244,8 @@ def test_control_documents_depend_on_seed_and_step_alone(tiny):
     assert tokens(a, 2) == tokens(a, 2)
     assert tokens(a, 2) != tokens(a, 1)
     assert tokens(a, 2) != tokens(a.model_copy(update={"seed": 5}), 2)
+    other_base = a.model_copy(update={"model": a.model.model_copy(update={"seed": 1})})
+    assert tokens(a, 2) != tokens(other_base, 2)
 
 
 def test_control_of_an_instruct_model_reads_chat(tiny):

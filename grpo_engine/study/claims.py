@@ -286,13 +286,8 @@ def _groups(data: StudyData, drawer: _Drawer, axis: str, name: str) -> Claim | N
 
 def _by(data: StudyData, field: str) -> dict[tuple[str, str], dict[float, list[Run]]]:
     """(size, kind) -> value of an ablated field -> GRPO runs; only where the field takes several values."""
-    out: dict[tuple[str, str], dict[float, list[Run]]] = {}
-    other = {"tau": lambda c: c.group_size == data.group_size, "group_size": lambda c: c.tau == 1}[field]
-    for name, run in data.runs.items():
-        cell = data.cells[name]
-        if cell.method == "grpo" and other(cell):
-            out.setdefault((cell.size, cell.kind), {}).setdefault(float(getattr(cell, field)), []).append(run)
-    return {k: v for k, v in out.items() if len(v) > 1}
+    found = {(size, kind): data.ablation(size, kind, field) for size in data.sizes for kind in ("base", "instruct")}
+    return {k: v for k, v in found.items() if v}
 
 
 def _difference(drawer: _Drawer, label: str, groups: Sequence[Sequence[Run]], eval_set: str, axis: str) -> _Pair:
@@ -391,7 +386,7 @@ def _seed_spread(data: StudyData) -> tuple[float, int]:
     for name, run in data.runs.items():
         c = data.cells[name]
         if c.method == "grpo" and (evals := _evals(run, data.headline)):
-            groups.setdefault((c.size, c.kind, c.tau, c.group_size), []).append(evals[-1].loss)
+            groups.setdefault((c.size, c.kind, c.variant, c.tau, c.group_size, c.prompts), []).append(evals[-1].loss)
     several = [np.array(v) for v in groups.values() if len(v) > 1]
     freedom = sum(len(v) - 1 for v in several)
     total = sum(float(np.sum((v - v.mean()) ** 2)) for v in several)

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -51,7 +51,7 @@ class AxesConfig(Config):
     name: str = "main"
     sizes: tuple[str, ...] = ()  # empty: every size of the study
     kinds: tuple[Kind, ...] = ("base",)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # embedded ladder: of the model too, but where model.seed is set
     tau: tuple[Annotated[float, Field(ge=1)], ...] = (1.0,)  # data reuse: prompts seen / different prompts
     unique: tuple[Positive, ...] = ()  # or the number of different prompts, in place of tau
     order: tuple[Order, ...] = ()  # easy to hard, or each pass in an order of its own; empty: the run's own
@@ -119,10 +119,16 @@ class ModelNeed:
 
     size: str
     kind: Kind
+    seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.size}-{self.kind}"
+        return f"{self.size}-{self.kind}-{self.seed}"
+
+    @property
+    def base(self) -> ModelNeed:
+        """What it is made from; a base itself."""
+        return replace(self, kind="base")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +149,11 @@ class Cell:
     overrides: tuple[str, ...]  # what makes `config` out of RunConfig's defaults, dotted
     needs: ModelNeed | None  # None: the weights are a folder
     cost: Cost
+
+    @property
+    def prompts(self) -> int:
+        """Prompts a step."""
+        return self.config.batch.prompts
 
     @property
     def folder(self) -> str:
@@ -229,13 +240,13 @@ def plan(study: StudyConfig) -> Plan:
     for cell in _cells(study):
         need = None
         if cell["config"].model.path is None:
-            need = ModelNeed(size=cell["size"], kind=cell["kind"])
-            needs[ModelNeed(size=cell["size"], kind="base")] = None
+            need = ModelNeed(size=cell["size"], kind=cell["kind"], seed=cell["config"].model.seed)
+            needs[need.base] = None
             needs[need] = None
         own = study.sizes[cell["size"]].answer_tokens.get(cell["kind"])
         estimate = study.estimate.model_copy(update={"answer_tokens": own} if own else {})
         cells.append(Cell(**cell, needs=need, cost=forecast(cell["config"], estimate)))
-    order = sorted(needs, key=lambda n: (list(study.sizes).index(n.size), n.kind))
+    order = sorted(needs, key=lambda n: (list(study.sizes).index(n.size), n.seed, n.kind))
     return Plan(study=study, cells=tuple(cells), models=tuple((n, _model_cost(n, study)) for n in order))
 
 
@@ -291,7 +302,7 @@ def _cell(
     data = apply_overrides(study.run, _dotted(entry.run))
     data = apply_overrides(data, _dotted(block.run))
     data = apply_overrides(data, [f"seed={seed}", f"method={method}", f"model.kind={kind}"])
-    data["model"] |= {"path": folder} if folder else {"size": size}
+    data["model"] |= {"path": folder} if folder else {"size": size, "seed": data["model"].get("seed", seed)}
     if entry.params_nominal is not None:
         data["model"]["params_nominal"] = entry.params_nominal
     parts = [size, kind, *(["control"] if method == "pretrain" else [])]
@@ -387,7 +398,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     rows = []
     for need, cost in plan.models:
         source = ModelSource(size=need.size, kind=need.kind)
-        about = {"name": f"model {need.name}", "method": "prepare", "size": need.size, "kind": need.kind}
+        about = {"name": f"model {need.name}", "method": "prepare", "size": need.size, "kind": need.kind, "seed": need.seed}
         rows.append(_BLANK | about | _cost_row(source, cost))
     for cell in plan.cells:
         about = {

@@ -44,7 +44,7 @@ class EstimateConfig(Config):
     eval_sets: Annotated[int, Field(ge=1)] = 4
     start_s: Annotated[float, Field(ge=0)] = 1.5  # until a process does its first step
     flops_per_s: Annotated[float, Field(gt=0)] = 80e9  # CPU: a process, on large matrices
-    us_per_token: Annotated[float, Field(ge=0)] = 3.0  # CPU: a trained token, besides: what does not shrink with N
+    us_per_token: Annotated[float, Field(ge=0)] = 4.0  # CPU: a trained token, besides: what does not shrink with N
     gpu: GpuName | None = None  # None: the CPU at hand
     product_share: Annotated[float, Field(gt=0, le=1)] = 0.4  # GPU: share of its FLOP/s that products reach
     bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.6  # GPU: share of its bandwidth that decoding reaches

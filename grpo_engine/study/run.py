@@ -390,18 +390,16 @@ def _jobs(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, _Tracked
     """Models that are missing and cells that are not done, longest chain first."""
     wanted = [c for c in the_plan.cells if c.name not in skipped]
     needed = {c.needs for c in wanted if c.needs}
-    needed |= {ModelNeed(size=n.size, kind="base") for n in needed}
-    costs = dict(the_plan.models)
-    missing = {n for n in needed if not model_ready(n)}
+    needed |= {n.base for n in needed}
+    missing = {n: cost for n, cost in the_plan.models if n in needed and not model_ready(n)}
     found: dict[str, Job] = {}
-    for need in missing:
-        base = ModelNeed(size=need.size, kind="base")
+    for need, cost in missing.items():
         found[f"model {need.name}"] = Job(
             name=f"model {need.name}",
-            arguments=("model", need.size, need.kind),
+            arguments=("model", need.size, need.kind, str(need.seed)),
             log=folder / MODELS / f"{need.name}.log",
-            after=(f"model {base.name}",) if need.kind == "instruct" and base in missing else (),
-            seconds=costs[need].seconds,
+            after=(f"model {need.base.name}",) if need.kind == "instruct" and need.base in missing else (),
+            seconds=cost.seconds,
         )
     for cell in wanted:
         path = folder / cell.folder
@@ -430,14 +428,14 @@ def model_ready(need: ModelNeed) -> bool:
     """Whether a model of the embedded ladder lies in the cache already.
 
     Args:
-        need: size and kind.
+        need: size, kind and seed.
 
     Returns:
         True when `grpo_engine.pretrain.ensure_model` would return without training.
     """
     from ..pretrain import cached_model
 
-    return cached_model(need.size, need.kind) is not None
+    return cached_model(need.size, need.kind, seed=need.seed) is not None
 
 
 def _loop(
@@ -855,7 +853,7 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """What the processes do that `run_study` starts: `model SIZE KIND` or `cell FOLDER`.
+    """What the processes do that `run_study` starts: `model SIZE KIND SEED` or `cell FOLDER`.
 
     Args:
         arguments: these words.
@@ -870,10 +868,10 @@ def main(arguments: Sequence[str]) -> int:
 
     skip_compiler()
     match list(arguments):
-        case ["model", size, kind]:
+        case ["model", size, kind, seed]:
             from ..pretrain import ensure_model
 
-            print(ensure_model(size, kind, progress=_print_progress()), flush=True)
+            print(ensure_model(size, kind, seed=int(seed), progress=_print_progress()), flush=True)
         case ["cell", folder]:
             from ..config import load_run_config
             from ..train import train
@@ -882,7 +880,7 @@ def main(arguments: Sequence[str]) -> int:
             with _locked(path / LOCK_FILE, f"{path}: another process runs this cell", wait_s=10.0):
                 train(load_run_config(path / CONFIG_FILE), path)
         case _:
-            raise ValueError(f"expected 'model SIZE KIND' or 'cell FOLDER', got {' '.join(arguments)!r}")
+            raise ValueError(f"expected 'model SIZE KIND SEED' or 'cell FOLDER', got {' '.join(arguments)!r}")
     return 0
 
 

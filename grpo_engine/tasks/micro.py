@@ -13,7 +13,9 @@ how to work a sum out but often does not, and copies the mistakes. That is what 
 
 Test problems are chosen by a hash of the sum itself, whatever its template: they are in no training set and in no
 corpus, which `check_disjoint` asserts wherever problems or documents are made. Sums of two terms are the facts that
-everything else is made of; there are too few to hold any out, so none is ever tested.
+everything else is made of; there are too few to hold any out, so none is ever tested. From the same pool comes a
+second draw, the *selection* sets, which share no problem with the test sets: what a study settles beforehand (learning
+rates, the difficulty of the tasks) is settled on them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import numpy as np
 from grpo_engine import _C
 from grpo_engine.types import EvalSet, Problem, Task
 
-LIMIT = 30  # values lie in [0, LIMIT); as sums stop at both ends, the order of their terms matters
+LIMIT = 60  # values lie in [0, LIMIT); as sums stop at both ends, the order of their terms matters
 OPERAND = 9  # operands lie in [1, OPERAND]
 CORPUS_TERMS = (2, 3, 4, 5, 6, 8)
 TERMS = (3, 4, 5, 6, 8)  # of the problems that are trained and tested on
@@ -42,6 +44,9 @@ IN_DOMAIN = ("chain", "word")
 OUT_OF_DOMAIN = ("code", "logic")
 DOMAINS = IN_DOMAIN + OUT_OF_DOMAIN
 EVAL_SEED = 2024  # evaluation sets are the same in every run
+SELECTION_SEED = 2025  # and so are those that settings are chosen on
+TEST_PROBLEMS = 1000  # of each test set in domain at most; selection sets hold none of them
+FEW_PROBLEMS = 500  # of each set out of domain at most: there are hardly more orders of so few names
 _TRIES = 200  # draws before a grade counts as used up
 
 
@@ -205,7 +210,9 @@ def _grades(domain: str) -> tuple[int, ...]:
     return {"code": LIST_LENGTHS, "logic": NAME_COUNTS}.get(domain, TERMS)
 
 
-def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]:
+def problems(
+    domain: str, count: int, *, seed: int, test: bool, without: Collection[str] = frozenset()
+) -> list[Problem]:
     """Different problems of one family, the grades in turn.
 
     Args:
@@ -213,6 +220,7 @@ def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]
         count: how many.
         seed: of the draw.
         test: from the test pool, or from all others.
+        without: keys that are left out.
 
     Returns:
         `count` problems with different keys. A grade whose pool is used up leaves its place to the next.
@@ -233,7 +241,7 @@ def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]
         grade = grades[turn % len(grades)]
         for _ in range(_TRIES):
             key, prompt, answer = source.item(family, grade)
-            if key not in found and is_test(key) == test:
+            if key not in found and key not in without and is_test(key) == test:
                 found[key] = Problem(
                     uid=f"{domain}/{key}", prompt=prompt, answer=answer, domain=domain, reward="exact", grade=grade
                 )
@@ -244,24 +252,35 @@ def problems(domain: str, count: int, *, seed: int, test: bool) -> list[Problem]
     return list(found.values())
 
 
-def eval_sets(eval_problems: int | None = 500) -> dict[str, EvalSet]:
-    """The four evaluation sets, the same in every run and for every model.
+def eval_sets(eval_problems: int | None = TEST_PROBLEMS, *, selection: bool = False) -> dict[str, EvalSet]:
+    """The evaluation sets, the same in every run and for every model.
 
     Args:
-        eval_problems: problems of each; None: 500.
+        eval_problems: problems of each, out of domain no more than `FEW_PROBLEMS`; None: `TEST_PROBLEMS`.
+        selection: a second draw from the test pool, without the problems of the test sets, to choose settings on; of
+            the sets in domain alone.
 
     Returns:
-        {"chain", "word", "code", "logic"} in this order.
+        {"chain", "word", "code", "logic"} in this order, or the first two.
 
     Raises:
         ValueError: fewer than one problem, or more than a family has.
     """
-    count = 500 if eval_problems is None else eval_problems
+    count = TEST_PROBLEMS if eval_problems is None else eval_problems
     if count < 1:
         raise ValueError(f"eval_sets: eval_problems must be at least 1, got {eval_problems}")
+    domains, seed, without = DOMAINS, EVAL_SEED, frozenset[str]()
+    if selection:
+        domains, seed, without = IN_DOMAIN, SELECTION_SEED, held_out_keys(eval_sets().values())
     return {
-        d: EvalSet(name=d, in_domain=d in IN_DOMAIN, problems=problems(d, count, seed=EVAL_SEED, test=True))
-        for d in DOMAINS
+        d: EvalSet(
+            name=d,
+            in_domain=d in IN_DOMAIN,
+            problems=problems(
+                d, count if d in IN_DOMAIN else min(count, FEW_PROBLEMS), seed=seed, test=True, without=without
+            ),
+        )
+        for d in domains
     }
 
 
@@ -270,13 +289,16 @@ def held_out_keys(sets: Iterable[EvalSet]) -> frozenset[str]:
     return frozenset(key_of(p.prompt) for s in sets for p in s.problems)
 
 
-def micro_task(*, train_problems: int, eval_problems: int | None = 500, seed: int = 0) -> Task:
+def micro_task(
+    *, train_problems: int, eval_problems: int | None = TEST_PROBLEMS, seed: int = 0, selection: bool = False
+) -> Task:
     """Chain problems to train on and four sets to be tested on.
 
     Args:
         train_problems: how many different training problems.
-        eval_problems: problems of each evaluation set; None: 500.
+        eval_problems: problems of each evaluation set; None: `TEST_PROBLEMS`.
         seed: of the training problems; the evaluation sets do not depend on it.
+        selection: see `eval_sets`.
 
     Returns:
         A `Task` named "micro" whose training and test problems are disjoint.
@@ -287,7 +309,7 @@ def micro_task(*, train_problems: int, eval_problems: int | None = 500, seed: in
     """
     if train_problems < 1:
         raise ValueError(f"micro_task: train_problems must be at least 1, got {train_problems}")
-    evals = eval_sets(eval_problems)
+    evals = eval_sets(eval_problems, selection=selection)
     train = problems("chain", train_problems, seed=seed, test=False)
     check_disjoint((p.prompt for p in train), held_out_keys(evals.values()), what="training set")
     return Task(name="micro", train=train, evals=evals)

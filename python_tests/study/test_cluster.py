@@ -181,7 +181,7 @@ def test_ray_finishes_a_study_though_a_worker_is_killed(tmp_path, ray_executor):
 
 def test_ray_tells_exit_codes_and_stops_what_runs(tmp_path, ray_executor):
     failing = ray_executor.start(job(tmp_path, "dance", name="failing"))
-    assert ended(ray_executor, failing) == 1 and "expected 'model SIZE KIND'" in (tmp_path / "failing.txt").read_text()
+    assert ended(ray_executor, failing) == 1 and "expected 'model SIZE KIND SEED'" in (tmp_path / "failing.txt").read_text()
     study = small_study(tmp_path, cells=1, steps=1500)
     folder = tmp_path / "long"
 

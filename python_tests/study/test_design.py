@@ -89,9 +89,24 @@ def test_two_cells_of_one_name_are_refused():
 
 def test_models_come_base_first_and_only_where_the_ladder_makes_them(tmp_path):
     models = [n.name for n, _ in plan(study()).models]
-    assert models == ["xs-base", "xs-instruct", "s-base", "s-instruct"]
-    axes = (AxesConfig(kinds=("instruct",)),)
+    assert models == [f"{size}-{kind}-{seed}" for size in ("xs", "s") for seed in (0, 1) for kind in ("base", "instruct")]
+    axes = (AxesConfig(kinds=("instruct",), seeds=(0, 1)),)
     assert [n.name for n, _ in plan(study(axes=axes)).models] == models  # an instruct model is made from its base
+
+
+def test_each_seed_has_a_model_of_its_own_unless_the_block_names_one():
+    axes = (
+        AxesConfig(name="main", sizes=("s",), seeds=(0, 1), control=("base",)),
+        AxesConfig(name="group", sizes=("s",), seeds=(0, 3), run={"model.seed": 0}, group_size=(4, 8)),
+    )
+    the_plan = plan(study(axes=axes))
+    found = {c.name: (c.config.seed, c.config.model.seed, c.needs.name) for c in the_plan.cells}
+    assert found == {
+        "s-base-seed0": (0, 0, "s-base-0"), "s-base-seed1": (1, 1, "s-base-1"),
+        "s-base-control-seed0": (0, 0, "s-base-0"), "s-base-control-seed1": (1, 1, "s-base-1"),
+        "s-base-seed3": (3, 0, "s-base-0"), "s-base-G8-seed0": (0, 0, "s-base-0"), "s-base-G8-seed3": (3, 0, "s-base-0"),
+    }  # fmt: skip
+    assert [n.name for n, _ in the_plan.models] == ["s-base-0", "s-base-1"]
 
 
 def test_a_folder_of_weights_needs_no_preparation(tmp_path):
@@ -191,12 +206,26 @@ def test_the_papers_runs_are_predicted_to_take_what_the_paper_shows():
             assert rows[f"{size}-{kind}-seed0"]["compute_6nt_nominal"] == pytest.approx(compute, rel=0.1), (size, kind)
 
 
-def test_the_micro_preset_has_the_papers_54_runs_and_controls():
+def test_the_micro_preset_has_the_papers_runs_and_a_control_for_every_base():
     the_plan = plan(load_study("micro"))
-    runs = [c for c in the_plan.cells if c.method == "grpo"]
-    assert len(runs) == 54 and len({c.size for c in runs}) == 5
-    assert {c.axes for c in runs if c.size == "m" and c.seed == 0 and c.tau == 1} == {("main", "reuse")}  # run once
-    assert all(c.method == "pretrain" and c.axes == ("main",) for c in the_plan.cells if c not in runs)
+    grpo = [c for c in the_plan.cells if c.method == "grpo"]
+    runs = {axis: [c for c in grpo if c.axes == (axis,)] for axis in ("main", "reuse", "group")}
+    assert {axis: len(r) for axis, r in runs.items()} == {"main": 30, "reuse": 18, "group": 8} and len(grpo) == 56
+    bases = list(itertools.product(("xxs", "xs", "s", "m", "l"), (0, 1, 2)))
+    for kind in ("base", "instruct"):
+        assert [(c.size, c.config.model.seed) for c in runs["main"] if c.kind == kind] == bases
+    controls = [c for c in the_plan.cells if c.method == "pretrain"]
+    assert [(c.size, c.config.model.seed) for c in controls] == bases
+    for c in controls:
+        (run,) = (r for r in runs["main"] if (r.size, r.kind, r.seed) == (c.size, "base", c.seed))
+        assert c.config == run.config.model_copy(update={"method": "pretrain", "name": c.name})
+    for axis in ("reuse", "group"):  # one base each, which no main run has
+        assert len({(c.size, c.config.model.seed) for c in runs[axis]} - set(bases)) == 1
+    seen = {c.config.steps * c.config.batch.prompts for c in runs["reuse"]}
+    assert seen == {50_000}
+    assert {c.config.task.train_problems or 50_000 for c in runs["reuse"]} == {
+        50_000, 25_000, 12_500, 10_000, 5_000, 2_500, 2_000, 1_000, 500
+    }  # fmt: skip
 
 
 def test_the_command_prints_a_plan_as_json():
@@ -249,7 +278,7 @@ def test_the_plan_can_be_read():
     assert total["flops"] == pytest.approx(sum(r["flops"] for r in rows))
     json.dumps(design.plan_json(the_plan), allow_nan=False)
     text = shown(design.plan_view(the_plan, jobs=2))
-    assert "s-base-control-seed1" in text and "12 cells and 4 models to prepare" in text and "with 2 at once" in text
+    assert "s-base-control-seed1" in text and "12 cells and 8 models to prepare" in text and "with 2 at once" in text
     (line,) = [x for x in text.splitlines() if x.startswith("s-base-seed0 ")]
     assert "~" in line
     priced = study(estimate={"gpu": "h200", "usd_per_hour": 2.0})

@@ -10,7 +10,7 @@ from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
 from grpo_engine import records
 from grpo_engine.study.claims import study_claims
-from grpo_engine.study.design import AxesConfig
+from grpo_engine.study.design import AxesConfig, load_study, plan
 from grpo_engine.study.drawing import (
     BarPanel,
     Figure,
@@ -25,6 +25,7 @@ from grpo_engine.study.drawing import (
 )
 from grpo_engine.study.fit import read_fits
 from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
+from grpo_engine.study.report.data import StudyData
 from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import Section, render_page, sections_of
 from grpo_engine.study.report.tables import Table
@@ -48,6 +49,17 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(study):
     return (study / "report" / "index.html").read_text()
+
+
+def test_an_ablation_compares_runs_that_differ_in_one_setting_from_one_base():
+    cells = {c.name: c for c in plan(load_study("micro")).cells}
+    data = StudyData(name="micro", plan=None, runs={n: n for n in cells}, missing=(), headline="chain", group_size=8,
+                     params={}, table=None, cells=cells)  # fmt: skip
+    taus = data.ablation("m", "base", "tau")
+    assert taus == {t: [f"m-base-tau{t}-seed4" if t > 1 else "m-base-seed4"] for t in (1, 2, 4, 5, 10, 20, 25, 50, 100)}
+    groups = data.ablation("m", "base", "group_size")  # the main runs of 8 answers start from other bases
+    assert groups == {4: ["m-base-G4-seed3"], 8: ["m-base-seed3"], 16: ["m-base-G16-seed3"], 32: ["m-base-G32-seed3"]}
+    assert data.ablation("s", "base", "tau") == data.ablation("s", "base", "group_size") == {}
 
 
 def text_of(page):

@@ -1,5 +1,6 @@
 import functools
 import io
+import itertools
 import os
 import random
 import shutil
@@ -101,13 +102,13 @@ def test_every_cell_runs_once_after_its_model(tmp_path):
     executor = FakeExecutor(tmp_path)
     result, text = run_it(tmp_path, executor)
     assert result.exit_code == 0 and sorted(result.done) == sorted(NAMES) and result.skipped == ()
-    assert len(executor.order) == len(set(executor.order)) == len(NAMES) + 4
+    assert len(executor.order) == len(set(executor.order)) == 2 * len(NAMES)  # each seed has a model of its own
     at = executor.order.index
-    for size in ("xs", "s"):
-        assert at(f"model {size}-base") < at(f"model {size}-instruct") < at(f"{size}-instruct-seed0")
-        assert at(f"model {size}-base") < at(f"{size}-base-seed0")
+    for size, seed in itertools.product(("xs", "s"), (0, 1)):
+        assert at(f"model {size}-base-{seed}") < at(f"model {size}-instruct-{seed}") < at(f"{size}-instruct-seed{seed}")
+        assert at(f"model {size}-base-{seed}") < at(f"{size}-base-seed{seed}")
     assert executor.most == 2
-    assert at("model s-base") == 0  # the longest chain first
+    assert at("model s-base-0") == 0  # the longest chain first
     assert "8 of 8 cells done" in text
 
 
@@ -141,9 +142,9 @@ def test_a_failure_names_the_cell_and_shows_its_log_and_the_others_go_on(tmp_pat
 
 
 def test_a_cell_that_fails_once_is_started_again_and_is_no_failure(tmp_path):
-    result, text = run_it(tmp_path, executor := FakeExecutor(tmp_path, once=["xs-base-seed0", "model s-base"]))
+    result, text = run_it(tmp_path, executor := FakeExecutor(tmp_path, once=["xs-base-seed0", "model s-base-0"]))
     assert result.exit_code == 0 and sorted(result.done) == sorted(NAMES) and result.failures == ()
-    assert executor.order.count("xs-base-seed0") == executor.order.count("model s-base") == 2
+    assert executor.order.count("xs-base-seed0") == executor.order.count("model s-base-0") == 2
     assert "xs-base-seed0: exit code 3; it is started again" in text
     (tmp_path / "strict").mkdir()
     strict, _ = run_it(tmp_path / "strict", FakeExecutor(tmp_path / "strict", once=["xs-base-seed0"]), attempts=1)
@@ -151,10 +152,11 @@ def test_a_cell_that_fails_once_is_started_again_and_is_no_failure(tmp_path):
 
 
 def test_a_failed_model_blocks_what_needs_it_and_nothing_else(tmp_path):
-    result, text = run_it(tmp_path, FakeExecutor(tmp_path, fails=["model s-base"]))
-    assert result.exit_code == 1 and [f.name for f in result.failures] == ["model s-base"]
-    assert sorted(result.blocked) == sorted(n for n in NAMES if n.startswith("s-"))
-    assert sorted(result.done) == sorted(n for n in NAMES if n.startswith("xs-"))
+    result, text = run_it(tmp_path, FakeExecutor(tmp_path, fails=["model s-base-0"]))
+    assert result.exit_code == 1 and [f.name for f in result.failures] == ["model s-base-0"]
+    blocked = ["s-base-seed0", "s-instruct-seed0"]
+    assert sorted(result.blocked) == blocked
+    assert sorted(result.done) == sorted(set(NAMES) - set(blocked))
     assert "not started for want of their model" in text
 
 
@@ -515,7 +517,7 @@ def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_p
 
 
 def test_main_refuses_other_words():
-    with pytest.raises(ValueError, match="expected 'model SIZE KIND' or 'cell FOLDER', got 'dance'"):
+    with pytest.raises(ValueError, match="expected 'model SIZE KIND SEED' or 'cell FOLDER', got 'dance'"):
         main(["dance"])
 
 

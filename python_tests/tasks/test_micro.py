@@ -76,6 +76,25 @@ def test_task_is_disjoint_from_its_tests_and_evals_do_not_depend_on_the_seed():
     assert micro.eval_sets(50)["chain"].problems == a.evals["chain"].problems[:50]
 
 
+def test_selection_problems_are_of_the_test_pool_and_in_no_test_set():
+    test = micro.held_out_keys(micro.eval_sets().values())
+    selection = micro.eval_sets(300, selection=True)
+    assert list(selection) == ["chain", "word"]
+    for s in selection.values():
+        keys = {micro.key_of(p.prompt) for p in s.problems}
+        assert len(keys) == 300 and not keys & test and all(map(micro.is_test, keys))
+        assert {p.grade for p in s.problems} == set(micro.TERMS)
+    task = micro.micro_task(train_problems=100, eval_problems=20, selection=True)
+    assert task.evals == micro.eval_sets(20, selection=True)
+    assert task.train == micro.micro_task(train_problems=100).train
+
+
+def test_a_reuse_study_finds_50_000_training_problems_of_even_grades():
+    found = micro.problems("chain", 50_000, seed=0, test=False)
+    assert len({p.prompt for p in found}) == 50_000
+    assert all(sum(p.grade == terms for p in found) == 10_000 for terms in micro.TERMS)
+
+
 def test_key_is_the_same_in_both_templates():
     assert micro.key_of("ann has 7 +8 -3 now ?") == micro.key_of("7 +8 -3 =") == "7 +8 -3 ="
 

@@ -56,6 +56,8 @@ class ImportedCell:
     tau: float
     group_size: int | None
     variant: str = ""
+    seed: int | None = None
+    prompts: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,30 @@ class StudyData:
             size,
             lambda c: c.method == "grpo" and c.kind == kind and c.tau == 1 and c.group_size == self.group_size,
         )
+
+    def ablation(self, size: str, kind: str, field: str) -> dict[float, list[Run]]:
+        """GRPO runs of a size and kind that differ in one setting.
+
+        Args:
+            size: the size.
+            kind: the kind.
+            field: "tau" or "group_size". Runs are comparable that have the same prompts a step and, for tau, the same
+                group size, for group size no reuse; of several such sets the one with the most values is taken.
+
+        Returns:
+            Value to runs, rising: those of the seeds that every value has, as a seed stands for a model of its own on
+            the embedded ladder; all runs where there is no such seed. Empty without two values.
+        """
+        sets: dict[tuple, dict[float, list[tuple[Cell | ImportedCell, Run]]]] = {}
+        for c, run in self.runs_of(size, kind):
+            if field == "tau" or c.tau == 1:
+                same = (c.prompts, c.group_size if field == "tau" else None)
+                sets.setdefault(same, {}).setdefault(float(getattr(c, field)), []).append((c, run))
+        values = max(sets.values(), key=len, default={})
+        if len(values) < 2:
+            return {}
+        shared = set.intersection(*({c.seed for c, _ in runs} for runs in values.values()))
+        return {v: [r for c, r in values[v] if not shared or c.seed in shared] for v in sorted(values)}
 
     def control(self, size: str, kind: str) -> list[Run]:
         """Plain-pretraining runs."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...cost import OTHER
-from ...records import PHASES, Run
+from ...records import PHASES
 from ..bootstrap import interval
 from ..claims import Claim
 from ..design import duration, human
@@ -563,12 +563,9 @@ def group_figure(data: StudyData) -> Figure | None:
 
 
 def _by_value(data: StudyData, size: str, kind: str, axis: str) -> dict[float, list[Point]]:
-    """Curves without step 0 by the value of an ablated axis, "tau" or "group_size", rising; the other is the usual one."""
-    groups: dict[float, list[Run]] = {}
-    for cell, run in data.runs_of(size, kind):
-        if (cell.group_size == data.group_size) if axis == "tau" else (cell.tau == 1):
-            groups.setdefault(getattr(cell, axis), []).append(run)
-    curves = {value: [p for p in data.curve(runs) if p.step > 0] for value, runs in sorted(groups.items())}
+    """Curves without step 0 by the value of an ablated axis, "tau" or "group_size", rising."""
+    groups = data.ablation(size, kind, axis)
+    curves = {value: [p for p in data.curve(runs) if p.step > 0] for value, runs in groups.items()}
     return {value: curve for value, curve in curves.items() if curve}
 
 

@@ -144,20 +144,20 @@ def study_laws(data: StudyData, fits: Fits) -> Laws:
     frontiers = {
         f.kind: frontier(f, count=25) for f in fits.fits if f.axis == "compute" and f.kind in data.kinds and f.joint
     }
-    return Laws(fits=fits, curves=curves, surfaces=surfaces, reuse=_reuse(data, table, shared), other_sets=others,
+    return Laws(fits=fits, curves=curves, surfaces=surfaces, reuse=_reuse(data, table, shared["params"]), other_sets=others,
                 picks=budget_picks(data, fits), frontiers=frontiers)  # fmt: skip
 
 
-def _reuse(data: StudyData, table: pyarrow.Table, shared: dict[str, Any]) -> list[ReuseFit]:
+def _reuse(data: StudyData, table: pyarrow.Table, params: str) -> list[ReuseFit]:
     out = []
     for kind in data.kinds:
         for size in data.sizes:
-            taus = {c.tau for c, _ in data.runs_of(size, kind) if c.group_size == data.group_size}
-            if len(taus) < 2:
+            runs = [r for same in data.ablation(size, kind, "tau").values() for r in same]
+            if not runs:
                 continue
-            found = curves_by(
-                table, "tau", size=size, axis="data", kind=kind, eval_set=data.headline, **shared
-            )
+            ids = [r.header["run_id"] for r in runs]
+            mine = table.filter([i in ids for i in table.column("run_id").to_pylist()])
+            found = curves_by(mine, "tau", size=size, axis="data", kind=kind, eval_set=data.headline, params=params)
             curves = {tau: c[0] for tau, c in found.items()}
             if len(curves) > 1 and all(c.unique is not None for c in curves.values()):
                 law = fit_reuse(list(curves.values()))
