@@ -146,8 +146,9 @@ def study_claims(data: StudyData, *, draws: int = 4000, seed: int = 0) -> tuple[
         seed: of the draws; the same seed gives the same intervals.
 
     Returns:
-        In this order, where there is anything to compare: larger models are better at fixed compute; at fixed data;
-        reuse is free; base and instruct models gain alike; RL improves each set; larger groups are better at equal
+        In this order, where there is anything to compare: each model is better than the next smaller one at fixed compute;
+        at fixed data; loss falls along the ladder, likewise; reuse is free; base and instruct models gain alike; RL
+        improves each set; larger groups are better at equal
         prompts, and at equal compute. A claim at fixed compute or prompts is left out where a run does not tell them.
     """
     spread, freedom = _seed_spread(data)
@@ -159,6 +160,8 @@ def study_claims(data: StudyData, *, draws: int = 4000, seed: int = 0) -> tuple[
     claims = [
         _larger(data, drawer, "compute_6nt", "compute") if compute else None,
         _larger(data, drawer, "prompts_seen", "data") if prompts else None,
+        _ladder(data, drawer, "compute_6nt", "compute") if compute else None,
+        _ladder(data, drawer, "prompts_seen", "data") if prompts else None,
         _reuse(data, drawer) if prompts else None,
         _alike(data, drawer) if prompts else None,
         _transfer(data, drawer) if prompts else None,
@@ -179,8 +182,39 @@ def _larger(data: StudyData, drawer: _Drawer, axis: str, name: str) -> Claim | N
             groups = [data.main(s, kind) for s in (small, large)]
             pairs.append(_difference(drawer, f"{large} against {small}, {kind}", groups, data.headline, axis))
     return _claim(
-        f"larger at fixed {name}", f"At the same {name}, a larger model ends with a smaller loss.", "superiority", MARGIN,
-        pairs, drawer,
+        f"larger at fixed {name}", f"At the same {name}, each model ends with a smaller loss than the next smaller one.",
+        "superiority", MARGIN, pairs, drawer,
+    )  # fmt: skip
+
+
+def _ladder(data: StudyData, drawer: _Drawer, axis: str, name: str) -> Claim | None:
+    """Neighbours of a ladder differ by little, and all of them together by more than their noise."""
+    pairs = []
+    for kind in data.kinds:
+        sizes = [s for s in data.sizes if data.main(s, kind)]
+        groups = [data.main(s, kind) for s in sizes]
+        if len(sizes) < 3:
+            continue
+        x = _last(groups, data.headline, axis)
+        if any(_first(run, data.headline, axis) > x for runs in groups for run in runs):
+            continue  # the largest model has spent more in its first step than the smallest in all
+        decades = np.log10([data.params[s] for s in sizes])
+        weight = -(decades - decades.mean()) / np.sum((decades - decades.mean()) ** 2)  # of a least-squares slope
+        sides = [drawer.side(runs, data.headline, axis, x) for runs in groups]
+        least = min(side.runs for side in sides)
+        pairs.append(
+            _Pair(
+                label=f"ten times the parameters, {sizes[0]} to {sizes[-1]}, {kind}",
+                effect=float(weight @ [side.value for side in sides]),
+                lasting=weight @ np.array([side.lasting for side in sides]),
+                draws=weight @ np.array([side.draws for side in sides]),
+                runs=(least, least),
+                per_run=float(np.sum(weight**2)) * drawer.spread**2,
+            )
+        )
+    return _claim(
+        f"larger along the ladder at fixed {name}", f"At the same {name}, loss falls along the ladder of sizes.",
+        "superiority", MARGIN, pairs, drawer,
     )  # fmt: skip
 
 
@@ -357,6 +391,11 @@ def _evals(run: Run, eval_set: str) -> list[EvalRecord]:
 def _last(groups: Sequence[Sequence[Run]], eval_set: str, axis: str) -> float:
     """The largest x that every run reached."""
     return float(min(getattr(_evals(run, eval_set)[-1], axis) for runs in groups for run in runs))
+
+
+def _first(run: Run, eval_set: str, axis: str) -> float:
+    """The smallest x after the start."""
+    return float(min(x for e in _evals(run, eval_set) if (x := getattr(e, axis)) > 0))
 
 
 def _at(run: Run, eval_set: str, axis: str, x: float | None) -> tuple[float, np.ndarray | None, float]:

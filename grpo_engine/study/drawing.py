@@ -266,7 +266,7 @@ def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
         most=few,
     )  # fmt: skip
     if panel.ticks_x is not None:
-        x = replace(x, ticks=list(panel.ticks_x), names=[tick_text(t) for t in panel.ticks_x])
+        x = replace(x, ticks=list(panel.ticks_x), names=_names(x, panel.ticks_x))
     if panel.ticks_y is not None:
         places = [p for p, _ in panel.ticks_y]
         y = _Axis(low=min(places) - 0.6, high=max(places) + 0.6, log=False, ticks=places,
@@ -274,6 +274,20 @@ def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
     else:
         y = _axis(panel.y_range or ys, log=panel.y_log, before=0.06, after=0.06)
     return x, y
+
+
+def _names(axis: _Axis, ticks: Sequence[float]) -> list[str]:
+    """A name a tick, empty where it would run into the one before it."""
+    names: list[str] = []
+    shown = None
+    for tick in ticks:
+        name = tick_text(tick)
+        if shown is not None and axis.place(tick) - axis.place(shown) < 0.013 * (len(name) + len(tick_text(shown))):
+            name = ""
+        else:
+            shown = tick
+        names.append(name)
+    return names
 
 
 def _labels(panel: Panel, x: _Axis, y: _Axis) -> list[tuple[float, float, Series]]:
@@ -290,6 +304,8 @@ def _labels(panel: Panel, x: _Axis, y: _Axis) -> list[tuple[float, float, Series
                     below[1] -= (apart - gap) / 2
                     above[1] += (apart - gap) / 2
                     moved = True
+        for label in found:  # a stack of them stays beside the axes
+            label[1] = min(max(label[1], apart / 2), 1 - apart / 2)
         if not moved:
             break
     return [(x.value(px), y.value(py), s) for px, py, s in found]

@@ -30,8 +30,8 @@ def whole(tmp_path_factory):
 
 def test_what_there_is_to_compare(whole):
     assert list(whole) == [
-        "larger at fixed compute", "larger at fixed data", "reuse is free", "base and instruct alike", "transfer",
-        "larger groups at equal prompts", "larger groups at equal compute",
+        "larger at fixed compute", "larger at fixed data", "larger along the ladder at fixed data", "reuse is free",
+        "base and instruct alike", "transfer", "larger groups at equal prompts", "larger groups at equal compute",
     ]  # fmt: skip
     for c in whole.values():
         assert c.verdict in ("supported", "not supported", "undecided")
@@ -47,6 +47,17 @@ def test_larger_models_are_better_at_fixed_data(whole):
     truth = true_loss(74_300, 64 * 40) - true_loss(985_000, 64 * 40)
     assert first.effect.low < truth < first.effect.high
     assert first.runs == (3, 3) and first.runs_needed is None
+
+
+def test_loss_falls_along_the_ladder_at_fixed_data(whole):
+    claim = whole["larger along the ladder at fixed data"]
+    assert claim.verdict == "supported" and [c.label for c in claim.comparisons] == [
+        f"ten times the parameters, xxs to l, {kind}" for kind in ("base", "instruct")
+    ]
+    sizes = np.log10([6288, 74_304, 985_376])
+    truth = -np.polyfit(sizes, [true_loss(round(10**n), 64 * 40) for n in sizes], 1)[0]
+    for c in claim.comparisons:
+        assert c.effect.low < truth < c.effect.high
 
 
 def test_little_reuse_costs_little_and_much_costs_much(whole):
