@@ -36,7 +36,7 @@ from grpo_engine.study.run import run_study
 from grpo_engine.tasks import micro
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-SWEEP_SEED = 100  # of the bases and runs that rates are tried on; the study's are 0, 1 and 2
+SWEEP_SEED = 100  # of the bases and runs that rates are tried on; the study's are 0 to 4
 RATES = {
     "xxs": (5e-4, 1e-3, 2e-3, 4e-3),
     "xs": (3e-4, 6e-4, 1.2e-3, 2.4e-3),
