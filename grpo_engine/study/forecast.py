@@ -46,8 +46,9 @@ class EstimateConfig(Config):
     flops_per_s: Annotated[float, Field(gt=0)] = 80e9  # CPU: a process, on large matrices
     us_per_token: Annotated[float, Field(ge=0)] = 4.0  # CPU: a trained token, besides: what does not shrink with N
     gpu: GpuName | None = None  # None: the CPU at hand
-    product_share: Annotated[float, Field(gt=0, le=1)] = 0.4  # GPU: share of its FLOP/s that products reach
-    bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.6  # GPU: share of its bandwidth that decoding reaches
+    # GPU, shares of the data sheet's FLOP/s and bandwidth in training and decoding: rounded from 0.5B and 1.5B on an H200
+    product_share: Annotated[float, Field(gt=0, le=1)] = 0.22
+    bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.12
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device
 
 

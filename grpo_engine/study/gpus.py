@@ -1,14 +1,15 @@
 """What a GPU can do for a plan: the makers' figures, and assumptions.
 
 `UTILISATION` is the share of the bfloat16 peak that a whole GRPO step reaches, sampling included. It is an assumption, not
-a measurement: training alone is commonly at 0.4, decoding far below. Give your own where you have measured it.
+a measurement: here training at 1.5B reached 0.22 on an H200, other programs commonly 0.4, and decoding is far below. Give your
+own where you have measured it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-UTILISATION = 0.3
+UTILISATION = 0.15
 BYTES_PER_PARAMETER = 18  # bfloat16 weights, gradients and a reference; float32 master weights and two AdamW moments
 LEDGER_OVER_6NT = 2.0  # sampling, the reference pass and the old log-probs, beside forward and backward: 12 N T in all
 

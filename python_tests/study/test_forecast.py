@@ -77,7 +77,8 @@ def _untrained(config, _folder, _task):
 def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
     config = load_run_config(None, ["model={path: models/Qwen2.5-7B, dtype: bfloat16}", "steps=1", "evaluation.count=0",
                                     "batch={prompts: 64, group_size: 8}", "loss.kl_coef=0"])  # fmt: skip
-    estimate = EstimateConfig(prompt_tokens=100, answer_tokens=1000, gpu="h200", start_s=0, usd_per_hour=4)
+    estimate = EstimateConfig(prompt_tokens=100, answer_tokens=1000, gpu="h200", start_s=0, usd_per_hour=4,
+                              product_share=0.4, bandwidth_share=0.6)  # fmt: skip
     many = forecast(config, estimate)
     few = forecast(config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_running": 8})}), estimate)
     rate, gpu = 0.4 * GPUS["h200"].flops, GPUS["h200"]
