@@ -1,8 +1,8 @@
 """What a GPU can do for a plan: the makers' figures, and assumptions.
 
 `UTILISATION` is the share of the bfloat16 peak that a whole GRPO step reaches, sampling included. It is an assumption, not
-a measurement: here training at 1.5B reached 0.22 on an H200, other programs commonly 0.4, and decoding is far below. Give your
-own where you have measured it.
+a measurement: here training at 1.5B reached 0.22 on an H200, other programs commonly 0.4, and decoding is far below. Give
+your own where you have measured it.
 """
 
 from __future__ import annotations
