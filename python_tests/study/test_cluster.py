@@ -116,8 +116,9 @@ def test_a_command_dies_with_the_process_that_started_it(tmp_path):
     )
     log = tmp_path / "log"
     code = f"""
-import sys
+import signal, sys
 from grpo_engine.study.cluster import run_command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell inherit that it is ignored
 run_command((sys.executable, "-c", {inner!r}), {str(log)!r}, {str(tmp_path)!r}, 1)
 """
     for number in (signal.SIGINT, signal.SIGKILL):
