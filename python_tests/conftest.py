@@ -99,6 +99,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture
+def one_thread():
+    """Torch computes on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def one_and_two_threads():
     """Yields a function that runs a thunk with 1 and with 2 threads and returns both results."""
     before = torch.get_num_threads()

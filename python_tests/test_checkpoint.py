@@ -203,13 +203,8 @@ def test_load_changes_nothing_when_all_is_well(tmp_path):
 # ------------------------------------------------------------------------------------------ kills
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A forked child inherits OpenMP's state without its threads: a parallel region there would wait for ever."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# a forked child inherits OpenMP's state without its threads: a parallel region there would wait for ever
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CALLS = [(os, n) for n in ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync", "open")] + [

@@ -19,9 +19,8 @@
 
 namespace grpo_engine {
 
-inline constexpr int kWgmmaThreads = 128;               // of a warpgroup
-inline constexpr int kWgmmaLine = 64;                   // elements
-inline constexpr int kWgmmaAlignment = 1024;            // bytes
+inline constexpr int kWgmmaThreads = 128;  // of a warpgroup
+inline constexpr int kWgmmaLine = 64;      // elements
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
