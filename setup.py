@@ -24,6 +24,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DGRPO_ENGINE_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DGRPO_ENGINE_OPENMP={'ON' if self._openmp_wanted() else 'OFF'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         # beside the interpreter first: cmake and ninja come from PyPI, and venv/bin need not be on PATH
@@ -35,6 +36,15 @@ class CMakeBuild(build_ext):
         new = output.with_suffix(".new")
         shutil.copy2(build / output.name, new)
         os.replace(new, output)
+
+    @staticmethod
+    def _openmp_wanted() -> bool:
+        wanted = os.environ.get("GRPO_ENGINE_OPENMP", "1")
+        if wanted not in ("0", "1"):
+            raise SystemExit(f"GRPO_ENGINE_OPENMP must be 0 or 1, got {wanted!r}")
+        if wanted == "0":
+            print("grpo_engine: building without OpenMP: every kernel runs on one thread", flush=True)
+        return wanted == "1"
 
     @staticmethod
     def _cuda_wanted() -> bool:

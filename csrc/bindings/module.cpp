@@ -5,6 +5,7 @@
 #include "bindings/rollout.h"
 #include "bindings/tasks.h"
 #include "core/cpu_dispatch.h"
+#include "core/thread_count.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of grpo_engine.";
@@ -18,6 +19,10 @@ PYBIND11_MODULE(_C, m) {
     }
     return names;
   }, "Every instruction set of this CPU that the kernels are compiled for.");
+  m.def("start_counting_threads", &grpo_engine::ThreadCount::start,
+        "Begins to count the distinct threads that take part in kernels; a second start begins anew.");
+  m.def("stop_counting_threads", &grpo_engine::ThreadCount::stop,
+        "Ends the count and returns it; 0 where none was begun.");
   bind_rollout(m);
   bind_tasks(m);
 }

@@ -43,7 +43,8 @@ void each_tile(int64_t T, Stage stage) {
   }
   const int64_t chunks = rms_norm_chunks(T);
   const int64_t rows = std::min(kTileRows, (chunks + threads - 1) / threads * kRmsNormRows);
-  at::parallel_for(0, (T + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+  constexpr double kAlways = 1e9;  // a tile is worth a thread at any width
+  parallel_ranges((T + rows - 1) / rows, kAlways, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) stage(i * rows, std::min(rows, T - i * rows));
   });
 }

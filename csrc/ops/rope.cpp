@@ -58,8 +58,8 @@ std::shared_ptr<const std::vector<float>> make_table(int64_t rows, const Rotatio
   const int64_t E = rotation.E, half = E / 2;
   const std::vector<float> frequency = rotation.frequencies();
   auto table = std::make_shared<std::vector<float>>(rows * E);
-  constexpr int64_t kAnglesPerTask = 1024;  // about 40 us of cos and sin
-  at::parallel_for(0, rows, kAnglesPerTask / half + 1, [&](int64_t begin, int64_t end) {
+  constexpr double kCost = 20.0;  // operations an angle: cos and sin in float64, in the time of vector instructions
+  parallel_ranges(rows, kCost * static_cast<double>(half), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t position = position_of(r);
       float* row = table->data() + r * E;
