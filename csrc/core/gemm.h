@@ -58,8 +58,8 @@ struct TileShape { static constexpr int rows = 2, vectors = 1; };
 
 // Operands along k in a slice: many, so that sums rarely travel.
 constexpr int64_t kSlice = 256;
-// Copying pays when a value is used this often: B by so many rows, A (rows adjacent) by so many columns.
-constexpr int64_t kCopyRows = 200, kCopyColumns = 400;
+// Copying pays when a value is used this often: B by so many rows, A by so many columns, and soon where its rows lie across.
+constexpr int64_t kCopyRows = 200, kCopyColumns = 400, kCopyColumnsAcross = 40;
 
 template <typename T, typename U>
 struct Same { static constexpr bool value = false; };
@@ -158,6 +158,33 @@ GE_INLINE void copy_rows(const bfloat16* src, int64_t stride, int64_t rows, int6
   }
 }
 
+// dst[i] = operand k of src[k * stride + i] for the R rows of a tile.
+template <int R, typename O, typename S>
+GE_INLINE void copy_line(const S* src, int64_t stride, int64_t k, int64_t values, O* dst) {
+  for (int i = 0; i < R; ++i) gather(src + i, stride, k, values, dst + i);
+}
+template <int R>
+GE_INLINE void copy_line(const float* src, int64_t stride, int64_t k, int64_t, float* dst) {
+  memcpy(dst, src + k * stride, R * sizeof(float));
+}
+#if defined(__AVX2__)
+template <int R>
+GE_INLINE void copy_line(const bfloat16* src, int64_t stride, int64_t k, int64_t, float* dst) {
+  static_assert(R == 2 || R == 6 || R == 8);  // those of TileShape
+  const bfloat16* line = src + k * stride;
+  __m128i bits;  // read without touching what lies behind
+  if constexpr (R == 8) {
+    bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
+  } else {
+    int last;
+    memcpy(&last, line + R - 2, sizeof last);
+    bits = R == 2 ? _mm_cvtsi32_si128(last) : _mm_insert_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(line)), last, 2);
+  }
+  const __m256i values = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  memcpy(dst, &values, R * sizeof(float));
+}
+#endif
+
 // Tiles of R rows, [R * kSlice] each: dst[k * R + i] = operand k of src[k * stride + i]. A line of src is read once,
 // for kAcross tiles at a time: more would be too many places to write to.
 template <int R, typename O, typename S>
@@ -169,9 +196,7 @@ void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int
     for (int64_t k = 0; k < depth; ++k) {
       const S* from = src + m;
       O* to = dst + m * kSlice + k * R;
-      for (int64_t t = 0; t < tiles; ++t, from += R, to += R * kSlice) {
-        for (int i = 0; i < R; ++i) gather(from + i, stride, k, values, to + i);
-      }
+      for (int64_t t = 0; t < tiles; ++t, from += R, to += R * kSlice) copy_line<R>(from, stride, k, values, to);
     }
     m += tiles * R;
   }
@@ -270,6 +295,12 @@ GE_INLINE void run_tile_of(const Tile<O, A>& tile, S* out, int64_t out_row) {
 #pragma GCC unroll 3
       for (int j = 0; j < NV; ++j) sums[i][j] = V::zero();
     }
+  }
+  // where these sums will go, and where those of the next tile wait: the lines lie a row apart, which no CPU foresees
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    __builtin_prefetch(out + i * out_row, 1, 3);
+    if (t.init) __builtin_prefetch(t.init + (R + i) * t.init_row, 0, 3);
   }
   const O* a = t.a;
   const O* b = t.b;
@@ -483,7 +514,7 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
 
   const int64_t operands = (g.K + kValues<O> - 1) / kValues<O>;
   const bool a_by_rows = g.a_col == 1;
-  const bool copy_a = !Same<SA, O>::value || (!a_by_rows && g.N > kCopyColumns);
+  const bool copy_a = !Same<SA, O>::value || g.N > (a_by_rows ? kCopyColumns : kCopyColumnsAcross);
   O* a_copy = copy_a ? scratch<O>(kScratchA, (g.M + kRows) * kSlice) : nullptr;
   const bool b_by_rows = g.b_col == 1;
   const bool copy_b = !Same<SB, O>::value || !b_by_rows || g.N % kLanes != 0 || g.M > kCopyRows;
