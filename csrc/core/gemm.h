@@ -577,8 +577,17 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
         tile.b_row = -tile.b_row;
         tile.a_col = -tile.a_col;
       }
+      // while these are multiplied, the next panel is fetched: a line or a few of each of its rows, far apart
+      const SB* ahead = b + width;
+      int64_t left = copy_b && b_by_rows && n + width < g.N ? values : 0;
+      const int64_t tiles = (g.M + kRows - 1) / kRows, share = (left + tiles - 1) / tiles;
       for (int64_t m = 0; m < g.M; m += kRows) {
         const int rows = static_cast<int>(g.M - m < kRows ? g.M - m : kRows);
+        for (int64_t i = 0; i < share && left > 0; ++i, --left, ahead += g.b_row) {
+          for (int64_t column = 0; column < width; column += 64 / static_cast<int64_t>(sizeof(SB))) {
+            __builtin_prefetch(ahead + column, 0, 2);
+          }
+        }
         if (copy_a) {
           tile.a = a_copy + m * kSlice;
         } else if constexpr (Same<SA, O>::value) {
