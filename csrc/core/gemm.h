@@ -206,23 +206,38 @@ void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int
 }
 
 #if defined(__AVX2__)
-// Fetches what transpose16 will read of 16 rows: a quarter of their lines, for it reads a quarter of a line.
+// Fetches 16 rows of `values` in the order of memory, four lines a call: as many calls as transpose16 needs to read them
+// fetch them all. A line of each row in turn would open as many pages of memory at a time, at half the rate.
 template <typename S>
-GE_INLINE void prefetch16(const S* src, int64_t stride, int64_t k) {
-  constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
-  const S* rows = src + k / kStep % 4 * 4 * stride + k;
-  for (int i = 0; i < 4; ++i) __builtin_prefetch(rows + i * stride, 0, 2);
-}
+class RowFetcher {
+ public:
+  GE_MEMBER RowFetcher(const S* rows, int64_t stride, int64_t values)
+      : row_(reinterpret_cast<const char*>(rows)), stride_(stride * static_cast<int64_t>(sizeof(S))),
+        bytes_(values * static_cast<int64_t>(sizeof(S))) {}
+  GE_MEMBER void fetch() {
+    for (int i = 0; i < 4; ++i) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t stride_, bytes_, at_ = 0;
+};
 
 // dst[k * width + i] = operand k of src[i * stride + k] for i < 16; returns how many operands are done, the caller
 // does the rest one by one.
 template <typename O, typename S>
 int64_t transpose_whole(const S* src, int64_t stride, int64_t values, O* dst, int64_t width) {
-  const S* next = src + width * stride;
+  RowFetcher<S> next(src + width * stride, stride, values);
   constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
   int64_t k = 0;
   for (; k + kStep <= values; k += kStep) {
-    prefetch16(next, stride, k);
+    next.fetch();
     transpose16<Stored<S, O>>([&](int i) { return src + i * stride + k; },
                               [&](int64_t i, Vec16<O> v) GE_LAMBDA { v.store(dst + (k / kValues<O> + i) * width); });
   }
@@ -367,12 +382,16 @@ GE_INLINE void run_tile_of(int vectors, int rows, const Tile<O, A>& t, S* out, i
 // their way into the chains. kChainRows rows share one transposition.
 #if defined(__AVX512F__)
 constexpr int kChainRows = 16;
+constexpr double kFewRowsPasses = 1.5;  // over B, at most: more passes cost more than the copy
+constexpr int kPairedRows = 4;          // so few rows have chains of two vectors in the registers
 #elif defined(__AVX2__)
-constexpr int kChainRows = 2;
+constexpr int kChainRows = 4;
+constexpr double kFewRowsPasses = 4;
+constexpr int kPairedRows = 2;
 #endif
 
 #if defined(__AVX2__)
-constexpr int64_t kMaxFewRows = kChainRows * 3 / 2;
+constexpr int64_t kMaxFewRows = static_cast<int64_t>(kFewRowsPasses * kChainRows);
 constexpr int64_t kAhead = 2;  // vectors of columns between those that are summed and those that are fetched
 
 // A few rows of A as operands, [M, x_row], and the columns of B as they are stored.
@@ -413,11 +432,12 @@ void few_rows_panel(const FewRows<O, SB, SC>& g, int64_t m, int64_t n) {
   if constexpr (kDown) {
     for (int64_t k = depth; k-- > whole * kOperands;) one(k);
   }
+  RowFetcher<SB> ahead(b + kAhead * kLanes * stride, stride, g.K);
   for (int64_t step = 0; step < whole; ++step) {
     const int64_t at = kDown ? whole - 1 - step : step, k = at * kStep;
 #pragma GCC unroll 2
     for (int j = 0; j < G; ++j) {
-      if (m == 0) prefetch16(b + (kAhead + j) * kLanes * stride, stride, k);
+      if (m == 0) ahead.fetch();
       transpose16<Stored<SB, O>, kDown>([&](int i) { return b + (j * kLanes + i) * stride + k; },
                                         [&](int64_t i, Vec16<O> v) GE_LAMBDA { add(j, at * kOperands + i, v); });
     }
@@ -445,7 +465,7 @@ GE_INLINE int64_t few_rows_panels(const FewRows<O, SB, SC>& g, int64_t n) {
 template <int R, bool kDown, typename O, typename SB, typename SC>
 void few_rows(const FewRows<O, SB, SC>& g) {
   int64_t n = 0;
-  if constexpr (R <= 4) n = few_rows_panels<R, 2, kDown>(g, n);
+  if constexpr (R <= kPairedRows) n = few_rows_panels<R, 2, kDown>(g, n);
   few_rows_panels<R, 1, kDown>(g, n);
 }
 
