@@ -58,8 +58,9 @@ struct TileShape { static constexpr int rows = 2, vectors = 1; };
 
 // Operands along k in a slice: many, so that sums rarely travel.
 constexpr int64_t kSlice = 256;
-// Copying pays when a value is used this often: B by so many rows, A by so many columns, and soon where its rows lie across.
-constexpr int64_t kCopyRows = 200, kCopyColumns = 400, kCopyColumnsAcross = 40;
+// Copying pays when a value is used this often: B by so many rows, A by so many columns, and soon where its rows lie
+// across. (Rows that lie a power of two apart would share their place in the first cache.)
+constexpr int64_t kCopyRows = 200, kCopyColumns = 96, kCopyColumnsAcross = 40;
 
 template <typename T, typename U>
 struct Same { static constexpr bool value = false; };

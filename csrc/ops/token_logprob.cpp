@@ -13,9 +13,9 @@ namespace grpo_engine {
 namespace {
 
 constexpr const char* kOp = "token_logprob";
-// Rows of a tile and of the window of dlogits that backward holds. The window has one block of kVocabBlock
-// ids for each thread: 512 KiB of float32, which stays in the second-level cache for both products.
-constexpr int64_t kWave = 256;
+// Rows of a tile and of the window of dlogits that backward holds. The window has kWindowBlocks tiles for each thread, so
+// that none waits long for another and each tile keeps all its rows: weights are copied once for 256 of them.
+constexpr int64_t kWave = 256, kWindowBlocks = 4;
 
 struct Window {
   int64_t rows, ids;
@@ -179,7 +179,7 @@ std::tuple<at::Tensor, at::Tensor> backward(
   const bool cuda = on_cuda(hidden), library = by_library(hidden, batch_invariant);
   const bool split = cuda && hidden.scalar_type() == at::kBFloat16;
   const auto [window_rows, window_ids] =
-      cuda ? cuda_window(T, V, library) : Window{std::min(T, kWave), std::min(V, kVocabBlock * at::get_num_threads())};
+      cuda ? cuda_window(T, V, library) : Window{std::min(T, kWave), std::min(V, kVocabBlock * kWindowBlocks * at::get_num_threads())};
   const int64_t size = static_cast<int64_t>(g_logprob.element_size());
   const int64_t stored = static_cast<int64_t>(hidden.element_size());
 
