@@ -2,21 +2,27 @@
 # Clang compiles everything without a warning, and its kernels have the bits of GCC's (csrc/tests/kernel_bits.txt):
 # kernels, C++ tests and the extension for this machine, and the kernels for 64-bit ARM where g++-aarch64-linux-gnu is
 # (run under qemu-aarch64 where that is). The extension is built without OpenMP: Torch for Linux brings GCC's runtime.
+#
+#   PYTHON   an interpreter that has Torch (default: that of .venv, which scripts/setup.sh makes)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 export PATH=$ROOT/.venv/bin:$PATH
-command -v clang++ >/dev/null || need "clang is missing: apt-get install clang"
-command -v cmake >/dev/null || need "cmake is missing: pip install cmake ninja"
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
+for tool in clang++ cmake ninja; do
+  command -v "$tool" >/dev/null || { echo "check_clang.sh: $tool is missing: apt-get install clang cmake ninja-build" >&2; exit 1; }
+done
+mkdir -p build
 
 build() {  # folder, targets, then options of cmake
   local folder=$1 targets=$2
   shift 2
-  cmake -S . -B "build/$folder" -G Ninja -DCMAKE_CXX_COMPILER=clang++ "$@" >"build/$folder.log" 2>&1 &&
-    cmake --build "build/$folder" --target $targets >"build/$folder.log" 2>&1 ||
-    { grep -E "warning|error|Error" -A 6 "build/$folder.log" | head -n 60 || tail -n 30 "build/$folder.log"; exit 1; }
+  # shellcheck disable=SC2086
+  { cmake -S . -B "build/$folder" -G Ninja -DCMAKE_CXX_COMPILER=clang++ "$@" &&
+    cmake --build "build/$folder" --target $targets; } >"build/$folder.log" 2>&1 || { tail -n 60 "build/$folder.log"; exit 1; }
 }
-check() {  # kernel_bits of a build, and how to start it
+check() {  # how to start a kernel_bits
+  local isa expect
   for isa in $("$@" --isas); do
     expect=(--expect csrc/tests/kernel_bits.txt)
     [ "$isa" = generic ] && expect=()
@@ -25,9 +31,14 @@ check() {  # kernel_bits of a build, and how to start it
   done
 }
 
-mkdir -p build
-build clang "kernel_bits grpo_engine_tests _C" -DPython_EXECUTABLE="$PYTHON" -DGRPO_ENGINE_TESTS=ON \
-  -DGRPO_ENGINE_OPENMP=OFF -DCMAKE_PREFIX_PATH="$ROOT/.venv/googletest/usr"
+if "$PYTHON" -c 'import torch' 2>/dev/null; then
+  extension=(_C -DGRPO_ENGINE_OPENMP=OFF "-DPython_EXECUTABLE=$PYTHON")
+else
+  echo "$PYTHON has no Torch: clang does not compile the extension (bash scripts/setup.sh makes .venv)"
+  extension=("" -DGRPO_ENGINE_WITHOUT_TORCH=ON)
+fi
+build clang "kernel_bits grpo_engine_tests ${extension[0]}" "${extension[@]:1}" -DGRPO_ENGINE_TESTS=ON \
+  -DCMAKE_PREFIX_PATH="$ROOT/.venv/googletest/usr"
 build/clang/grpo_engine_tests --gtest_brief=1
 check build/clang/kernel_bits
 
