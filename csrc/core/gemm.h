@@ -63,8 +63,8 @@ struct TileShape { static constexpr int rows = 2, vectors = 1; };
 
 // Operands along k in a slice: many, so that sums rarely travel.
 constexpr int64_t kSlice = 256;
-// Copying pays when a value is used this often: B by so many rows, A (rows adjacent) by so many columns.
-constexpr int64_t kCopyRows = 200, kCopyColumns = 400;
+// Copying pays when a value is used this often: B by so many rows, A by so many columns, and soon where its rows lie across.
+constexpr int64_t kCopyRows = 200, kCopyColumns = 400, kCopyColumnsAcross = 40;
 
 template <typename T, typename U>
 struct Same { static constexpr bool value = false; };
@@ -163,6 +163,33 @@ GE_INLINE void copy_rows(const bfloat16* src, int64_t stride, int64_t rows, int6
   }
 }
 
+// dst[i] = operand k of src[k * stride + i] for the R rows of a tile.
+template <int R, typename O, typename S>
+GE_INLINE void copy_line(const S* src, int64_t stride, int64_t k, int64_t values, O* dst) {
+  for (int i = 0; i < R; ++i) gather(src + i, stride, k, values, dst + i);
+}
+template <int R>
+GE_INLINE void copy_line(const float* src, int64_t stride, int64_t k, int64_t, float* dst) {
+  memcpy(dst, src + k * stride, R * sizeof(float));
+}
+#if defined(__AVX2__)
+template <int R>
+GE_INLINE void copy_line(const bfloat16* src, int64_t stride, int64_t k, int64_t, float* dst) {
+  static_assert(R == 2 || R == 6 || R == 8);  // those of TileShape
+  const bfloat16* line = src + k * stride;
+  __m128i bits;  // read without touching what lies behind
+  if constexpr (R == 8) {
+    bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line));
+  } else {
+    int last;
+    memcpy(&last, line + R - 2, sizeof last);
+    bits = R == 2 ? _mm_cvtsi32_si128(last) : _mm_insert_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(line)), last, 2);
+  }
+  const __m256i values = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  memcpy(dst, &values, R * sizeof(float));
+}
+#endif
+
 // Tiles of R rows, [R * kSlice] each: dst[k * R + i] = operand k of src[k * stride + i]. A line of src is read once,
 // for kAcross tiles at a time: more would be too many places to write to.
 template <int R, typename O, typename S>
@@ -174,9 +201,7 @@ void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int
     for (int64_t k = 0; k < depth; ++k) {
       const S* from = src + m;
       O* to = dst + m * kSlice + k * R;
-      for (int64_t t = 0; t < tiles; ++t, from += R, to += R * kSlice) {
-        for (int i = 0; i < R; ++i) gather(from + i, stride, k, values, to + i);
-      }
+      for (int64_t t = 0; t < tiles; ++t, from += R, to += R * kSlice) copy_line<R>(from, stride, k, values, to);
     }
     m += tiles * R;
   }
@@ -186,23 +211,38 @@ void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int
 }
 
 #if defined(__AVX2__) || defined(GE_NEON)
-// Fetches what transpose16 will read of 16 rows: a quarter of their lines, for it reads a quarter of a line.
+// Fetches 16 rows of `values` in the order of memory, four lines a call: as many calls as transpose16 needs to read them
+// fetch them all. A line of each row in turn would open as many pages of memory at a time, at half the rate.
 template <typename S>
-GE_INLINE void prefetch16(const S* src, int64_t stride, int64_t k) {
-  constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
-  const S* rows = src + k / kStep % 4 * 4 * stride + k;
-  for (int i = 0; i < 4; ++i) __builtin_prefetch(rows + i * stride, 0, 2);
-}
+class RowFetcher {
+ public:
+  GE_MEMBER RowFetcher(const S* rows, int64_t stride, int64_t values)
+      : row_(reinterpret_cast<const char*>(rows)), stride_(stride * static_cast<int64_t>(sizeof(S))),
+        bytes_(values * static_cast<int64_t>(sizeof(S))) {}
+  GE_MEMBER void fetch() {
+    for (int i = 0; i < 4; ++i) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t stride_, bytes_, at_ = 0;
+};
 
 // dst[k * width + i] = operand k of src[i * stride + k] for i < 16; returns how many operands are done, the caller
 // does the rest one by one.
 template <typename O, typename S>
 int64_t transpose_whole(const S* src, int64_t stride, int64_t values, O* dst, int64_t width) {
-  const S* next = src + width * stride;
+  RowFetcher<S> next(src + width * stride, stride, values);
   constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
   int64_t k = 0;
   for (; k + kStep <= values; k += kStep) {
-    prefetch16(next, stride, k);
+    next.fetch();
     transpose16<Stored<S, O>>([&](int i) { return src + i * stride + k; },
                               [&](int64_t i, Vec16<O> v) GE_LAMBDA { v.store(dst + (k / kValues<O> + i) * width); });
   }
@@ -276,6 +316,12 @@ GE_INLINE void run_tile_of(const Tile<O, A>& tile, S* out, int64_t out_row) {
       for (int j = 0; j < NV; ++j) sums[i][j] = V::zero();
     }
   }
+  // where these sums will go, and where those of the next tile wait: the lines lie a row apart, which no CPU foresees
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    __builtin_prefetch(out + i * out_row, 1, 3);
+    if (t.init) __builtin_prefetch(t.init + (R + i) * t.init_row, 0, 3);
+  }
   const O* a = t.a;
   const O* b = t.b;
   for (int64_t k = 0; k < t.depth; ++k, a += t.a_col, b += t.b_row) {
@@ -341,12 +387,16 @@ GE_INLINE void run_tile_of(int vectors, int rows, const Tile<O, A>& t, S* out, i
 // their way into the chains. kChainRows rows share one transposition.
 #if defined(__AVX512F__)
 constexpr int kChainRows = 16;
+constexpr double kFewRowsPasses = 1.5;  // over B, at most: more passes cost more than the copy
+constexpr int kPairedRows = 4;          // so few rows have chains of two vectors in the registers
 #elif defined(__AVX2__) || defined(GE_NEON)
-constexpr int kChainRows = 2;
+constexpr int kChainRows = 4;
+constexpr double kFewRowsPasses = 4;
+constexpr int kPairedRows = 2;
 #endif
 
 #if defined(__AVX2__) || defined(GE_NEON)
-constexpr int64_t kMaxFewRows = kChainRows * 3 / 2;
+constexpr int64_t kMaxFewRows = static_cast<int64_t>(kFewRowsPasses * kChainRows);
 constexpr int64_t kAhead = 2;  // vectors of columns between those that are summed and those that are fetched
 
 // A few rows of A as operands, [M, x_row], and the columns of B as they are stored.
@@ -387,11 +437,12 @@ void few_rows_panel(const FewRows<O, SB, SC>& g, int64_t m, int64_t n) {
   if constexpr (kDown) {
     for (int64_t k = depth; k-- > whole * kOperands;) one(k);
   }
+  RowFetcher<SB> ahead(b + kAhead * kLanes * stride, stride, g.K);
   for (int64_t step = 0; step < whole; ++step) {
     const int64_t at = kDown ? whole - 1 - step : step, k = at * kStep;
 #pragma GCC unroll 2
     for (int j = 0; j < G; ++j) {
-      if (m == 0) prefetch16(b + (kAhead + j) * kLanes * stride, stride, k);
+      if (m == 0) ahead.fetch();
       transpose16<Stored<SB, O>, kDown>([&](int i) { return b + (j * kLanes + i) * stride + k; },
                                         [&](int64_t i, Vec16<O> v) GE_LAMBDA { add(j, at * kOperands + i, v); });
     }
@@ -419,7 +470,7 @@ GE_INLINE int64_t few_rows_panels(const FewRows<O, SB, SC>& g, int64_t n) {
 template <int R, bool kDown, typename O, typename SB, typename SC>
 void few_rows(const FewRows<O, SB, SC>& g) {
   int64_t n = 0;
-  if constexpr (R <= 4) n = few_rows_panels<R, 2, kDown>(g, n);
+  if constexpr (R <= kPairedRows) n = few_rows_panels<R, 2, kDown>(g, n);
   few_rows_panels<R, 1, kDown>(g, n);
 }
 
@@ -488,7 +539,7 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
 
   const int64_t operands = (g.K + kValues<O> - 1) / kValues<O>;
   const bool a_by_rows = g.a_col == 1;
-  const bool copy_a = !Same<SA, O>::value || (!a_by_rows && g.N > kCopyColumns);
+  const bool copy_a = !Same<SA, O>::value || g.N > (a_by_rows ? kCopyColumns : kCopyColumnsAcross);
   O* a_copy = copy_a ? scratch<O>(kScratchA, (g.M + kRows) * kSlice) : nullptr;
   const bool b_by_rows = g.b_col == 1;
   const bool copy_b = !Same<SB, O>::value || !b_by_rows || g.N % kLanes != 0 || g.M > kCopyRows;
@@ -551,8 +602,17 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
         tile.b_row = -tile.b_row;
         tile.a_col = -tile.a_col;
       }
+      // while these are multiplied, the next panel is fetched: a line or a few of each of its rows, far apart
+      const SB* ahead = b + width;
+      int64_t left = copy_b && b_by_rows && n + width < g.N ? values : 0;
+      const int64_t tiles = (g.M + kRows - 1) / kRows, share = (left + tiles - 1) / tiles;
       for (int64_t m = 0; m < g.M; m += kRows) {
         const int rows = static_cast<int>(g.M - m < kRows ? g.M - m : kRows);
+        for (int64_t i = 0; i < share && left > 0; ++i, --left, ahead += g.b_row) {
+          for (int64_t column = 0; column < width; column += 64 / static_cast<int64_t>(sizeof(SB))) {
+            __builtin_prefetch(ahead + column, 0, 2);
+          }
+        }
         if (copy_a) {
           tile.a = a_copy + m * kSlice;
         } else if constexpr (Same<SA, O>::value) {

@@ -8,6 +8,8 @@
 #pragma once
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "core/thread_count.h"
@@ -16,15 +18,34 @@ namespace grpo_engine {
 
 // body(begin, end) over parts of [0, num_items). `cost` is about how many floating-point operations
 // one item takes; a thread is not woken for less than kMinWork of them.
+//
+// Each thread takes one part that is its own, so that as many take part as are counted, and then whatever part is next:
+// a core that somebody else uses meanwhile, or a slower one, does less.
 template <typename Body>
 void parallel_ranges(int64_t num_items, double cost, const Body& body) {
   constexpr double kMinWork = 20000.0;  // a fork and join takes about 5 us, 20k operations
-  const auto grain = static_cast<int64_t>(kMinWork / (cost > 1.0 ? cost : 1.0)) + 1;
+  constexpr int64_t kParts = 8;         // of each thread, where they are worth being woken for
   if (num_items <= 0) return;
+  const auto grain = static_cast<int64_t>(kMinWork / (cost > 1.0 ? cost : 1.0)) + 1;
+  const int64_t limit = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = std::min(limit, (num_items + grain - 1) / grain);
   ThreadCount* const count = ThreadCount::running();
-  at::parallel_for(0, num_items, grain, [&](int64_t begin, int64_t end) {
+  if (threads <= 1) {
     if (count) count->note_this_thread();
-    body(begin, end);
+    return body(0, num_items);
+  }
+  const int64_t size = std::min(std::max(grain, num_items / (threads * kParts)), (num_items + threads - 1) / threads);
+  std::atomic<int64_t> next{threads};
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    if (count) count->note_this_thread();
+    const auto take = [&](int64_t part) {
+      const int64_t begin = part * size;
+      if (begin < num_items) body(begin, std::min(begin + size, num_items));
+      return begin < num_items;
+    };
+    for (int64_t part = first; part < last; ++part) take(part);
+    while (take(next.fetch_add(1, std::memory_order_relaxed))) {
+    }
   });
 }
 

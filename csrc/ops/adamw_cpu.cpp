@@ -26,21 +26,60 @@ struct Whole {
   template <typename V>
   void write(V x, int64_t i, int n) const { store(x, p + i, n); }
 };
+#if defined(__AVX2__)
+GE_INLINE void join_whole(const bfloat16* high, const int16_t* low, float* x) {
+  for (int k = 0; k < kLanes; k += 8) {
+    const __m256i h = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high + k)));
+    const __m256i l = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + k)));
+    _mm256_storeu_ps(x + k, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(h, 16), l)));
+  }
+}
+GE_INLINE void split_whole(const float* x, bfloat16* high, int16_t* low) {
+  __m256i h[2], l[2];
+  for (int k = 0; k < 2; ++k) {
+    const __m256 f = _mm256_loadu_ps(x + 8 * k);
+    const __m256i u = _mm256_castps_si256(f), nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x8000)), 16);
+    h[k] = _mm256_blendv_epi8(rounded, _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40)), nan);
+    l[k] = _mm256_andnot_si256(nan, _mm256_sub_epi32(u, _mm256_slli_epi32(h[k], 16)));
+  }
+  const __m256i highs = _mm256_packus_epi32(h[0], h[1]), lows = _mm256_packs_epi32(l[0], l[1]);  // quarters 0 2 1 3
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm256_permute4x64_epi64(highs, 0xD8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm256_permute4x64_epi64(lows, 0xD8));
+}
+#else
+GE_INLINE void join_whole(const bfloat16* high, const int16_t* low, float* x) {
+  for (int k = 0; k < kLanes; ++k) x[k] = join_float({high[k].bits, low[k]});
+}
+GE_INLINE void split_whole(const float* x, bfloat16* high, int16_t* low) {
+  for (int k = 0; k < kLanes; ++k) {
+    const SplitFloat s = split_float(x[k]);
+    high[k].bits = s.high;
+    low[k] = s.low;
+  }
+}
+#endif
+
 struct Halves {
   bfloat16* high;
   int16_t* low;
   template <typename V>
   V read(int64_t i, int n) const {
     float x[kLanes];
-    for (int k = 0; k < n; ++k) x[k] = join_float({high[i + k].bits, low[i + k]});
+    if (n == kLanes) {
+      join_whole(high + i, low + i, x);
+    } else {
+      for (int k = 0; k < n; ++k) x[k] = join_float({high[i + k].bits, low[i + k]});
+    }
     return load<V>(x, n);
   }
   template <typename V>
-  void write(V x, int64_t i, int n) const {
-    float xs[kLanes];
-    store(x, xs, n);
+  void write(V v, int64_t i, int n) const {
+    float x[kLanes];
+    v.store(x);
+    if (n == kLanes) return split_whole(x, high + i, low + i);
     for (int k = 0; k < n; ++k) {
-      const SplitFloat s = split_float(xs[k]);
+      const SplitFloat s = split_float(x[k]);
       high[i + k].bits = s.high;
       low[i + k] = s.low;
     }

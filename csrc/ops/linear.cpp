@@ -13,17 +13,20 @@
 namespace grpo_engine {
 
 void gemm(GemmArgs args) {
-  // A block's slice of A and its part of C stay in the second-level cache.
-  constexpr int64_t kPanel = 48, kTile = 8, kRows = 512, kColumns = 512;
-  auto round_up = [](int64_t n, int64_t step) { return (n + step - 1) / step * step; };
-  args.block_m = std::min(round_up(std::max<int64_t>(args.M, 1), kTile), kRows);
-  args.block_n = kColumns;
-  auto blocks = [&] {
-    return ((args.M + args.block_m - 1) / args.block_m) * ((args.N + args.block_n - 1) / args.block_n);
-  };
+  // A block's slice of A stays in the second-level cache and is copied once for many columns. Blocks are of one size.
+  constexpr int64_t kPanel = 48, kTile = 24, kRows = 384, kColumns = 1056;  // multiples of what a tile has on any CPU
+  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+  const auto round_up = [&](int64_t n, int64_t step) { return parts(n, step) * step; };
+  const auto even = [&](int64_t n, int64_t most, int64_t step) { return round_up(parts(n, parts(n, most)), step); };
+  args.block_m = even(std::max<int64_t>(args.M, 1), kRows, kTile);
+  args.block_n = even(std::max<int64_t>(args.N, 1), kColumns, kPanel);
+  const auto blocks = [&] { return parts(args.M, args.block_m) * parts(args.N, args.block_n); };
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
-  while (blocks() < wanted && args.block_n > kPanel) args.block_n = round_up(args.block_n / 2, kPanel);
-  while (blocks() < wanted && args.block_m > kTile) args.block_m = round_up(args.block_m / 2, kTile);
+  while (blocks() < wanted && (args.block_n > kPanel || args.block_m > kTile)) {
+    const bool by_columns = args.block_m <= kTile || (args.block_n > kPanel && args.block_n >= args.block_m);
+    int64_t& block = by_columns ? args.block_n : args.block_m;
+    block = round_up(block / 2, by_columns ? kPanel : kTile);
+  }
   const double cost = 2.0 / 16.0 * args.K * std::min(args.block_m, args.M) * std::min(args.block_n, args.N);
   parallel_items(gemm_cpu, args, blocks(), cost);
 }
