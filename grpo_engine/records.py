@@ -435,7 +435,7 @@ def collect_hardware() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "cpu": cpu,
-        "isa": sorted(flags & {"avx2", "fma", "avx512f", "avx512_bf16", "amx_tile"}),
+        "isa": sorted(flags & {"avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd"}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory,
         "threads": torch.get_num_threads() if torch else None,

@@ -39,6 +39,18 @@ def test_kernels_and_contracts_include_no_torch_header():
     assert bad == []
 
 
+def test_kernel_bits_runs_every_kernel_and_its_hashes_are_kept():
+    declared = set()
+    for path in (ROOT / "csrc").rglob("*.h"):
+        if path.name != "cpu_dispatch.h":  # defines the macros
+            declared |= set(re.findall(r"^GE_CPU_(?:PRODUCT_)?KERNEL\((\w+),", path.read_text(), re.M))
+    run = re.findall(r"^ +GE_RUN\(report, (\w+),", (ROOT / "csrc/tests/kernel_bits.cpp").read_text(), re.M)
+    kept = [line.split()[0] for line in (ROOT / "csrc/tests/kernel_bits.txt").read_text().splitlines() if line[0] != "#"]
+    assert len(declared) >= 20
+    assert sorted(declared - set(run)) == [] and sorted(declared - set(kept)) == []
+    assert sorted(set(run) | set(kept)) == sorted(declared)
+
+
 def test_torch_extension_h_is_never_included():
     assert [p for p in (ROOT / "csrc").rglob("*") if p.is_file() and "torch/extension.h" in p.read_text()] == []
 
@@ -62,4 +74,4 @@ def test_a_wrong_instruction_set_is_an_error():
     result = subprocess.run(
         [sys.executable, "-c", code], env={"GRPO_ENGINE_ISA": "sse9", "PATH": ""}, capture_output=True, text=True, cwd=ROOT
     )
-    assert "GRPO_ENGINE_ISA must be one of generic, avx2, avx512, avx512_bf16, got sse9" in result.stderr
+    assert "GRPO_ENGINE_ISA must be one of generic, avx2, avx512, avx512_bf16, neon, got sse9" in result.stderr

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, then runs the C++ tests and the Python tests; the op tests once more for each instruction set of this CPU,
-# and those of CUDA kernels on the emulator. Compiles the CUDA kernels where nvcc is.
+# and those of CUDA kernels on the emulator. Compares the bits of every kernel with those kept, on each instruction set
+# and, emulated, on ARM. Compiles the CUDA kernels where nvcc is.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
@@ -23,6 +24,21 @@ if command -v nvcc >/dev/null; then
   cmake --build build/tests --target cuda_kernels_check
 else
   echo "nvcc is missing: the CUDA kernels are not compiled"
+fi
+
+# of the kernels that the extension holds
+cmake --build build/native --target kernel_bits >build/kernel_bits.log 2>&1 || { cat build/kernel_bits.log; exit 1; }
+for isa in $(build/native/kernel_bits --isas); do
+  expect=(--expect csrc/tests/kernel_bits.txt)
+  [ "$isa" = generic ] && expect=()
+  build/native/kernel_bits --isa "$isa" --threads 1,2,3,5,8 "${expect[@]}" >build/kernel_bits.log ||
+    { tail -n 3 build/kernel_bits.log; exit 1; }
+  tail -n 1 build/kernel_bits.log
+done
+if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
+  bash scripts/check_arm.sh
+else
+  echo "g++-aarch64-linux-gnu or qemu-user is missing: the kernels do not run on an emulated ARM CPU"
 fi
 
 "$PYTHON" -m ruff check .

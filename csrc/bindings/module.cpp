@@ -10,7 +10,7 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of grpo_engine.";
   m.def("cpu_isa", [] { return grpo_engine::cpu_isa_name(grpo_engine::cpu_isa()); },
-        "The instruction set that the CPU kernels use: generic, avx2, avx512 or avx512_bf16.");
+        "The instruction set that the CPU kernels use: generic, avx2, avx512, avx512_bf16 or neon.");
   m.def("cpu_isas", [] {
     using grpo_engine::CpuIsa;
     pybind11::list names;

@@ -10,7 +10,7 @@
 //
 // Each value is a chain that its own row and keys determine. How many rows and columns a loop holds
 // in registers changes no bit, and neither do the batch, the page layout, the chunking of a prompt
-// or the number of threads; AVX2 and AVX-512 agree. paged_attention and ragged_attention both call
+// or the number of threads; AVX2, AVX-512 and NEON agree. paged_attention and ragged_attention both call
 // attend(), so a token has the same bits in rollout and in training.
 //
 // A key past L never matters: its score is masked by select and its value row is not read, so an
@@ -38,6 +38,10 @@ constexpr int kWide = 2;
 #elif defined(__AVX2__)
 template <>
 constexpr int kRows<float> = 6;
+constexpr int kWide = 1;
+#elif defined(GE_NEON)
+template <>
+constexpr int kRows<float> = 6;  // of the 32 registers 24 hold sums, 4 keys or values
 constexpr int kWide = 1;
 #else
 constexpr int kWide = 1;
@@ -100,6 +104,10 @@ GE_INLINE VecF keep_first(VecF v, int n, float fill) {
   return {_mm256_blendv_ps(f, v.lo, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, low))),
           _mm256_blendv_ps(f, v.hi, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, high)))};
 }
+#elif defined(GE_NEON)
+GE_INLINE VecF keep_first(VecF v, int n, float fill) {
+  GE_QUARTERWISE(vbslq_f32(VecF::first(n, i), v.v[i], vdupq_n_f32(fill)));
+}
 #endif
 
 // a * b + c if `yes`, else c, without a branch that nothing could predict.
@@ -116,6 +124,12 @@ GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
   const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(-static_cast<int>(yes)));
   const VecF sum = fma(a, b, c);
   return {_mm256_blendv_ps(c.lo, sum.lo, mask), _mm256_blendv_ps(c.hi, sum.hi, mask)};
+}
+#elif defined(GE_NEON)
+GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
+  const uint32x4_t mask = vdupq_n_u32(-static_cast<uint32_t>(yes));
+  const VecF sum = fma(a, b, c);
+  GE_QUARTERWISE(vbslq_f32(mask, sum.v[i], c.v[i]));
 }
 #endif
 

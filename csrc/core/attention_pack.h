@@ -20,7 +20,7 @@ struct SequenceRows {
   }
 };
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(GE_NEON)
 // As below for the whole 16 bytes of a row, whose number of columns it returns.
 template <typename S>
 GE_INLINE int64_t transpose_whole_words(const S* const* row, int64_t E, float* dst) {
@@ -35,7 +35,7 @@ GE_INLINE int64_t transpose_whole_words(const S* const* row, int64_t E, float* d
 #endif
 template <typename S>
 GE_INLINE int64_t transpose_whole_words(const S* const*, int64_t, double*) { return 0; }
-#if !defined(__AVX2__)
+#if !defined(__AVX2__) && !defined(GE_NEON)
 template <typename S>
 GE_INLINE int64_t transpose_whole_words(const S* const*, int64_t, float*) { return 0; }
 #endif

@@ -18,6 +18,7 @@ const char* cpu_isa_name(CpuIsa isa) {
     case CpuIsa::avx512_bf16: return "avx512_bf16";
     case CpuIsa::avx512: return "avx512";
     case CpuIsa::avx2: return "avx2";
+    case CpuIsa::neon: return "neon";
     default: return "generic";
   }
 }
@@ -65,6 +66,8 @@ bool cpu_has(CpuIsa isa) {
   if (isa == CpuIsa::avx2) return avx2;
   if (isa == CpuIsa::avx512) return avx512;
   if (isa == CpuIsa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16") && dot_is_a_chain();
+#elif defined(__aarch64__)
+  if (isa == CpuIsa::neon) return true;
 #endif
   return isa == CpuIsa::generic;
 }

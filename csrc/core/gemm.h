@@ -51,6 +51,11 @@ template <typename A>
 struct TileShape { static constexpr int rows = 2, vectors = 1; };
 template <>
 struct TileShape<float> { static constexpr int rows = 6, vectors = 1; };
+#elif defined(GE_NEON)
+template <typename A>
+struct TileShape { static constexpr int rows = 2, vectors = 1; };
+template <>
+struct TileShape<float> { static constexpr int rows = 6, vectors = 1; };  // 24 of 32 registers
 #else
 template <typename A>
 struct TileShape { static constexpr int rows = 2, vectors = 1; };
@@ -96,7 +101,7 @@ struct Scratch {
     return data;
   }
 };
-enum ScratchUse { kScratchA, kScratchB, kScratchC, kScratchTile, kScratchUses };
+enum ScratchUse { kScratchA, kScratchB, kScratchC, kScratchTile, kScratchBefore, kScratchUses };
 
 template <typename T>
 T* scratch(ScratchUse use, int64_t count) {
@@ -206,7 +211,7 @@ void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int
   }
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(GE_NEON)
 // Fetches 16 rows of `values` in the order of memory, four lines a call: as many calls as transpose16 needs to read them
 // fetch them all. A line of each row in turn would open as many pages of memory at a time, at half the rate.
 template <typename S>
@@ -247,7 +252,7 @@ int64_t transpose_whole(const S* src, int64_t stride, int64_t values, O* dst, in
 #endif
 template <typename S>
 int64_t transpose_whole(const S*, int64_t, int64_t, double*, int64_t) { return 0; }
-#if !defined(__AVX2__)
+#if !defined(__AVX2__) && !defined(GE_NEON)
 template <typename S>
 int64_t transpose_whole(const S*, int64_t, int64_t, float*, int64_t) { return 0; }
 #endif
@@ -385,13 +390,13 @@ GE_INLINE void run_tile_of(int vectors, int rows, const Tile<O, A>& t, S* out, i
 constexpr int kChainRows = 16;
 constexpr double kFewRowsPasses = 1.5;  // over B, at most: more passes cost more than the copy
 constexpr int kPairedRows = 4;          // so few rows have chains of two vectors in the registers
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(GE_NEON)
 constexpr int kChainRows = 4;
 constexpr double kFewRowsPasses = 4;
 constexpr int kPairedRows = 2;
 #endif
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(GE_NEON)
 constexpr int64_t kMaxFewRows = static_cast<int64_t>(kFewRowsPasses * kChainRows);
 constexpr int64_t kAhead = 2;  // vectors of columns between those that are summed and those that are fetched
 
@@ -519,7 +524,7 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
   constexpr int kRows = TileShape<A>::rows;
   constexpr int64_t kColumns = TileShape<A>::vectors * kLanes;
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(GE_NEON)
   if constexpr (Same<A, float>::value) {
     if (g.M <= kMaxFewRows && g.a_col == 1 && g.b_row == 1 && g.N >= kLanes && !g.accumulate) {
       run_few_rows(g);
@@ -626,12 +631,71 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
   }
 }
 
+#if defined(GE_NEON)
+// ARM flushes what is below the smallest normal number before it is rounded, x86 what is below it afterwards. They
+// differ in sums that round up to that number: 0 on ARM. So where ARM has flushed anything, which it counts, the
+// chains run again, one by one, as x86 has them. Numbers that small are rare.
+
+// a * b + c. Products of two bfloat16 are exact in float64, and so is the sum where it is near the limits.
+GE_INLINE float fma_of_x86(float a, float b, float c) {
+  const double sum = static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c);
+  const double size = sum < 0.0 ? -sum : sum;
+  if (size >= 0x1.ffffffp-127 && size <= 0x1p-126) return sum < 0.0 ? -0x1p-126f : 0x1p-126f;
+  return __builtin_fmaf(a, b, c);
+}
+
+// `before` [M, N] is C where the chains start from it, or null.
+template <typename SC>
+__attribute__((noinline)) void run_chains_of_x86(const Gemm<bfloat16, bfloat16, SC>& g, const float* before) {
+  for (int64_t m = 0; m < g.M; ++m) {
+    for (int64_t n = 0; n < g.N; ++n) {
+      float sum = before ? before[m * g.N + n] : 0.f;
+      for (int64_t k = g.K; k-- > 0;) {
+        sum = fma_of_x86(to_arith(g.a[m * g.a_row + k * g.a_col]), to_arith(g.b[k * g.b_row + n * g.b_col]), sum);
+      }
+      if (g.bias) sum += to_arith(g.bias[n]);
+      from_arith(sum, g.c + m * g.c_row + n);
+    }
+  }
+}
+
+GE_INLINE uint64_t read_flags() {
+  uint64_t flags;
+  asm volatile("mrs %0, fpsr" : "=r"(flags) : : "memory");
+  return flags;
+}
+GE_INLINE void write_flags(uint64_t flags) { asm volatile("msr fpsr, %0" : : "r"(flags) : "memory"); }
+
+template <typename SC>
+void run_chains_flushing(const Gemm<bfloat16, bfloat16, SC>& g) {
+  constexpr uint64_t kUnderflow = 1 << 3;
+  const float* before = nullptr;
+  if constexpr (Same<SC, float>::value) {
+    if (g.accumulate) {
+      float* copy = scratch<float>(kScratchBefore, g.M * g.N);
+      for (int64_t m = 0; m < g.M; ++m) memcpy(copy + m * g.N, g.c + m * g.c_row, g.N * sizeof(float));
+      before = copy;
+    }
+  }
+  const uint64_t flags = read_flags();
+  write_flags(flags & ~kUnderflow);
+  run_chains(g);
+  const bool flushed = read_flags() & kUnderflow;
+  write_flags(read_flags() | flags);
+  if (flushed) run_chains_of_x86(g, before);
+}
+#endif
+
 template <typename SA, typename SB, typename SC>
 void run_gemm(const Gemm<SA, SB, SC>& g) {
   if (g.M <= 0 || g.N <= 0) return;
   if constexpr (kDescends<SA, SB>) {
     const FlushSubnormals flush;
+#if defined(GE_NEON)
+    run_chains_flushing(g);
+#else
     run_chains(g);
+#endif
   } else {
     run_chains(g);
   }

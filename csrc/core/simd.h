@@ -1,8 +1,9 @@
 // simd.h -- sixteen lanes on every CPU.
 //
-// Vec16<T> is one zmm, two ymm or an array of 16, whatever the instruction set, so a kernel is
-// written once and its sums are grouped the same way everywhere: AVX2 and AVX-512 give the same
-// bits. (The generic build has no fused multiply-add and may differ from them in the last bit.)
+// Vec16<T> is one zmm, two ymm, four NEON registers or an array of 16, whatever the instruction set, so a
+// kernel is written once and its sums are grouped the same way everywhere: AVX2, AVX-512 and NEON give the
+// same bits, but for the sign and payload of a NaN, which no instruction set promises. (The generic build has
+// no fused multiply-add and may differ from them in the last bit.)
 //
 //   T = float    arithmetic of float32 and bfloat16 storage
 //   T = double   arithmetic of float64 storage (gradcheck); plain loops
@@ -16,6 +17,8 @@
 #include <string.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(GE_NEON)  // set by CMake for the copy `neon`: __ARM_NEON is there in the generic one too
+#include <arm_neon.h>
 #endif
 
 #include "core/dtype.h"
@@ -138,7 +141,21 @@ GE_INLINE T max_lane(Vec16<T> a) {
   return m;
 }
 
-// ---------------------------------------------------------------- float on AVX-512 / AVX2
+// ---------------------------------------------------------------- float on AVX-512 / AVX2 / NEON
+
+#if defined(__AVX2__)
+GE_INLINE float sum8(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(y) + _mm_cvtss_f32(_mm_shuffle_ps(y, y, 1));
+}
+// Where lanes are NaN, or zeros of both signs, their order decides.
+GE_INLINE float max8(__m256 x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
+#endif
 
 #if defined(__AVX512F__)
 template <>
@@ -199,15 +216,12 @@ GE_INLINE VecF where_less(VecF a, VecF b, VecF x, VecF y) {
   return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
 GE_INLINE VecF vsqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
-GE_INLINE float sum8(__m256 x) {
-  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-  return _mm_cvtss_f32(y) + _mm_cvtss_f32(_mm_shuffle_ps(y, y, 1));
-}
 GE_INLINE float sum(VecF a) {
   return sum8(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
 }
-GE_INLINE float max_lane(VecF a) { return _mm512_reduce_max_ps(a.v); }
+GE_INLINE float max_lane(VecF a) {
+  return max8(_mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
 
 #elif defined(__AVX2__)
 template <>
@@ -274,17 +288,95 @@ GE_INLINE VecF where_less(VecF a, VecF b, VecF x, VecF y) {
           _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
 GE_INLINE VecF vsqrt(VecF a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
-GE_INLINE float sum8(__m256 x) {
-  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-  return _mm_cvtss_f32(y) + _mm_cvtss_f32(_mm_shuffle_ps(y, y, 1));
-}
 GE_INLINE float sum(VecF a) { return sum8(_mm256_add_ps(a.lo, a.hi)); }
+GE_INLINE float max_lane(VecF a) { return max8(_mm256_max_ps(a.lo, a.hi)); }
+#elif defined(GE_NEON)
+template <>
+struct Vec16<float> {
+  float32x4_t v[4];
+
+  static GE_MEMBER Vec16 set1(float x) {
+    const float32x4_t q = vdupq_n_f32(x);
+    return {{q, q, q, q}};
+  }
+  static GE_MEMBER Vec16 zero() { return set1(0.f); }
+  static GE_MEMBER Vec16 load(const float* p) {
+    return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
+  }
+  static GE_MEMBER float32x4_t widen(uint16x4_t u) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(u), 16));
+  }
+  static GE_MEMBER Vec16 load(const bfloat16* p) {
+    const uint16x8_t low = vld1q_u16(&p->bits), high = vld1q_u16(&p->bits + 8);
+    return {{widen(vget_low_u16(low)), widen(vget_high_u16(low)), widen(vget_low_u16(high)),
+             widen(vget_high_u16(high))}};
+  }
+  // Those of lanes 4 quarter to 4 quarter + 3 that are below n.
+  static GE_MEMBER uint32x4_t first(int n, int quarter) {
+    const int32_t lanes[4] = {0, 1, 2, 3};
+    return vcltq_s32(vld1q_s32(lanes), vdupq_n_s32(n - 4 * quarter));
+  }
+  template <typename S>
+  static GE_MEMBER Vec16 load_n(const S* p, int n, float fill = 0.f) {
+    S buffer[kLanes] = {};
+    memcpy(buffer, p, static_cast<size_t>(n) * sizeof(S));
+    Vec16 r = load(buffer);
+    for (int i = 0; i < 4; ++i) r.v[i] = vbslq_f32(first(n, i), r.v[i], vdupq_n_f32(fill));
+    return r;
+  }
+  GE_MEMBER void store(float* p) const {
+    for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v[i]);
+  }
+  static GE_MEMBER uint32x4_t bf16_bits(float32x4_t f) {  // in the upper half of each 32-bit lane
+    const uint32x4_t u = vreinterpretq_u32_f32(f);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    const uint32x4_t r = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+    return vbslq_u32(vceqq_f32(f, f), r, vorrq_u32(u, vdupq_n_u32(0x400000)));
+  }
+  static GE_MEMBER float32x4_t round_quarter(float32x4_t f) {
+    return vreinterpretq_f32_u32(vandq_u32(bf16_bits(f), vdupq_n_u32(0xFFFF0000u)));
+  }
+  GE_MEMBER Vec16 rounded_to_bf16() const {
+    return {{round_quarter(v[0]), round_quarter(v[1]), round_quarter(v[2]), round_quarter(v[3])}};
+  }
+  GE_MEMBER void store(bfloat16* p) const {
+    for (int i = 0; i < 4; ++i) vst1_u16(&p->bits + 4 * i, vshrn_n_u32(bf16_bits(v[i]), 16));
+  }
+  template <typename S>
+  GE_MEMBER void store_n(S* p, int n) const {
+    S buffer[kLanes];
+    store(buffer);
+    memcpy(p, buffer, static_cast<size_t>(n) * sizeof(S));
+  }
+};
+using VecF = Vec16<float>;
+#define GE_QUARTERWISE(expr)                        \
+  VecF result;                                      \
+  for (int i = 0; i < 4; ++i) result.v[i] = (expr); \
+  return result
+GE_INLINE VecF operator+(VecF a, VecF b) { GE_QUARTERWISE(vaddq_f32(a.v[i], b.v[i])); }
+GE_INLINE VecF operator-(VecF a, VecF b) { GE_QUARTERWISE(vsubq_f32(a.v[i], b.v[i])); }
+GE_INLINE VecF operator*(VecF a, VecF b) { GE_QUARTERWISE(vmulq_f32(a.v[i], b.v[i])); }
+GE_INLINE VecF operator/(VecF a, VecF b) { GE_QUARTERWISE(vdivq_f32(a.v[i], b.v[i])); }
+GE_INLINE VecF fma(VecF a, VecF b, VecF c) { GE_QUARTERWISE(vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
+// Not vmaxq_f32, which is NaN where either is and knows the signs of zeros.
+GE_INLINE float32x4_t max4(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+GE_INLINE float32x4_t min4(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+GE_INLINE VecF vmax(VecF a, VecF b) { GE_QUARTERWISE(max4(a.v[i], b.v[i])); }
+GE_INLINE VecF vmin(VecF a, VecF b) { GE_QUARTERWISE(min4(a.v[i], b.v[i])); }
+GE_INLINE VecF where_less(VecF a, VecF b, VecF x, VecF y) {
+  GE_QUARTERWISE(vbslq_f32(vcltq_f32(a.v[i], b.v[i]), x.v[i], y.v[i]));
+}
+GE_INLINE VecF vsqrt(VecF a) { GE_QUARTERWISE(vsqrtq_f32(a.v[i])); }
+GE_INLINE float sum(VecF a) {
+  const float32x4_t y = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+  const float32x2_t z = vadd_f32(vget_low_f32(y), vget_high_f32(y));
+  return vget_lane_f32(z, 0) + vget_lane_f32(z, 1);
+}
 GE_INLINE float max_lane(VecF a) {
-  const __m256 x = _mm256_max_ps(a.lo, a.hi);
-  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
-  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+  const float32x4_t y = max4(max4(a.v[0], a.v[2]), max4(a.v[1], a.v[3]));
+  const float32x4_t z = max4(y, vextq_f32(y, y, 2));
+  return vgetq_lane_f32(max4(z, vextq_f32(z, z, 1)), 0);
 }
 #else
 using VecF = Vec16<float>;
@@ -335,6 +427,17 @@ class FlushSubnormals {
 
  private:
   unsigned before_;
+#elif defined(__aarch64__)
+ public:
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | uint64_t{1} << 24) : "memory");
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(before_) : "memory"); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+
+ private:
+  uint64_t before_;
 #else
  public:
   FlushSubnormals() {}
@@ -366,12 +469,23 @@ GE_INLINE __m256 scale_half(__m256 p, __m256 n) {
   return _mm256_mul_ps(_mm256_mul_ps(p, exp2_int(half)), exp2_int(_mm256_sub_epi32(i, half)));
 }
 GE_INLINE VecF scale_by_exp2(VecF p, VecF n) { return {scale_half(p.lo, n.lo), scale_half(p.hi, n.hi)}; }
+#elif defined(GE_NEON)
+GE_INLINE VecF round_even(VecF x) { GE_QUARTERWISE(vrndnq_f32(x.v[i])); }
+GE_INLINE float32x4_t exp2_int(int32x4_t n) {
+  return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
+}
+// In two factors, as on AVX2.
+GE_INLINE float32x4_t scale_quarter(float32x4_t p, float32x4_t n) {
+  const int32x4_t i = vcvtnq_s32_f32(n), half = vshrq_n_s32(i, 1);
+  return vmulq_f32(vmulq_f32(p, exp2_int(half)), exp2_int(vsubq_s32(i, half)));
+}
+GE_INLINE VecF scale_by_exp2(VecF p, VecF n) { GE_QUARTERWISE(scale_quarter(p.v[i], n.v[i])); }
 #endif
 
 // x[k] becomes exp(x[k]), without the checks of vexp: for -104 <= x <= 104 or NaN; +inf above 88.72,
 // down to 0 in subnormals. N vectors go step by step together, since a CPU looks ahead by less than the
 // chain of one.
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(GE_NEON)
 template <int N>
 GE_INLINE void exp_in_range(VecF (&x)[N]) {
   VecF n[N], p[N];
@@ -414,6 +528,11 @@ GE_INLINE __m256 clip_half(__m256 e, __m256 x) {
                           _mm256_cmp_ps(x, _mm256_set1_ps(ExpConstants::kHigh), _CMP_GT_OQ));
 }
 GE_INLINE VecF clip_exp(VecF e, VecF x) { return {clip_half(e.lo, x.lo), clip_half(e.hi, x.hi)}; }
+#elif defined(GE_NEON)
+GE_INLINE VecF clip_exp(VecF e, VecF x) {
+  e = where_less(x, VecF::set1(ExpConstants::kLow), VecF::zero(), e);
+  return where_less(VecF::set1(ExpConstants::kHigh), x, VecF::set1(__builtin_inff()), e);
+}
 #else
 GE_INLINE VecF clip_exp(VecF e, VecF x) {
   for (int i = 0; i < kLanes; ++i) e.v[i] = x.v[i] < ExpConstants::kLow ? 0.f : e.v[i];
@@ -453,6 +572,10 @@ GE_INLINE __m256 add_half(__m256 s, __m256 e, __m256 z, __m256 t) {
 }
 GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
   return {add_half(s.lo, e.lo, z.lo, t.lo), add_half(s.hi, e.hi, z.hi, t.hi)};
+}
+#elif defined(GE_NEON)
+GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
+  GE_QUARTERWISE(vaddq_f32(s.v[i], vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(e.v[i]), vcgeq_f32(z.v[i], t.v[i])))));
 }
 #else
 GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {

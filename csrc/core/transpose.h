@@ -2,7 +2,7 @@
 #pragma once
 #include "core/simd.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(GE_NEON)
 namespace grpo_engine::GE_ISA {
 namespace {
 
@@ -30,6 +30,27 @@ GE_INLINE VecF first_bf16(VecF a) {
 GE_INLINE VecF second_bf16(VecF a) {
   return {_mm512_castsi512_ps(
       _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+}
+#elif defined(GE_NEON)
+template <typename Row>
+GE_INLINE VecF quarters(Row row, int r) {
+  GE_QUARTERWISE(vld1q_f32(reinterpret_cast<const float*>(row(r + 4 * i))));
+}
+GE_INLINE VecF low_words(VecF a, VecF b) { GE_QUARTERWISE(vzip1q_f32(a.v[i], b.v[i])); }
+GE_INLINE VecF high_words(VecF a, VecF b) { GE_QUARTERWISE(vzip2q_f32(a.v[i], b.v[i])); }
+GE_INLINE float32x4_t low_pairs4(float32x4_t a, float32x4_t b) {
+  return vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+}
+GE_INLINE float32x4_t high_pairs4(float32x4_t a, float32x4_t b) {
+  return vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+}
+GE_INLINE VecF low_pairs(VecF a, VecF b) { GE_QUARTERWISE(low_pairs4(a.v[i], b.v[i])); }
+GE_INLINE VecF high_pairs(VecF a, VecF b) { GE_QUARTERWISE(high_pairs4(a.v[i], b.v[i])); }
+GE_INLINE VecF first_bf16(VecF a) {
+  GE_QUARTERWISE(vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a.v[i]), 16)));
+}
+GE_INLINE VecF second_bf16(VecF a) {
+  GE_QUARTERWISE(vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a.v[i]), vdupq_n_u32(0xFFFF0000u))));
 }
 #else
 template <typename Row>
