@@ -100,7 +100,7 @@ def test_gradients_equal_transformers(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_scores_the_same_alone_in_a_batch_and_on_any_number_of_threads(dtype, on_threads):
     model = models.random_model(dtype=dtype)
-    lengths = [5, 33, 2, 16]
+    lengths = [5, 33, 2, 16] * 4  # eight threads take part then, though not in every kernel of the small model
     tokens = torch.randint(97, (sum(lengths),), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         one, *others = on_threads(lambda: model.logprobs(tokens, lengths_to_cu(lengths))[0])
