@@ -57,7 +57,7 @@ def test_loaded_runtimes_are_found_under_the_names_that_wheels_give_them(tmp_pat
     for copy in copies:
         copy.write_bytes(open(own, "rb").read())
     code = (
-        f"import ctypes; [ctypes.CDLL(p) for p in {[str(c) for c in copies]}]; "
+        f"import ctypes, torch; [ctypes.CDLL(p) for p in {[str(c) for c in copies]}]; "
         "import sys; from grpo_engine.cli import main; sys.argv = ['grpo-engine', 'doctor']; main()"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """A whole run on a small random model: records, resuming after SIGKILL, refusals."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,10 +13,10 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, ROOT, SAME_EXTENSION
 from safetensors.torch import load_file
 
-from grpo_engine import device, records, weights
+from grpo_engine import device, pretrain, records, weights
 from grpo_engine.config import RunConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import eval_steps
@@ -100,13 +101,31 @@ def test_the_ledger_counts_forward_backward_and_reference(undisturbed):
     assert phase["reference"]["tokens"] == phase["forward"]["tokens"]
 
 
-def test_one_and_two_threads_give_the_same_logprobs(folder, tmp_path):
-    # weights may differ in the last bit (torch's gradient norm splits by threads); rollout against trainer may not
-    for threads in (1, 2):
-        code = f"import torch; torch.set_num_threads({threads}); " + script(tmp_path / str(threads), folder)
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-        steps = records.read_jsonl(tmp_path / str(threads) / records.STEPS_FILE).records
-        assert [s["logprob_mismatch_max"] for s in steps] == [0.0] * 12
+def counted_run(out: Path, folder: Path, threads: int) -> None:
+    """Trains a model of the ladder's size m, with random weights, in a process that counts its threads; two steps."""
+    code = (
+        f"{SAME_EXTENSION}from pathlib import Path\nimport test_train as t\nfrom grpo_engine.train import train\n"
+        "from grpo_engine.threads import count_threads, num_threads\n"
+        f"with num_threads({threads}), count_threads() as count:\n"
+        f"    train(t.run_config(Path({str(folder)!r}), steps=2, evaluation={{'count': 2}}, batch={{'prompts': 32}}),\n"
+        f"          {str(out)!r}, quiet=True)\n"
+        "print(count.number)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) == threads, f"{done.stdout.strip()} of {threads} threads took part"
+
+
+def test_one_two_and_three_threads_give_the_same_records_and_weights(tmp_path):
+    vocab = MicroTokenizer().vocab_size
+    size = dataclasses.replace(pretrain.LADDER["m"].config, vocab_size=vocab)
+    weights.save_checkpoint(models.random_model(size, scale=3.0), tmp_path / "model")
+    for threads in (1, 2, 3):
+        counted_run(tmp_path / str(threads), tmp_path / "model", threads)
+    for other in ("2", "3"):
+        for name in (*DETERMINISTIC, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / other / name).read_bytes(), name
+    steps = records.read_jsonl(tmp_path / "1" / records.STEPS_FILE).records
+    assert all(s["logprob_mismatch_max"] == 0.0 and s["grad_norm"] > 0 for s in steps) and len(steps) == 2
 
 
 def test_scarce_pages_change_no_record(folder, undisturbed, tmp_path):

@@ -145,10 +145,10 @@ class LocalExecutor:
         """One job a GPU; on the CPU one a core, or fewer when each was given several threads."""
         return len(self._gpus) or max(1, num_cores() // (self._threads or 1))
 
-    def _divide_cores(self) -> None:
+    def _divide_cores(self, *, starting: int = 0) -> None:
         self._running = [process for process in self._running if process.exitcode is None]
         if self._share:
-            self._share.divide(len(self._running))
+            self._share.divide(len(self._running) + starting)
 
     def _idlest_gpu(self) -> str:
         self._on_gpu = [(process, gpu) for process, gpu in self._on_gpu if process.exitcode is None]
@@ -162,9 +162,9 @@ class LocalExecutor:
         gpu = self._idlest_gpu() if self._gpus and job.cell else None
         threads = self._threads or self._share
         process = ForkedProcess(target=_run_job, args=(self._run, job.arguments, os.fspath(job.log), threads, gpu))
+        self._divide_cores(starting=1)
         process.start()
         self._running.append(process)
-        self._divide_cores()
         if gpu is not None:
             self._on_gpu.append((process, gpu))
         return process
