@@ -495,9 +495,23 @@ class Counting:
         wait_for(lambda: self.counts(name) == [*numbers], 120)
 
 
-def test_a_job_takes_the_cores_that_others_leave_and_gives_them_back(tmp_path, executor, monkeypatch):
+@pytest.fixture
+def counting(tmp_path, executor):
+    """Makes a `Counting` of an executor's settings; what still runs is stopped, or Python would wait for it at its end."""
+    made = []
+
+    def make(**settings):
+        made.append(Counting(executor(**settings), tmp_path))
+        return made[-1]
+
+    yield make
+    for counting in made:
+        counting.local.stop(list(counting.handles.values()))
+
+
+def test_a_job_takes_the_cores_that_others_leave_and_gives_them_back(counting, monkeypatch):
     monkeypatch.setattr(run, "num_cores", lambda: 4)
-    counting = Counting(executor(), tmp_path)
+    counting = counting()
     assert counting.local.slots == 4  # jobs side by side are one a core all the same
     counting.start("first")
     counting.expect("first", 4)
@@ -515,8 +529,8 @@ def test_a_job_takes_the_cores_that_others_leave_and_gives_them_back(tmp_path, e
         counting.end(name)
 
 
-def test_threads_that_were_asked_for_do_not_change(tmp_path, executor):
-    counting = Counting(executor(threads=3), tmp_path)
+def test_threads_that_were_asked_for_do_not_change(counting):
+    counting = counting(threads=3)
     for name in ("first", "second"):
         counting.start(name)
         counting.expect(name, 3)
