@@ -182,7 +182,9 @@ def study_run(
     preset: Preset,
     out: Out,
     jobs: Annotated[int | None, typer.Option(help="Cells side by side; none: as many as there is room for.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each process; none: its share of the cores (on a cluster one).")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Where cells run: local, ray or slurm.")] = "local",
     cluster: Annotated[
         list[str] | None,

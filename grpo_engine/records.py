@@ -415,7 +415,8 @@ def collect_hardware() -> dict[str, Any]:
 
     Returns:
         {"platform", "cpu", "isa": list, "cores", "memory_bytes", "threads", "gpus": list}; None where the system
-        does not say. `threads` and `gpus` are those of torch if it is loaded already, None if not.
+        does not say. `threads` and `gpus` are those of torch if it is loaded already, None if not;
+        a study's job may get more or fewer threads later.
     """
     cpu: str | None = platform.processor() or None
     flags: set[str] = set()

@@ -1,4 +1,4 @@
-"""What the tests share: devices, the folder of real problems, one and two threads.
+"""What the tests share: devices, the folder of real problems, one thread and several.
 
 GRPO_ENGINE_EXTENSION names a folder with another build of the extension. With build/native/emulated, ops that have
 a CUDA kernel run it on CPU tensors, on a machine without a GPU (csrc/tests/cuda_emulator.h).
@@ -25,6 +25,8 @@ if EXTENSION:
         raise FileNotFoundError(f"GRPO_ENGINE_EXTENSION={EXTENSION} has no extension")
     grpo_engine.__path__.insert(0, EXTENSION)
 EMULATED = Path(EXTENSION or "").name == "emulated"
+from grpo_engine.threads import count_threads, num_threads  # noqa: E402  of that extension
+
 # for code that a test runs in a process of its own, in ROOT: the same extension there
 SAME_EXTENSION = "import sys; sys.path.insert(0, 'python_tests'); import conftest\n"
 
@@ -101,23 +103,65 @@ def real_data() -> Path:
 @pytest.fixture
 def one_thread():
     """Torch computes on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with num_threads(1):
+        yield
+
+
+THREADS = (1, 2, 3, 5, 8)  # more than there are cores is fine
 
 
 @pytest.fixture
-def one_and_two_threads():
-    """Yields a function that runs a thunk with 1 and with 2 threads and returns both results."""
-    before = torch.get_num_threads()
+def on_threads(request):
+    """Yields a function that runs a thunk on 1, 2, 3, 5 and 8 threads and returns all results.
+
+    The test fails unless exactly so many threads took part in the thunk's kernels. Its work must be enough for eight of
+    them, and 8 parts of equal size must cover its items (23 items do, 11 are done after six parts of two). The threads of
+    several kernels count once, so a thunk holds one op in one direction where that can be.
+
+    On CUDA and on the emulator no thread takes part: there the thunk is run twice, and nothing is counted.
+    """
+    counts = not EMULATED and ("device" not in request.fixturenames or request.getfixturevalue("device") == "cpu")
 
     def run(thunk):
         results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(thunk())
+        for number in THREADS if counts else THREADS[:2]:
+            with num_threads(number), count_threads() as count:
+                results.append(thunk())
+            if counts:
+                assert count.number == number, f"{count.number} of {number} threads took part"
         return results
 
-    yield run
-    torch.set_num_threads(before)
+    return run
+
+
+@pytest.fixture
+def both_ways_on_threads(on_threads):
+    """Yields a function that runs an op forwards, then backwards, on 1, 2, 3, 5 and 8 threads, which change no bit.
+
+    It takes the function of leaves, the leaves and what comes from above, and returns the values and the gradients.
+    """
+
+    def run(function, leaves, upstream):
+        with torch.no_grad():
+            values = on_threads(lambda: function(*leaves))
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        outputs = function(*leaves)
+        gradients = on_threads(lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True))
+        assert_identical(values)
+        assert_identical(gradients)
+        return values[0], gradients[0]
+
+    return run
+
+
+def assert_identical(results):
+    """Every result, a tensor or a number or a sequence of them, has the bits of the first; NaN equals NaN."""
+    first, *others = (r if isinstance(r, (tuple, list)) else [r] for r in results)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            if isinstance(a, (tuple, list)):
+                assert_identical([a, b])
+            elif isinstance(a, torch.Tensor):
+                assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+            else:
+                assert a == b

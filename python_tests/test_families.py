@@ -87,7 +87,7 @@ def test_logits_equal_transformers(both):
             assert (row - want).abs().max() <= 1e-4
 
 
-def test_greedy_tokens_equal_transformers_and_training_has_the_bits_of_sampling(both, one_and_two_threads):
+def test_greedy_tokens_equal_transformers_and_training_has_the_bits_of_sampling(both, on_threads):
     model, theirs, _ = both
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(96, (n,), generator=generator).tolist() for n in (1, 5, 17, 30)]
@@ -104,8 +104,8 @@ def test_greedy_tokens_equal_transformers_and_training_has_the_bits_of_sampling(
 
     scarce = config.model_copy(update={"num_pages": 12, "max_step_tokens": 16})
     rollout = generate(model, prompts, **ask, temperature=1.0, config=scarce)
-    logprob, other = one_and_two_threads(lambda: model.logprobs(rollout.tokens, rollout.cu_seqlens)[0].detach())
-    assert torch.equal(logprob, other)
+    logprob, *others = on_threads(lambda: model.logprobs(rollout.tokens, rollout.cu_seqlens)[0].detach())
+    assert all(torch.equal(logprob, other) for other in others)
     starts = zip(rollout.cu_seqlens[:-1].tolist(), rollout.prompt_len.tolist(), strict=True)
     answered = torch.cat([
         torch.arange(first + prompt, end)

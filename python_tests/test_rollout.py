@@ -60,10 +60,11 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scarce_pages_and_threads_change_no_bit(prompts, dtype, one_and_two_threads):
+def test_scarce_pages_and_threads_change_no_bit(prompts, dtype, on_threads):
     model = models.random_model(scale=4.0, dtype=dtype)
-    one, two = one_and_two_threads(lambda: run(model, prompts))
-    assert same(one, two)
+    prompts = [*prompts, [1, 2, 3]]  # eight threads take part then, though not in every kernel of the small model
+    one, *others = on_threads(lambda: run(model, prompts))
+    assert all(same(one, other) for other in others)
     scarce = run(model, prompts, SCARCE)
     assert scarce.stats.preemptions > 0 and scarce.stats.recomputed_tokens > 0
     assert same(one, scarce)

@@ -12,15 +12,16 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, ROOT, SAME_EXTENSION
 from safetensors.torch import load_file
 
-from grpo_engine import device, records, weights
+from grpo_engine import device, pretrain, records, weights
 from grpo_engine.config import RunConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import eval_steps
 from grpo_engine.rollout import Engine
 from grpo_engine.tasks.micro import MicroTokenizer
+from grpo_engine.threads import count_threads, num_threads
 from grpo_engine.train import Run, problems_of_step, train
 
 DETERMINISTIC = (records.STEPS_FILE, records.EVALS_FILE)
@@ -100,13 +101,41 @@ def test_the_ledger_counts_forward_backward_and_reference(undisturbed):
     assert phase["reference"]["tokens"] == phase["forward"]["tokens"]
 
 
-def test_one_and_two_threads_give_the_same_logprobs(folder, tmp_path):
-    # weights may differ in the last bit (torch's gradient norm splits by threads); rollout against trainer may not
-    for threads in (1, 2):
-        code = f"import torch; torch.set_num_threads({threads}); " + script(tmp_path / str(threads), folder)
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-        steps = records.read_jsonl(tmp_path / str(threads) / records.STEPS_FILE).records
-        assert [s["logprob_mismatch_max"] for s in steps] == [0.0] * 12
+def test_one_two_and_three_threads_give_the_same_records_and_weights(tmp_path):
+    weights.save_checkpoint(models.random_model(pretrain.architecture("m"), scale=3.0), tmp_path / "model")
+    config = run_config(tmp_path / "model", steps=2, evaluation={"count": 2}, batch={"prompts": 32})
+    for number in (1, 2, 3):
+        with num_threads(number), count_threads() as count:
+            train(config, tmp_path / str(number), quiet=True)
+        assert count.number == number
+    for other in ("2", "3"):
+        for name in (*DETERMINISTIC, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / other / name).read_bytes(), name
+    steps = records.read_jsonl(tmp_path / "1" / records.STEPS_FILE).records
+    assert [s["logprob_mismatch_max"] for s in steps] == [0.0, 0.0]
+    assert all(s["grad_norm"] > 0 for s in steps)
+
+
+def test_the_commands_use_all_threads_of_torch_unless_told_otherwise(tmp_path):
+    weights.save_checkpoint(models.random_model(pretrain.architecture("m"), scale=3.0), tmp_path / "model")
+    settings = [f"model.path={tmp_path / 'model'}", "task.eval_problems=20", "rollout.max_new_tokens=8"]
+    run = ["train", "--out", str(tmp_path / "run"), *settings, "steps=1", "batch.prompts=16", "batch.group_size=4"]
+    code = (
+        f"{SAME_EXTENSION}import torch\nfrom grpo_engine.cli import main\nfrom grpo_engine.threads import count_threads\n"
+        f"default = torch.get_num_threads()\n"
+        f"for arguments in ({run!r}, {['evaluate', *settings]!r}):\n"
+        "    sys.argv = ['grpo-engine', *arguments]\n"
+        "    with count_threads() as count:\n"
+        "        try:\n            main()\n        except SystemExit as end:\n            assert not end.code, end.code\n"
+        "    print(arguments[0], count.number, default, sep=',')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    said = dict(line.split(",", 1) for line in done.stdout.splitlines() if line.startswith(("train,", "evaluate,")))
+    # of many cores a small model's kernels may not wake all; of a few they do
+    assert set(said) == {"train", "evaluate"}
+    for numbers in said.values():
+        counted, default = map(int, numbers.split(","))
+        assert counted == default or min(counted, default) >= 4, done.stdout
 
 
 def test_scarce_pages_change_no_record(folder, undisturbed, tmp_path):

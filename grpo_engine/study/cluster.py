@@ -241,13 +241,15 @@ def _import(module: str, package: str) -> Any:
         raise RuntimeError(f"this backend needs {package}: pip install 'grpo_engine[cluster]'") from None
 
 
-def make_executor(backend: str, study_dir: str | os.PathLike[str], *, threads: int, options: Sequence[str] = ()) -> Any:
+def make_executor(
+    backend: str, study_dir: str | os.PathLike[str], *, threads: int | None, options: Sequence[str] = ()
+) -> Any:
     """An executor by name.
 
     Args:
         backend: "local", "ray" or "slurm".
         study_dir: the study's folder.
-        threads: of each job.
+        threads: of each job; None: one on a cluster.
         options: "name=value": arguments of `RayExecutor`; for Slurm `cluster`, `slots` and parameters of submitit.
 
     Returns:
@@ -270,8 +272,8 @@ def make_executor(backend: str, study_dir: str | os.PathLike[str], *, threads: i
     if backend == "ray":
         if unknown := sorted(set(given) - {"address", "gpus", "num_cpus"}):
             raise ValueError(f"ray options are address, gpus and num_cpus, got {', '.join(unknown)}")
-        return RayExecutor(threads=threads, **given)
+        return RayExecutor(threads=threads or 1, **given)
     if backend == "slurm":
         own = {k: given.pop(k) for k in ("cluster", "slots") if k in given}
-        return SlurmExecutor(Path(study_dir) / "slurm", threads=threads, parameters=given, **own)
+        return SlurmExecutor(Path(study_dir) / "slurm", threads=threads or 1, parameters=given, **own)
     raise ValueError(f"backend must be local, ray or slurm, got {backend!r}")

@@ -33,6 +33,7 @@ from .. import records
 from ..cost import total_cost
 from ..hub import find_model
 from ..processes import ForkedProcess, become_job, kill_group, start_fork_server
+from .core_share import CoreShare
 from .design import (
     CELLS,
     PLAN_FILE,
@@ -110,7 +111,8 @@ class LocalExecutor:
     Making one starts to import what jobs need, in a process beside this one.
 
     Args:
-        threads: that each process computes on.
+        threads: that each process computes on. None: the cores over the running jobs, and a job takes more or fewer as
+            others end and start (`core_share.py`).
         devices: that jobs ask for (`grpo_engine.device.resolve`). Where one of them is cuda each cell sees one GPU alone.
         grace_s: seconds between SIGTERM and SIGKILL when stopping.
         run: what a job does: a function of a module, given the job's arguments, that returns the exit code.
@@ -120,15 +122,17 @@ class LocalExecutor:
     def __init__(
         self,
         *,
-        threads: int = 1,
+        threads: int | None = None,
         devices: Collection[str] = (),
         grace_s: float = 3.0,
         run: Callable[[Sequence[str]], int] | None = None,
     ) -> None:
-        if threads < 1:
+        if threads is not None and threads < 1:
             raise ValueError(f"LocalExecutor: threads must be at least 1, got {threads}")
         start_fork_server(_IMPORTED)
         self._threads = threads
+        self._share = CoreShare(num_cores()) if threads is None else None
+        self._running: list[ForkedProcess] = []
         self._grace_s = grace_s
         self._run = run or main
         from ..device import resolve, visible_gpus  # torch, while that process imports it too
@@ -138,8 +142,13 @@ class LocalExecutor:
 
     @property
     def slots(self) -> int:
-        """One job a GPU; on the CPU one a core, or fewer when each has several threads."""
-        return len(self._gpus) or max(1, num_cores() // self._threads)
+        """One job a GPU; on the CPU one a core, or fewer when each was given several threads."""
+        return len(self._gpus) or max(1, num_cores() // (self._threads or 1))
+
+    def _divide_cores(self, *, starting: int = 0) -> None:
+        self._running = [process for process in self._running if process.exitcode is None]
+        if self._share:
+            self._share.divide(len(self._running) + starting)
 
     def _idlest_gpu(self) -> str:
         self._on_gpu = [(process, gpu) for process, gpu in self._on_gpu if process.exitcode is None]
@@ -151,17 +160,21 @@ class LocalExecutor:
         with open(job.log, "a", encoding="utf-8") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(job.command)}\n")
         gpu = self._idlest_gpu() if self._gpus and job.cell else None
-        process = ForkedProcess(
-            target=_run_job, args=(self._run, job.arguments, os.fspath(job.log), self._threads, gpu)
-        )
+        threads = self._threads or self._share
+        process = ForkedProcess(target=_run_job, args=(self._run, job.arguments, os.fspath(job.log), threads, gpu))
+        self._divide_cores(starting=1)
         process.start()
+        self._running.append(process)
         if gpu is not None:
             self._on_gpu.append((process, gpu))
         return process
 
     def poll(self, handle: ForkedProcess) -> int | None:
         """The exit code or None; see `Executor`."""
-        return handle.exitcode
+        code = handle.exitcode
+        if code is not None and handle in self._running:
+            self._divide_cores()
+        return code
 
     def stop(self, handles: Sequence[ForkedProcess]) -> None:
         """SIGTERM to every process group, SIGKILL to what is left after the grace; see `Executor`."""
@@ -176,13 +189,16 @@ class LocalExecutor:
 
 
 def _run_job(
-    run: Callable[[Sequence[str]], int], arguments: Sequence[str], log: str, threads: int, gpu: str | None
+    run: Callable[[Sequence[str]], int], arguments: Sequence[str], log: str, threads: int | CoreShare, gpu: str | None
 ) -> None:
     become_job(log)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it starts, which it has not in the server or here
     import torch
 
+    if isinstance(threads, CoreShare):
+        with threads.followed():
+            sys.exit(run(arguments))
     torch.set_num_threads(threads)
     sys.exit(run(arguments))
 
@@ -241,7 +257,7 @@ def run_study(
     *,
     study: StudyConfig | None = None,
     jobs: int | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     console: Console | None = None,
     executor: Executor | None = None,
     attempts: int = 2,
@@ -258,7 +274,7 @@ def run_study(
         study_dir: the study's folder; made when absent.
         study: the study; None reads the folder's `study.yaml`.
         jobs: processes side by side; None: as many as the executor has room for.
-        threads: threads of each process.
+        threads: threads of each process; None: its share of the cores, which grows and shrinks as others end and start.
         console: where progress goes (rich); None: standard error. On a terminal a live table, else plain lines.
         executor: where jobs run; None: a `LocalExecutor` with these threads, on the study's device.
         attempts: how often a cell or a model is started before it counts as failed.

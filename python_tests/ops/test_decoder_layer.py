@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import EMULATED, assert_identical
 
 from grpo_engine import ops
 from grpo_engine.ops import LayerWeights, decoder_layer, decoder_layer_paged
@@ -110,21 +111,22 @@ def test_gradcheck(D, F, H, K, E, cu_groups):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_depend_on_their_sequence_alone(dtype, one_and_two_threads):
+def test_rows_depend_on_their_sequence_alone(dtype, both_ways_on_threads):
     D, F, H, K, E = SIZES[0]
-    x, weights = make(D, F, H, K, E, sum(LENGTHS), dtype)
+    lengths = LENGTHS if EMULATED else 11 * LENGTHS  # 15 tiles of 256 rows, which eight threads take
+    x, weights = make(D, F, H, K, E, sum(lengths), dtype)
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     numbers = dict(num_kv_heads=K, head_dim=E, **NUMBERS)
-    args = (positions(LENGTHS), offsets(LENGTHS))
-    one, two = one_and_two_threads(lambda: value_and_gradients(decoder_layer, x, weights, *args, **numbers))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    for part, want in zip(x.split(LENGTHS), one[0].split(LENGTHS), strict=True):
+    args = (positions(lengths), offsets(lengths))
+    y, _ = both_ways_on_threads(lambda x, *w: decoder_layer(x, LayerWeights(*w), *args, **numbers), [x, *weights], dy)
+    for part, want in list(zip(x.split(lengths), y.split(lengths), strict=True))[-len(LENGTHS) :]:
         n = [len(part)]
         assert torch.equal(decoder_layer(part.contiguous(), weights, positions(n), offsets(n), **numbers), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("D,F,H,K,E", SIZES)
-def test_pages_give_the_same_bits_whole_and_token_by_token(D, F, H, K, E, dtype, one_and_two_threads):
+def test_pages_give_the_same_bits_whole_and_token_by_token(D, F, H, K, E, dtype):
     lengths, page = [37, 3, 16], 16
     x, weights = make(D, F, H, K, E, sum(lengths), dtype)
     want = decoder_layer(x, weights, positions(lengths), offsets(lengths), num_kv_heads=K, head_dim=E, **NUMBERS)
@@ -138,13 +140,11 @@ def test_pages_give_the_same_bits_whole_and_token_by_token(D, F, H, K, E, dtype,
         return torch.full((5, K, E, page), math.nan, **like), torch.full((5, K, page, E), math.nan, **like)
 
     starts = offsets(lengths).tolist()
-    both = one_and_two_threads(
-        lambda: decoder_layer_paged(
-            x, weights, positions(lengths), *pages(), torch.tensor(sum((slots(n, 0, m) for n, m in enumerate(lengths)), [])),
-            page_table, offsets(lengths), torch.tensor(lengths, dtype=torch.int32), **NUMBERS,
-        )
+    y = decoder_layer_paged(
+        x, weights, positions(lengths), *pages(), torch.tensor(sum((slots(n, 0, m) for n, m in enumerate(lengths)), [])),
+        page_table, offsets(lengths), torch.tensor(lengths, dtype=torch.int32), **NUMBERS,
     )  # fmt: skip
-    assert all(torch.equal(y, want) for y in both)
+    assert torch.equal(y, want)
     cache = pages()
     for p in range(max(lengths)):  # all sequences that are still running, one token each
         running = [n for n, m in enumerate(lengths) if p < m]
@@ -154,6 +154,25 @@ def test_pages_give_the_same_bits_whole_and_token_by_token(D, F, H, K, E, dtype,
             offsets([1] * len(running)), torch.full((len(running),), p + 1, dtype=torch.int32), **NUMBERS,
         )  # fmt: skip
         assert torch.equal(y, want[[starts[n] + p for n in running]])
+
+
+# few rows: threads share the columns of each product; many: each takes tiles of rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D,F,H,K,E,sequences", [(256, 700, 8, 4, 32, 5), (*SIZES[0], 463)])
+def test_over_pages_neither_threads_nor_a_repetition_change_a_bit(D, F, H, K, E, sequences, dtype, on_threads):
+    sequences, length, page = min(sequences, 9) if EMULATED else sequences, 8, 16
+    x, weights = make(D, F, H, K, E, sequences * length, dtype)
+    position = torch.arange(length).repeat(sequences)
+    slot = (torch.arange(sequences)[:, None] * page + torch.arange(length)).flatten()
+    pages = torch.arange(sequences, dtype=torch.int32)[:, None]
+    kv_len = torch.full((sequences,), length, dtype=torch.int32)
+
+    def layer():
+        keys = torch.full((sequences, K, E, page), math.nan, dtype=dtype)
+        return decoder_layer_paged(x, weights, position, keys, keys.mT.contiguous(), slot, pages,
+                                   offsets([length] * sequences), kv_len, **NUMBERS)  # fmt: skip
+
+    assert_identical(on_threads(layer))
 
 
 def test_no_token_and_nan():

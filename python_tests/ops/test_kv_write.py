@@ -54,8 +54,8 @@ def test_first_and_last_slot_and_no_rows():
     assert same_bits(key_pages, before)
 
 
-def test_of_two_tokens_with_one_slot_the_later_wins(one_and_two_threads):
-    key, value, key_pages, value_pages, slot = make(T=4000, K=4, num_pages=8)
+def test_of_two_tokens_with_one_slot_the_later_wins(on_threads):
+    key, value, key_pages, value_pages, slot = make(T=4000, K=23, num_pages=8)
     slot = torch.arange(4000) % 128
 
     def run():
@@ -64,9 +64,9 @@ def test_of_two_tokens_with_one_slot_the_later_wins(one_and_two_threads):
         return pages
 
     last = [max(t for t in range(4000) if t % 128 == s) for s in range(128)]
-    for keys, values in one_and_two_threads(run):
-        assert torch.equal(keys.permute(0, 3, 1, 2).reshape(128, 4, 8), key[last])
-        assert torch.equal(values.permute(0, 2, 1, 3).reshape(128, 4, 8), value[last])
+    for keys, values in on_threads(run):
+        assert torch.equal(keys.permute(0, 3, 1, 2).reshape(128, 23, 8), key[last])
+        assert torch.equal(values.permute(0, 2, 1, 3).reshape(128, 23, 8), value[last])
 
 
 @pytest.mark.usefixtures("cpu_kernels")

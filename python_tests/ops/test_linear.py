@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from bars import assert_as_good_as_torch
-from conftest import EMULATED, ROOT, SAME_EXTENSION
+from conftest import EMULATED, ROOT, SAME_EXTENSION, assert_identical
 
 from grpo_engine import _C
 from grpo_engine.ops import linear
@@ -225,15 +225,22 @@ def test_a_permutation_of_rows_permutes_the_result():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("T,I,O", [(1, 300, 500), (40, 64, 500), (500, 230, 40), (600, 500, 700)])
-def test_threads_change_no_bit(T, I, O, dtype, one_and_two_threads):
+@pytest.mark.parametrize("T,I,O", [(1, 1100, 1500), (30, 500, 500), (700, 230, 70), (900, 500, 500)])
+def test_neither_threads_nor_a_repetition_change_a_bit(T, I, O, dtype, on_threads):
     x, weight, bias, dy = make(T, I, O, dtype)
+    backward = torch.ops.grpo_engine.linear_backward
     for thunk in (
-        lambda: [linear(x, weight, bias)],
-        lambda: torch.ops.grpo_engine.linear_backward(dy, x, weight, True, True, True),
+        lambda: linear(x, weight, bias),
+        lambda: backward(dy, x, weight, True, False, False)[0],
+        lambda: backward(dy, x, weight, False, True, False)[1],
     ):
-        one, two = one_and_two_threads(thunk)
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        assert_identical(on_threads(thunk))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_a_repetition_change_a_bit_of_the_biass_gradient(dtype, on_threads):
+    x, weight, _, dy = make(2600, 9, 1900, dtype)  # 15 blocks of columns
+    assert_identical(on_threads(lambda: torch.ops.grpo_engine.linear_backward(dy, x, weight, False, False, True)[2]))
 
 
 def test_every_instruction_set_with_fused_multiply_adds_gives_the_same_bits():

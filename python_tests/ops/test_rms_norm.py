@@ -61,11 +61,11 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda a, w: rms_norm(a, w, eps=1e-6), (x, weight))
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch(one_and_two_threads):
-    x, weight = make(300, 97, torch.float32)
-    one, two = one_and_two_threads(lambda: rms_norm(x, weight, eps=1e-6))
-    assert torch.equal(one, two)
-    for t in (0, 1, 150, 299):
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(on_threads):
+    x, weight = make(601, 97, torch.float32)
+    one, *others = on_threads(lambda: rms_norm(x, weight, eps=1e-6))
+    assert all(torch.equal(one, other) for other in others)
+    for t in (0, 1, 150, 600):
         assert torch.equal(rms_norm(x[t : t + 1], weight, eps=1e-6)[0], one[t])
 
 
@@ -133,18 +133,18 @@ def test_either_output_may_be_left_unused(used):
     assert torch.autograd.gradcheck(lambda a, r: rms_norm(a, weight, eps=1e-6, residual=r)[used], (x, residual))
 
 
-def test_backward_has_the_same_bits_whatever_the_threads_and_a_row_of_dx_depends_on_that_row(one_and_two_threads):
-    x, weight, residual = make_residual(300, 97, torch.float32)
+def test_backward_has_the_same_bits_whatever_the_threads_and_a_row_of_dx_depends_on_that_row(both_ways_on_threads):
+    x, weight, residual = make_residual(1450, 97, torch.float32)  # 23 chunks of 64 rows
 
-    def gradients(rows):
+    def norm(rows):
+        return lambda x, weight: rms_norm(x, weight, eps=1e-6, residual=residual[rows])
+
+    _, whole = both_ways_on_threads(norm(slice(None)), [x, weight], (residual, x))
+    for t in (0, 63, 64, 1449):
+        rows = slice(t, t + 1)
         leaves = [x[rows].clone().requires_grad_(), weight.clone().requires_grad_()]
-        y, total = rms_norm(*leaves, eps=1e-6, residual=residual[rows])
-        return torch.autograd.grad((y, total), leaves, (residual[rows], x[rows]))
-
-    one, two = one_and_two_threads(lambda: gradients(slice(None)))
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
-    for t in (0, 63, 64, 299):
-        assert torch.equal(gradients(slice(t, t + 1))[0][0], one[0][t])
+        alone = torch.autograd.grad(norm(rows)(*leaves), leaves, (residual[rows], x[rows]))
+        assert torch.equal(alone[0][0], whole[0][t])
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

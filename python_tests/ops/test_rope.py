@@ -70,15 +70,14 @@ def test_positions_up_to_a_million_stay_exact():
     assert torch.equal(got[0], x[0])  # position 0 turns nothing
 
 
-def test_a_row_does_not_depend_on_the_table_or_the_batch(one_and_two_threads):
+def test_a_row_does_not_depend_on_the_table_or_the_batch(both_ways_on_threads):
     # near positions share a table by position; one past what is kept makes a table by token
-    x, _ = make(200, 3, 20, torch.float32)
-    dense = torch.arange(200)
-    one, two = one_and_two_threads(lambda: rope(x, dense, theta=1e4))
-    assert torch.equal(one, two)
+    x, dy = make(1001, 3, 20, torch.float32)[0], make(1001, 3, 20, torch.float32, seed=1)[0]
+    dense = torch.arange(1001)
+    one, _ = both_ways_on_threads(lambda y: rope(y, dense, theta=1e4), [x], dy)
     far = dense.clone()
     far[7] = 300_000
-    sparse = rope(x, far, theta=1e4)
+    sparse, _ = both_ways_on_threads(lambda y: rope(y, far, theta=1e4), [x], dy)
     kept = dense != 7
     assert torch.equal(sparse[kept], one[kept])
     for t in (0, 1, 150):

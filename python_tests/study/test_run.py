@@ -461,6 +461,85 @@ def test_a_forked_process_has_the_imports_and_computes_on_the_threads_it_was_giv
     assert printed(tmp_path / "log.txt")[-1] == "2"
 
 
+COUNT = """
+    import pathlib, time, torch
+    from grpo_engine import ops
+    from grpo_engine.threads import count_threads
+    x, weight, last = torch.ones(24 * 64, 512), torch.ones(512), None
+    while not pathlib.Path({end!r}).exists():
+        with count_threads() as count:
+            ops.rms_norm(x, weight, eps=1e-6)
+        if count.number != last:
+            print(last := count.number, flush=True)
+"""
+
+
+class Counting:
+    """Jobs that print how many threads took part in a kernel, whenever that changes, until they are told to end."""
+
+    def __init__(self, local, folder):
+        self.local, self.folder, self.handles = local, folder, {}
+
+    def start(self, name):
+        code = COUNT.format(end=str(self.folder / f"{name}.end"))
+        self.handles[name] = self.local.start(job(self.folder, code, name))
+
+    def end(self, name):
+        (self.folder / f"{name}.end").touch()
+        assert exit_code(self.local, self.handles[name]) == 0, (self.folder / f"{name}.txt").read_text()
+
+    def counts(self, name):
+        return [int(line) for line in printed(self.folder / f"{name}.txt") if line.isdigit()]  # the rest is its code
+
+    def expect(self, name, *numbers):
+        wait_for(lambda: self.counts(name) == [*numbers], 120)
+
+
+@pytest.fixture
+def counting(tmp_path, executor):
+    """Makes a `Counting` of an executor's settings; what still runs is stopped, or Python would wait for it at its end."""
+    made = []
+
+    def make(**settings):
+        made.append(Counting(executor(**settings), tmp_path))
+        return made[-1]
+
+    yield make
+    for counting in made:
+        counting.local.stop(list(counting.handles.values()))
+
+
+def test_a_job_takes_the_cores_that_others_leave_and_gives_them_back(counting, monkeypatch):
+    monkeypatch.setattr(run, "num_cores", lambda: 4)
+    counting = counting()
+    assert counting.local.slots == 4  # jobs side by side are one a core all the same
+    counting.start("first")
+    counting.expect("first", 4)
+    counting.start("second")
+    counting.expect("second", 2)
+    counting.expect("first", 4, 2)
+    counting.end("second")
+    counting.expect("first", 4, 2, 4)
+    counting.start("third")
+    counting.expect("first", 4, 2, 4, 2)
+    counting.start("fourth")
+    counting.expect("fourth", 1)
+    counting.expect("first", 4, 2, 4, 2, 1)
+    for name in ("fourth", "third", "first"):
+        counting.end(name)
+
+
+def test_threads_that_were_asked_for_do_not_change(counting):
+    counting = counting(threads=3)
+    for name in ("first", "second"):
+        counting.start(name)
+        counting.expect(name, 3)
+    counting.end("second")
+    time.sleep(0.5)  # a share would have changed by now
+    counting.end("first")
+    assert counting.counts("first") == [3]
+
+
 def tiny_study(tmp_path, seeds, **run):
     config = models.small_config(vocab=MicroTokenizer().vocab_size)
     weights.save_checkpoint(models.random_model(config, scale=3.0), tmp_path / "tiny")
@@ -513,7 +592,9 @@ def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_p
                    env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     for name in (records.STEPS_FILE, records.EVALS_FILE, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
         assert (cell / name).read_bytes() == (alone / name).read_bytes(), name
-    assert records.read_json(cell / records.RUN_FILE) == records.read_json(alone / records.RUN_FILE)
+    header, other = (records.read_json(path / records.RUN_FILE) for path in (cell, alone))
+    header["hardware"]["threads"] = other["hardware"]["threads"]  # as many as were free
+    assert header == other
 
 
 def test_main_refuses_other_words():
