@@ -79,7 +79,7 @@ for line in sys.stdin:
 # what a test fails with when the fault has broken the program and not the promise
 BROKEN = ("ImportError", "ModuleNotFoundError", "SyntaxError", "IndentationError", "NameError", "UnboundLocalError",
           "AttributeError")  # fmt: skip
-Verdict = Literal["yes", "NO", "skipped", "error"]
+Verdict = Literal["yes", "NO", "skipped", "error", "not run"]
 console = Console(stderr=True, width=140)
 
 
@@ -380,10 +380,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def page(outcomes: Sequence[Outcome], seconds: float) -> str:
-    """docs/claims.md."""
+    """docs/claims.md: all faults, those that were not asked for as not run."""
     from grpo_engine import _C, records
 
-    hardware = records.collect_hardware()
+    hardware, ran = records.collect_hardware(), {o.fault.name for o in outcomes}
+    rest = [Outcome(fault=f, verdict="not run", why="", seconds=0.0) for f in FAULTS if f.name not in ran]
     caught = sum(o.verdict == "yes" for o in outcomes)
     return (
         "# Planted faults\n\n"
@@ -391,9 +392,9 @@ def page(outcomes: Sequence[Outcome], seconds: float) -> str:
         "time, and demands that a test fails. The faults are in [claims.py](../scripts/claims.py). A test checks in every\n"
         "run that each still fits the tree, and that every claim that is called tested has one. This page is written by\n"
         "`python scripts/check_claims.py --out docs/claims.md`.\n\n"
-        f"{caught} of {len(outcomes)} faults are caught. The run took {seconds / 60:.0f} minutes on {hardware['cpu']},\n"
-        f"{os.cpu_count()} cores, instruction set {_C.cpu_isa()}. Seconds include compiling.\n\n"
-        f"{table(outcomes)}\n"
+        f"Of {len(FAULTS)} faults {len(outcomes)} were tried and {caught} were caught. The run took {seconds / 60:.0f} "
+        f"minutes on {hardware['cpu']},\n{os.cpu_count()} cores, instruction set {_C.cpu_isa()}. Seconds include "
+        f"compiling.\n\n{table([*outcomes, *rest])}\n"
     )
 
 
