@@ -25,6 +25,7 @@ from benchmarks import limits, run, shapes, table  # noqa: E402
 from benchmarks.bench_scaling import exponent  # noqa: E402
 from benchmarks.lengths import answer_lengths  # noqa: E402
 from benchmarks.peers import optional  # noqa: E402
+from grpo_engine import ops  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
 from grpo_engine.rollout import generate  # noqa: E402
 
@@ -87,7 +88,7 @@ def test_a_file_prints_a_table_and_ends_with_its_record(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     record = json.loads(out.stdout.splitlines()[-1])
     (row,) = record["cases"]
-    assert row["case"] in out.stdout and row["bits_1_vs_2_threads"] and row["batch_invariant"]
+    assert row["case"] in out.stdout and row["bits_by_threads"]["equal"] and row["batch_invariant"]
     assert row["ours"]["min_s"] <= row["ours"]["q1_s"] <= row["ours"]["median_s"] <= row["ours"]["max_s"]
     assert {"hardware", "versions", "commit", "load", "limits"} <= set(record)
 
@@ -107,9 +108,55 @@ def test_a_missing_or_failing_peer_is_named_and_skipped():
 def test_bits_are_computed():
     state = iter(range(100))
     row = measured(case(bits=lambda: torch.tensor(next(state)), alone=lambda whole: bool((whole == 2).all())))
-    assert row["bits_1_vs_2_threads"] is False and row["batch_invariant"] is False
+    assert table.verdict(row["bits_by_threads"]) == "NO" and row["batch_invariant"] is False
     row = measured(case(alone=lambda whole: bool((whole == 1).all())))
-    assert row["bits_1_vs_2_threads"] is True and row["batch_invariant"] is True
+    assert row["bits_by_threads"]["equal"] and row["batch_invariant"] is True
+
+
+class SerialKernels:
+    """A counter that finds one thread, however many are asked for: an extension without OpenMP."""
+
+    start_counting_threads = staticmethod(lambda: None)
+    stop_counting_threads = staticmethod(lambda: 1)
+
+
+def test_the_check_of_bits_counts_the_threads_that_took_part(monkeypatch):
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    check = table.bits_by_threads(lambda: ops.linear(a, b))
+    assert check["equal"] and check["asked"][:2] == [1, 2] and check["asked"][-1] == max(2, table.all_cores())
+    assert check["took_part"] == check["asked"]
+    assert table.verdict(check) == f"yes, {check['asked'][-1]} threads"
+    small = table.bits_by_threads(lambda: ops.linear(a[:1, :8].contiguous(), b[:1, :8].contiguous()))
+    assert small["equal"] and table.verdict(small) == "1 thread"  # too little work for a second one
+    assert table.verdict(table.bits_by_threads(lambda: a + b)) == "not counted"  # torch's kernels, not ours
+    monkeypatch.setattr(table, "_C", SerialKernels)
+    serial = table.bits_by_threads(lambda: ops.linear(a, b))
+    assert serial["equal"] and table.verdict(serial) == "1 thread"
+
+
+def test_more_threads_than_asked_for_are_no_comparison_with_one(monkeypatch):
+    monkeypatch.setattr(SerialKernels, "stop_counting_threads", staticmethod(lambda: 2))
+    monkeypatch.setattr(table, "_C", SerialKernels)
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="2 threads took part where 1 were asked for"):
+        table.bits_by_threads(lambda: ONES)
+    assert torch.get_num_threads() == before
+
+
+def test_parts_of_a_call_are_timed_with_it():
+    ticks = iter(range(1000))
+
+    def call():
+        with limits.part("forward"):
+            pass
+        for _ in range(2):
+            with limits.part("backward"):
+                next(ticks)
+
+    call()  # outside a sample no time is taken
+    timer = limits.HostTimer(lambda: float(next(ticks)), "ticks")
+    taken = limits.interleave({"a": call}, timer=timer, repeats=2, budget_s=60.0, warm=True)["a"]
+    assert taken.parts == {"forward": [1.0] * 2, "backward": [4.0] * 2} and taken == [9.0] * 2
 
 
 @pytest.mark.parametrize(
@@ -223,7 +270,7 @@ def test_a_case_keeps_to_the_device_that_it_was_made_on(make):
     one = make()
     with NamedDevices():
         mine = table.verify(one)[3]
-        assert table.same_bits_twice(one.bits or one.ours, "cuda")
+        assert table.check_bits(one.bits or one.ours, "cuda")
         assert one.alone is None or one.alone(mine)
 
 
