@@ -8,7 +8,6 @@ program ends with an error that names the case. A peer that is not installed is 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from grpo_engine import _C, records  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
+LADDER, REAL = "ladder", "real"  # sizes: of the embedded study and single ops; of published checkpoints
 UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0}
 BITS = {"cpu": "bits_by_threads", "cuda": "bits_twice"}  # keys of a row
 CHECKS = {
@@ -387,7 +387,12 @@ def markdown(record: Mapping[str, Any]) -> str:
     for name, value in record["geometric_mean"].items():
         mean[header.index(name) + 1] = f"{value:.2f}"
     lines.append(mean)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of a header and rows, its columns as wide in the text as they must be."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(text)
@@ -471,6 +476,7 @@ def benchmark(
     cases: Iterable[Case | Callable[[], Case]],
     *,
     quick: bool = False,
+    sizes: str = LADDER,
     threads: int = 1,
     device: str = "cpu",
     whole: bool = False,
@@ -486,6 +492,7 @@ def benchmark(
         name: of the benchmark.
         cases: made one at a time, so that only one is in memory.
         quick: fewer samples.
+        sizes: LADDER or REAL: what the cases are, for the record.
         threads: of torch; with more than one the clock is the wall's.
         device: "cpu" or "cuda".
         whole: see `timer_for`.
@@ -532,6 +539,7 @@ def benchmark(
     return {
         "benchmark": name,
         "quick": quick,
+        "sizes": sizes,
         "device": device,
         "threads": threads,
         "cores": all_cores(),
@@ -554,21 +562,55 @@ def threads_text(record: Mapping[str, Any]) -> str:
     return f"{threads} thread{'s' * (threads > 1)}{of}"
 
 
+def title(record: Mapping[str, Any]) -> str:
+    """The heading of a record: which benchmark, of which sizes, on how many threads."""
+    if record.get("gpu"):
+        return record["benchmark"]
+    sizes = ", sizes of published checkpoints" if record.get("sizes") == REAL else ""
+    return f"{record['benchmark']}{sizes}, {threads_text(record)}"
+
+
+def file_stem(record: Mapping[str, Any]) -> str:
+    """Name of a record's file: NAME, NAME.all_cores, NAME.real, NAME.real.all_cores, or with another number of threads."""
+    stem, threads = record["benchmark"], record["threads"]
+    if record.get("sizes") == REAL:
+        stem += ".real"
+    if threads > 1:
+        stem += ".all_cores" if threads == record.get("cores") else f".{threads}_threads"
+    return stem
+
+
+def speed_up_table(record: Mapping[str, Any]) -> str:
+    """The table of a record that holds the same work on several numbers of threads."""
+    unit, rows = record["unit"], record["speed_up"]
+    numbers = list(rows[0]["threads"])
+    header = ["case", f"1 thread, {unit}"]
+    for n in numbers[1:]:
+        header += [f"{n} threads", "speed-up", "took part"]
+    lines = [header]
+    for row in rows:
+        line = [row["case"], number(row["threads"]["1"]["median_s"] * UNITS[unit])]
+        for n in numbers[1:]:
+            taken = row["threads"][n]
+            line += [number(taken["median_s"] * UNITS[unit]), f"{taken['speed_up']:.2f}", str(taken["took_part"])]
+        lines.append(line)
+    return aligned(lines)
+
+
 def text(record: Mapping[str, Any]) -> str:
     """A record as it is printed: title, table, limits, note."""
     where = f"{record['hardware']['cpu']}, {threads_text(record)}"
     if gpu := record.get("gpu"):
         where = f"{gpu['name']}, CUDA {gpu['cuda']}, torch {record['versions']['torch']}"
-    title = record["benchmark"] if gpu else f"{record['benchmark']}, {threads_text(record)}"
-    lines = [
-        f"## {title}",
-        "",
-        markdown(record),
-        "",
+    how = (
         f"{where}, {record['clock']}, medians, interleaved; "
-        f"load {record['load'][0]:.1f} to {record['load_after'][0]:.1f}; commit {record['commit']}. "
-        f"{Limits(**record['limits'])}. A ratio is the peer's time over ours.",
-    ]
+        f"load {record['load'][0]:.1f} to {record['load_after'][0]:.1f}; commit {record['commit']}."
+    )
+    if "speed_up" in record:
+        lines = [f"## {title(record)}", "", speed_up_table(record), "", how]
+    else:
+        how += f" {Limits(**record['limits'])}. A ratio is the peer's time over ours."
+        lines = [f"## {title(record)}", "", markdown(record), "", how]
     lines += [record["note"]] if record["note"] else []
     for bad in record.get("failed", ()):
         lines += ["", f"**Failed**: {bad['case']}: {bad['why']}"]
@@ -579,7 +621,7 @@ def main(
     name: str,
     cases: Callable[[bool], Iterable[Case | Callable[[], Case]]],
     *,
-    real: Callable[[bool], Iterable[Later]] | None = None,
+    real: Callable[[bool], Iterable[Case | Callable[[], Case]]] | None = None,
     cuda: Callable[[bool], Iterable[Case | Callable[[], Case]]] | None = None,
     whole: bool = False,
     unit: str = "us",
@@ -591,7 +633,7 @@ def main(
     Args:
         name: of the benchmark.
         cases: of (quick), on the CPU.
-        real: of (quick), on the CPU, after `cases`: those with the shapes of published checkpoints.
+        real: of (quick), on the CPU: the cases of --real, with the shapes of published checkpoints.
         cuda: of (quick), on a GPU; functions that make a case, so that one that fails costs only itself.
         whole: see `benchmark`.
         unit: likewise.
@@ -605,7 +647,7 @@ def main(
     parser.add_argument("--quick", action="store_true", help="fewer cases and samples")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=thread_count, default=1, metavar="N|all", help="all: every core; default 1")
-    parser.add_argument("--real", action="store_true", help="only cases with the shapes of published checkpoints")
+    parser.add_argument("--real", action="store_true", help="the shapes of published checkpoints instead")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--keep-going", action="store_true", help="run the other cases when one fails")
     args = parser.parse_args(argv)
@@ -614,15 +656,15 @@ def main(
             raise SystemExit(f"{name}: has no cases for CUDA")
         if not torch.cuda.is_available():
             raise SystemExit(f"{name}: torch sees no CUDA device")
-        chosen = [cuda]
-    elif args.real and real is None:
-        raise SystemExit(f"{name}: has no cases with the shapes of published checkpoints")
-    else:
-        chosen = [real] if args.real else [make for make in (cases, real) if make is not None]
-    several = itertools.chain.from_iterable(make(args.quick) for make in chosen)
+        cases = cuda
+    elif args.real:
+        if real is None:
+            raise SystemExit(f"{name}: has no cases of published sizes")
+        cases = real
     try:
-        record = benchmark(name, several, quick=args.quick, threads=args.threads, device=args.device, whole=whole,
-                           unit=unit, note=note, only=args.case, keep_going=args.keep_going,
+        record = benchmark(name, cases(args.quick), quick=args.quick, sizes=REAL if args.real else LADDER,
+                           threads=args.threads, device=args.device, whole=whole, unit=unit,
+                           note=note, only=args.case, keep_going=args.keep_going,
                            say=lambda case: print(f"  {name}: {case}", file=sys.stderr, flush=True))  # fmt: skip
     except WrongAnswer as e:
         raise SystemExit(f"{name}: {e}") from e
