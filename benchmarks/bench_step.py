@@ -169,10 +169,10 @@ def cases(quick):
 
 def real(quick):
     keep_freed_memory()
-    size, prompts, new = "135M", 1 if quick else REAL_PROMPTS, 8 if quick else REAL_NEW
-    name = f"{size} float32, {prompts} x {GROUP} answers of {new}, {REAL_PROMPT} of prompt"
+    size, (prompts, tokens, new) = "135M", (1, 4, 4) if quick else (REAL_PROMPTS, REAL_PROMPT, REAL_NEW)
+    name = f"{size} float32, {prompts} x {GROUP} answers of {new}, {tokens} of prompt"
     config = REAL[size]()
-    problems = problems_of(prompts, REAL_PROMPT, config.vocab_size)
+    problems = problems_of(prompts, tokens, config.vocab_size)
     close, made = beside_trl(
         name, random_model(config, torch.float32), problems, equal_lengths(prompts, new), heavy=True
     )  # fmt: skip
