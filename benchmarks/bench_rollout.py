@@ -1,4 +1,4 @@
-"""Rollout beside transformers' generate and llama.cpp: the embedded ladder and a random Qwen2.5-0.5B."""
+"""Rollout beside transformers' generate and llama.cpp: the embedded ladder, random SmolLM2-135M and Qwen2.5-0.5B."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from benchmarks import peers  # noqa: E402
 from benchmarks.lengths import answer_lengths  # noqa: E402
 from benchmarks.shapes import (  # noqa: E402
     LADDER,
+    REAL,
     equal_lengths,
     ladder_config,
     log_normal_lengths,
     qwen_config,
     random_model,
 )
-from benchmarks.table import OURS, Case, WrongAnswer, main, same_bits  # noqa: E402
+from benchmarks.table import OURS, Case, Later, Missing, WrongAnswer, main, same_bits  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
 from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
 from grpo_engine.memory import keep_freed_memory  # noqa: E402
@@ -27,7 +28,8 @@ from grpo_engine.model import Model  # noqa: E402
 from grpo_engine.rollout import Engine, derive_seeds  # noqa: E402
 
 PROMPT, NEW = 8, 16
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats; bfloat16 rounds through 24 layers
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats; bfloat16 rounds through 24 layers or 30
+REAL_PROMPT, REAL_NEW = 32, {"135M": 48, "0.5B": 32}  # tokens
 
 
 class Rollout:
@@ -67,7 +69,7 @@ class Rollout:
         return forward_flops(self.model, tokens=P * n + G * sum(fed), pairs=pairs, head_rows=G * sum(self.lengths))
 
 
-def case(name, model, *, prompts, group_size, lengths, others, prompt_tokens=PROMPT):
+def case(name, model, *, prompts, group_size, lengths, others, prompt_tokens=PROMPT, heavy=False):
     """`others`: peers by name, made of (rows of prompts, length of each row)."""
     prompt = torch.randint(model.config.vocab_size, (prompts, prompt_tokens))
     mine = Rollout(model, prompt, group_size, lengths)
@@ -100,6 +102,7 @@ def case(name, model, *, prompts, group_size, lengths, others, prompt_tokens=PRO
         check=check,
         bits=lambda: mine.tensors(2),
         alone=alone if prompts > 1 else None,
+        heavy=heavy,
         flops=mine.flops(),
         products=model.dtype,
         nbytes=max(rows) * sum(p.numel() * p.element_size() for p in model.parameters()),  # weights, once a step
@@ -110,11 +113,43 @@ def case(name, model, *, prompts, group_size, lengths, others, prompt_tokens=PRO
     )
 
 
-def transformers_peer(model):
+def transformers_peer(model, dtype=None):
+    """Of a dtype of its own, or of the model's."""
+
     def make(prompts, rows):
-        return peers.optional("transformers", lambda: peers.TransformersGeneration(model, prompts, rows))
+        return peers.optional("transformers", lambda: peers.TransformersGeneration(model, prompts, rows, dtype=dtype))
 
     return make
+
+
+def llama_cpp_peer(model):
+    return lambda prompts, rows: peers.optional("llama_cpp", lambda: peers.LlamaCpp(model, prompts, rows))
+
+
+def real_case(name, size, *, prompts, group_size, new, llama_cpp):
+    """bfloat16 weights; transformers in float32 too, because a CPU may have no bfloat16 products."""
+    model = random_model(REAL[size](), torch.bfloat16).requires_grad_(False)
+    others = {"transformers, float32": transformers_peer(model, torch.float32)}
+    if peers.native_bfloat16():
+        others["transformers"] = transformers_peer(model)
+    else:
+        others["transformers"] = lambda prompts, rows: Missing(why=peers.NO_BFLOAT16)
+    if llama_cpp:
+        others["llama.cpp"] = llama_cpp_peer(model)
+    return case(
+        name, model, prompts=prompts, group_size=group_size, lengths=equal_lengths(prompts, new), others=others,
+        prompt_tokens=REAL_PROMPT, heavy=True,
+    )  # fmt: skip
+
+
+def real(quick):
+    keep_freed_memory()
+    for size in ("135M",) if quick else REAL:
+        new = 4 if quick else REAL_NEW[size]
+        for prompts, group_size in ((2, 2), (1, 1)) if quick else ((8, 8), (32, 1), (1, 1)):
+            name = f"{size} bfloat16, {prompts} x {group_size} answers of {new}, {REAL_PROMPT} of prompt"
+            yield Later(name=name, make=partial(real_case, name, size, prompts=prompts, group_size=group_size, new=new,
+                                                llama_cpp=group_size == 1))  # fmt: skip
 
 
 def cases(quick):
@@ -127,15 +162,6 @@ def cases(quick):
                 f"{size}, batch 256, {kind} lengths (longest {max(lengths)})", model, prompts=32, group_size=8,
                 lengths=lengths, others={"transformers": transformers_peer(model)},
             )  # fmt: skip
-    model = Model(qwen_config(), dtype=torch.bfloat16).init_weights(1)
-    new = 4 if quick else NEW
-    for B in (1, 8) if quick else (1, 8, 32):
-        others = {"transformers": transformers_peer(model)}
-        if B == 1:
-            others["llama.cpp"] = lambda prompts, rows: peers.optional(
-                "llama_cpp", lambda: peers.LlamaCpp(model, prompts, rows)
-            )
-        yield case(f"0.5B bfloat16, batch {B}", model, prompts=B, group_size=1, lengths=equal_lengths(B, new), others=others)
 
 
 def qwen(size, *, prompts, group_size, prompt_tokens, lengths, peer):
@@ -157,4 +183,4 @@ def cuda(quick):
 
 if __name__ == "__main__":
     note = "A decode step is the rollout's time over its longest answer, prefill included."
-    main("rollout", cases, cuda=cuda, whole=True, unit="ms", note=note)
+    main("rollout", cases, real=real, cuda=cuda, whole=True, unit="ms", note=note)

@@ -108,7 +108,7 @@ def run(*, quick: bool, threads: int) -> dict[str, Any]:
         for value, arithmetic, taken in zip(axis.values, axis.arithmetic, times, strict=True):
             flops, nbytes = (arithmetic, 0.0) if axis.work == "FLOP" else (0.0, arithmetic)
             row = {"case": f"{axis.name}: {value:,}", "tolerance": None, "errors": {}, "ours": taken, "peers": {},
-                   "flops": flops, "nbytes": nbytes, "bits_1_vs_2_threads": None, "batch_invariant": None}  # fmt: skip
+                   "flops": flops, "nbytes": nbytes, "bits_by_threads": None, "batch_invariant": None}  # fmt: skip
             rows.append(table.place(row, limits))
         seconds = [taken["median_s"] for taken in times]
         growth.append({"axis": axis.name, "label": axis.label, "values": list(axis.values), "seconds": seconds,
@@ -117,8 +117,8 @@ def run(*, quick: bool, threads: int) -> dict[str, Any]:
         f"{g['axis']} {g['exponent']:.2f}" for g in growth
     )
     return {
-        "benchmark": "scaling", "quick": quick, "threads": threads, "unit": "us", "note": f"{note}. Allowed {EXPONENT}.",
-        "clock": timer.name, **about, "load_after": table.os.getloadavg(),
+        "benchmark": "scaling", "quick": quick, "threads": threads, "cores": table.all_cores(), "unit": "us",
+        "note": f"{note}. Allowed {EXPONENT}.", "clock": timer.name, **about, "load_after": table.os.getloadavg(),
         "limits": limits.as_dict(), "cases": rows, "geometric_mean": {}, "growth": growth,
     }  # fmt: skip
 
@@ -152,7 +152,7 @@ def figure(record: Mapping[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench_scaling")
     parser.add_argument("--quick", action="store_true", help="fewer points and samples")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=table.thread_count, default=1, metavar="N|all")
     parser.add_argument("--figure", type=Path, default=None, help="also draw this file")
     args = parser.parse_args(argv)
     record = run(quick=args.quick, threads=args.threads)

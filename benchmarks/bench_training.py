@@ -1,4 +1,5 @@
-"""A training step - forward, backward, clipping, AdamW - beside transformers' Qwen2ForCausalLM with the same weights."""
+"""A training step - forward, backward, clipping, AdamW - beside transformers' model with the same weights; with the
+shapes of published checkpoints a pass alone, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ import copy  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
+from benchmarks.limits import part  # noqa: E402
 from benchmarks.shapes import (  # noqa: E402
     LADDER,
+    REAL,
     cumulative,
     equal_lengths,
     ladder_config,
@@ -23,7 +26,7 @@ from benchmarks.shapes import (  # noqa: E402
     random_model,
     sequence_flops,
 )
-from benchmarks.table import Case, main, same_bits  # noqa: E402
+from benchmarks.table import Case, Later, Missing, main, same_bits  # noqa: E402
 from grpo_engine.memory import keep_freed_memory  # noqa: E402
 from grpo_engine.model import Model, packed_positions  # noqa: E402
 from grpo_engine.optimizer import update  # noqa: E402
@@ -31,7 +34,7 @@ from grpo_engine.optimizer import update  # noqa: E402
 SEQUENCES, TOKENS = 256, 24  # of the micro study's size; a batch goes through the model at once, as in a run
 PARTS = 8  # micro-batches of the peer that sorts by length
 LR = 1e-6  # the weights hardly move while they are timed
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-5}  # loss and gradient norm, the peer in the same dtype
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-5}  # loss and gradient norm
 
 
 class Training:
@@ -52,11 +55,25 @@ class Training:
         )
         return -logprob.mean()
 
+    def _backward(self):
+        """The loss; leaves the gradients."""
+        with part("forward"):
+            loss = self.loss()
+        with part("backward"):
+            loss.backward()
+        return loss.detach()
+
+    def forward_and_backward(self):
+        """[loss, gradient norm] of one pass; the weights stay as they are."""
+        loss = self._backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        self.model.zero_grad(set_to_none=True)
+        return torch.stack([loss, norm.float()])
+
     def step(self):
-        loss = self.loss()
-        loss.backward()
+        loss = self._backward()
         norm = update(self.optimizer, lr=LR, clip_norm=1.0)
-        return torch.tensor([float(loss.detach()), norm], device=loss.device)
+        return torch.tensor([float(loss), norm], device=loss.device)
 
     def gradients(self):
         loss = self.loss()
@@ -86,8 +103,10 @@ def of(size, model, N, mean, kind, *, compiled):
     sequences = [torch.randint(model.config.vocab_size, (n + 1,)) for n in lengths]
 
     def theirs(attention, **how):
-        make = peers.TransformersTraining
-        return peers.optional("transformers", lambda: make(model, sequences, attention=attention, lr=LR, **how).step)
+        def make():
+            return peers.TransformersTraining(peers.as_transformers(model, attention), sequences, lr=LR, **how).step
+
+        return peers.optional("transformers", make)
 
     others = {"transformers": theirs("sdpa")}
     if model.device.type == "cuda":
@@ -112,6 +131,58 @@ def of(size, model, N, mean, kind, *, compiled):
     )
 
 
+def forward_and_backward(name, size, dtype, N, length, *, compiled):
+    """One pass of N sequences, without an optimizer, so that the peers can share our weights."""
+    model = random_model(REAL[size](), dtype)
+    sequences = [torch.randint(model.config.vocab_size, (length + 1,)) for _ in range(N)]
+    mine, first = Training(model, sequences), Training(model, sequences[:1])
+
+    def theirs(dtype):
+        def make():
+            return peers.TransformersTraining(peers.as_transformers(model, dtype=dtype, share=True), sequences)
+
+        return peers.optional("transformers", make)
+
+    def run(peer):
+        return peer if isinstance(peer, Missing) else peer.forward_and_backward
+
+    def compiled_run(peer):
+        def make():
+            return peers.TransformersTraining(peer.model, sequences, compiled=True).forward_and_backward
+
+        return peer if isinstance(peer, Missing) else peers.optional("transformers", make)
+
+    slow = dtype == torch.bfloat16 and not peers.native_bfloat16()
+    same = Missing(why=peers.NO_BFLOAT16) if slow else theirs(dtype)
+    others = {"transformers": run(same)}
+    if compiled:
+        others["transformers, torch.compile"] = compiled_run(same)
+    if dtype != torch.float32:
+        others["transformers, float32"] = run(theirs(torch.float32))
+    return Case(
+        name=name,
+        ours=mine.forward_and_backward,
+        peers=others,
+        tolerance=TOLERANCE[dtype],
+        bits=first.gradients,
+        alone=lambda _: mine.first_alone(),
+        heavy=True,
+        flops=3.0 * sequence_flops(model, [length] * N, head_rows=N * length),
+        products=dtype,
+        derived={"tokens/s": lambda seconds: N * length / seconds},
+    )
+
+
+def real(quick):
+    keep_freed_memory()
+    N, length = (2, 64) if quick else (4, 256)
+    for size in ("135M",) if quick else REAL:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{size} {str(dtype)[6:]}, forward and backward of {N} x {length} tokens"
+            compiled = not quick and dtype == torch.float32
+            yield Later(name=name, make=partial(forward_and_backward, name, size, dtype, N, length, compiled=compiled))
+
+
 def cases(quick):
     keep_freed_memory()  # as a run does; the peers of this process have it too
     for size in ("0.2M", "0.8M") if quick else LADDER:
@@ -127,5 +198,8 @@ def cuda(quick):
 
 
 if __name__ == "__main__":
-    note = "Loss and gradient norm of the first step agree with transformers'."
-    main("training", cases, cuda=cuda, whole=True, unit="ms", note=note)
+    note = (
+        "Loss and gradient norm of the first step agree with transformers'. A pass without optimizer holds the norm of its "
+        "gradients, which the check reads; forward and backward do not."
+    )
+    main("training", cases, real=real, cuda=cuda, whole=True, unit="ms", note=note)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -191,9 +192,44 @@ def timer_for(device: str, threads: int, *, whole: bool = False) -> Timer:
     return HostTimer(time.perf_counter, "perf_counter")
 
 
+class Samples(list[float]):
+    """Seconds a call, one entry a sample. `parts`: the same of each `part` of the call, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, list[float]] = {}
+
+
+class _Stopwatch:
+    """Adds up the parts of the calls of one sample."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.taken: dict[str, float] = {}
+
+
+_stopwatch: _Stopwatch | None = None  # of the sample that is being taken
+
+
+@contextlib.contextmanager
+def part(name: str) -> Iterator[None]:
+    """A named part of a call. It is timed while the host's clock takes a sample; otherwise this does nothing.
+
+    Args:
+        name: of the part; parts of one name add up.
+    """
+    watch = _stopwatch
+    if watch is None:
+        yield
+        return
+    start = watch.clock()
+    yield
+    watch.taken[name] = watch.taken.get(name, 0.0) + watch.clock() - start
+
+
 def interleave(
-    runs: Mapping[str, Run], *, timer: Timer, repeats: int, budget_s: float, at_least: int = 3
-) -> dict[str, list[float]]:
+    runs: Mapping[str, Run], *, timer: Timer, repeats: int, budget_s: float, at_least: int = 3, warm: bool = False
+) -> dict[str, Samples]:
     """Times several functions in turns, A B A B, so that whatever the machine does meets all of them.
 
     Args:
@@ -202,18 +238,26 @@ def interleave(
         repeats: samples of each, at least 1.
         budget_s: after this many seconds no further round is begun, once there are `at_least`.
         at_least: see budget_s.
+        warm: each has been called before and takes seconds, so that a sample is one call. Timers of the host only.
 
     Returns:
         Seconds a call, by name, one entry a sample.
     """
-    prepared = {name: timer.prepare(run) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    global _stopwatch
+    prepared = {name: 1 if warm else timer.prepare(run) for name, run in runs.items()}
+    samples = {name: Samples() for name in runs}
     begin = time.perf_counter()
     for done in range(repeats):
         if done >= at_least and time.perf_counter() - begin > budget_s:
             break
         for name, run in runs.items():
-            samples[name].append(timer.seconds(run, prepared[name]))
+            _stopwatch = _Stopwatch(timer.clock) if isinstance(timer, HostTimer) else None
+            try:
+                samples[name].append(timer.seconds(run, prepared[name]))
+                for piece, seconds in (_stopwatch.taken if _stopwatch else {}).items():
+                    samples[name].parts.setdefault(piece, []).append(seconds / prepared[name])
+            finally:
+                _stopwatch = None
     return samples
 
 

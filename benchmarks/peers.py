@@ -7,6 +7,7 @@ a check, and compiled they are a second peer.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -22,12 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.lengths import stopping_criteria
+from benchmarks.limits import part
 from benchmarks.table import Missing, Run, failure, tensors
 from grpo_engine import weights
 from grpo_engine.model import Model
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 LIBRARY = "ours, not batch-invariant"
+NO_BFLOAT16 = "no bfloat16 products here"
 
 
 def installed(package: str) -> bool:
@@ -417,30 +420,42 @@ def flash_attn_varlen(cu_seqlens: Tensor, longest: int) -> Callable[[Tensor, Ten
 # ---------------------------------------------------------------- whole models
 
 
-def as_transformers(model: Model, attention: str = "sdpa"):
-    """transformers' Qwen2ForCausalLM with a copy of our weights and its dtype.
+def native_bfloat16() -> bool:
+    """Whether torch has fast bfloat16 products on this CPU. Without them it makes 1 to 10 GFLOP/s, a tenth of float32's."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def as_transformers(model: Model, attention: str = "sdpa", *, dtype: torch.dtype | None = None, share: bool = False):
+    """transformers' model of the same family with our weights.
 
     Args:
-        model: ours.
+        model: ours; of a family without scaled rotations.
         attention: "sdpa" or "eager".
+        dtype: of its weights; None: ours.
+        share: its weights are views of ours where the dtype is the same. Otherwise, and by default, they are copies.
 
     Returns:
         The model, in evaluation mode.
     """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
-    c = model.config
-    config = Qwen2Config(
+    c, kind = model.config, weights.family_of(model.config)
+    if c.rope_scaling is not None:
+        raise ValueError(f"as_transformers: model must have no rope_scaling, got {c.rope_scaling}")
+    config = transformers.CONFIG_MAPPING[kind](
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim,
+        max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         tie_word_embeddings=c.tie_word_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         attn_implementation=attention,
     )  # fmt: skip
+    dtype = dtype or model.dtype
     with torch.device(model.device):
-        theirs = Qwen2ForCausalLM._from_config(config, dtype=model.dtype)
-    absent, surplus = theirs.load_state_dict(dict(weights.split_parameters(model)), strict=False)
+        theirs = getattr(transformers, weights.FAMILIES[kind].architecture)._from_config(config, dtype=dtype)
+    share = share and dtype == model.dtype
+    absent, surplus = theirs.load_state_dict(dict(weights.split_parameters(model)), strict=False, assign=share)
     if surplus or set(absent) - {"lm_head.weight"}:
         raise RuntimeError(f"weights do not fit transformers' model: {absent}, {surplus}")
     theirs.tie_weights()
@@ -453,19 +468,23 @@ def padded(sequences: Sequence[Tensor], fill: int) -> Tensor:
 
 
 class TransformersTraining:
-    """Training steps of transformers' model: padded, with AdamW(fused=True), as its Trainer does."""
+    """Training of transformers' model: padded, with AdamW(fused=True), as its Trainer does."""
 
-    def __init__(self, model: Model, sequences: Sequence[Tensor], *, attention: str, lr: float,
-                 micro_batches: int = 1, compiled: bool = False):  # fmt: skip
-        """With several micro-batches the sequences are sorted by length first, so that less is padded."""
-        self.model = as_transformers(model, attention).train()
+    def __init__(self, theirs: Any, sequences: Sequence[Tensor], *, lr: float | None = None, micro_batches: int = 1,
+                 compiled: bool = False):  # fmt: skip
+        """`theirs`: see `as_transformers`; `step` needs lr, and a model of its own.
+
+        With several micro-batches the sequences are sorted by length first, so that less is padded.
+        """
+        self.model = theirs.train()
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         if micro_batches > 1:
             sequences = sorted(sequences, key=len)
         size = -(-len(sequences) // micro_batches)
         self.parts = [self._part(sequences[i : i + size]) for i in range(0, len(sequences), size)]
         self.tokens = sum(len(s) - 1 for s in sequences)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = lr and torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
 
     @staticmethod
     def _part(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -473,28 +492,44 @@ class TransformersTraining:
         mask = targets != -100
         return inputs, targets, None if bool(mask.all()) else mask.long()
 
-    def step(self) -> Tensor:
-        """[loss, gradient norm] of one step."""
+    def _backward(self) -> Tensor:
+        """The loss; leaves the gradients."""
         total = torch.zeros((), device=self.parts[0][0].device)
         for inputs, targets, mask in self.parts:
-            logits = self.forward(input_ids=inputs, attention_mask=mask, use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-            loss = loss / self.tokens
-            loss.backward()
+            with part("forward"):
+                logits = self.forward(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+                loss = loss / self.tokens
+                del logits  # autograd keeps what it needs
+            with part("backward"):
+                loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        return total
+
+    def forward_and_backward(self) -> Tensor:
+        """[loss, gradient norm] of one pass; the weights stay as they are."""
+        loss = self._backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        self.model.zero_grad(set_to_none=True)
+        return torch.stack([loss.float(), norm.float()])
+
+    def step(self) -> Tensor:
+        """[loss, gradient norm] of one step."""
+        loss = self._backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([total, norm])
+        return torch.stack([loss, norm])
 
 
 class TransformersGeneration:
     """transformers' `generate` on prompts of one length, sampling; rows stop at lengths of their own."""
 
-    def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int], *, attention: str = "sdpa"):
+    def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int], *, dtype: torch.dtype | None = None):
+        """`dtype`: see `as_transformers`; of our own dtype it shares our weights."""
         from transformers import GenerationConfig
 
-        self.model, self.prompts = as_transformers(model, attention), prompts
+        self.model, self.prompts = as_transformers(model, dtype=dtype, share=True), prompts
         self.criteria = stopping_criteria(prompts.shape[1], lengths)
         self.config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths), min_new_tokens=None,
@@ -517,25 +552,34 @@ class TransformersGeneration:
 
 
 def write_gguf(model: Model, path: Path) -> None:
-    """Our weights as a llama.cpp file without a vocabulary: matrices in bfloat16, vectors in float32."""
+    """Our weights as a llama.cpp file without a vocabulary: matrices in bfloat16, vectors in float32.
+
+    Args:
+        model: a Qwen2 or a Llama.
+        path: of the file.
+    """
     import gguf
 
-    c = model.config
-    writer = gguf.GGUFWriter(path, "qwen2")
+    c, kind = model.config, weights.family_of(model.config)
+    arch = {"qwen2": gguf.MODEL_ARCH.QWEN2, "llama": gguf.MODEL_ARCH.LLAMA}[kind]
+    writer = gguf.GGUFWriter(path, kind)
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, c.num_hidden_layers)
+    names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
     for theirs, tensor in weights.split_parameters(model):
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        if kind == "llama" and theirs.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = neighbours(tensor, c.head_dim)
         if tensor.dim() == 1:
             writer.add_tensor(name, tensor.detach().float().numpy())
         else:
@@ -547,49 +591,81 @@ def write_gguf(model: Model, path: Path) -> None:
     writer.close()
 
 
+def neighbours(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of a projection [heads * E, D] in the order that llama.cpp's Llama turns: pairs beside each other."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
 class LlamaCpp:
-    """llama.cpp at batch 1: the prompt, then one token at a time; softmax + draw in numpy over its logits."""
+    """llama.cpp decoding N sequences at once: all prompts in one batch, then a token of each sequence a step.
+
+    The most probable token is taken, which costs least; ours draws and returns log-prob and entropy.
+    """
 
     def __init__(self, model: Model, prompts: Tensor, lengths: Sequence[int]):
         import llama_cpp
 
-        self.prompt, self.new = prompts[0].tolist(), lengths[0]
-        self.vocabulary = model.config.vocab_size
+        if min(lengths) != max(lengths):
+            raise ValueError(f"LlamaCpp: lengths must be equal, got {min(lengths)} to {max(lengths)}")
+        self.lib, self.prompts, self.new, self.vocabulary = llama_cpp, prompts, lengths[0], model.config.vocab_size
+        N, P = prompts.shape
+        llama_cpp.llama_log_set(_quiet(), None)
+        llama_cpp.llama_backend_init()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(model, path)
-            threads = torch.get_num_threads()
-            self.llama = llama_cpp.Llama(
-                model_path=str(path), n_ctx=256, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False
-            )
-        self.random = np.random.default_rng(0)
+            how = llama_cpp.llama_model_default_params()
+            how.use_mmap = False
+            self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), how)
+        if not self.model:
+            raise RuntimeError("llama.cpp cannot load the file")
+        how = llama_cpp.llama_context_default_params()
+        how.n_seq_max, how.n_batch, how.kv_unified = N, max(512, N * P), True
+        how.n_ctx = -(-N * (P + self.new) // 256) * 256
+        how.n_threads = how.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.llama_init_from_model(self.model, how)
+        if not self.context:
+            raise RuntimeError("llama.cpp cannot make a context")
+        self.batch = llama_cpp.llama_batch_init(N * P, 0, 1)
 
-    def _logits(self) -> np.ndarray:
-        import llama_cpp
+    def _decode(self, tokens: np.ndarray, start: int) -> np.ndarray:
+        """[N, V] logits after the last of some tokens [N, n], which stand at position `start` and after."""
+        N, n = tokens.shape
+        batch = self.batch
+        batch.n_tokens = N * n
+        at = 0
+        for row in range(N):
+            for i in range(n):
+                batch.token[at], batch.pos[at], batch.n_seq_id[at] = int(tokens[row, i]), start + i, 1
+                batch.seq_id[at][0] = row
+                batch.logits[at] = i == n - 1
+                at += 1
+        if self.lib.llama_decode(self.context, batch) != 0:
+            raise RuntimeError("llama.cpp cannot decode the batch")
+        return np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), shape=(N, self.vocabulary))
 
-        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
-        return np.ctypeslib.as_array(pointer, shape=(self.vocabulary,))
-
-    def _draw(self) -> int:
-        logits = self._logits()
-        cumulative = np.exp(logits - logits.max()).cumsum()
-        return int(np.searchsorted(cumulative, self.random.random() * cumulative[-1]))
+    def _after_prompts(self) -> np.ndarray:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        return self._decode(self.prompts.numpy(), 0)
 
     def generate(self) -> Tensor:
-        """[1, new] tokens."""
-        self.llama.reset()
-        self.llama.eval(self.prompt)
-        tokens = [self._draw()]
+        """[N, new] tokens."""
+        tokens = [self._after_prompts().argmax(axis=1)]
         while len(tokens) < self.new:
-            self.llama.eval(tokens[-1:])
-            tokens.append(self._draw())
-        return torch.tensor([tokens])
+            tokens.append(self._decode(tokens[-1][:, None], self.prompts.shape[1] + len(tokens) - 1).argmax(axis=1))
+        return torch.from_numpy(np.stack(tokens, axis=1))
 
     def last_logits(self) -> Tensor:
-        """[1, V] after the prompt."""
-        self.llama.reset()
-        self.llama.eval(self.prompt)
-        return torch.from_numpy(self._logits().copy())[None]
+        """[N, V] after the prompts."""
+        return torch.from_numpy(self._after_prompts().copy())
+
+
+@functools.cache
+def _quiet() -> Any:
+    """A log callback of llama.cpp that says nothing. Kept: llama.cpp holds it for good."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class TrlSteps:

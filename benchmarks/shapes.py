@@ -1,4 +1,4 @@
-"""Shapes that the benchmarks share: the embedded ladder, Qwen2.5-0.5B, and lengths."""
+"""Shapes that the benchmarks share: the embedded ladder, SmolLM2-135M, Qwen2.5, and lengths."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ QWEN = {
     "1.5B": (1536, 8960, 28, 12, 2, 128, True),
     "7B": (3584, 18944, 28, 28, 4, 128, False),
 }
+SMOLLM_VOCABULARY = 49_152
 
 
 def ladder_config(size: str, *, vocabulary: int = LADDER_VOCABULARY, positions: int = 1024) -> ModelConfig:
@@ -46,6 +47,18 @@ def qwen_config(size: str = "0.5B") -> ModelConfig:
         vocab_size=QWEN_VOCABULARY, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied,
     )  # fmt: skip
+
+
+def smollm_config() -> ModelConfig:
+    """SmolLM2-135M: a Llama, without bias, so that its layers are not the fused op's."""
+    return ModelConfig(
+        vocab_size=SMOLLM_VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, rope_theta=100_000.0, rms_norm_eps=1e-5,
+        max_position_embeddings=8192, qkv_bias=False,
+    )  # fmt: skip
+
+
+REAL = {"135M": smollm_config, "0.5B": qwen_config}  # sizes of published checkpoints that a CPU trains
 
 
 @torch.no_grad()

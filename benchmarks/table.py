@@ -24,13 +24,19 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker process
 import torch  # noqa: E402
 
 from benchmarks.limits import Limits, Run, Timer, interleave, measure, timer_for  # noqa: E402
-from grpo_engine import records  # noqa: E402
+from grpo_engine import _C, records  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
+LADDER, REAL = "ladder", "real"  # sizes: of the embedded study and single ops; of published checkpoints
 UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0}
-BITS = {"cpu": "bits_1_vs_2_threads", "cuda": "bits_twice"}  # keys of a row
-CHECKS = {BITS["cpu"]: "bits 1 = 2 threads", BITS["cuda"]: "same bits twice", "batch_invariant": "alone = in batch"}
+BITS = {"cpu": "bits_by_threads", "cuda": "bits_twice"}  # keys of a row
+CHECKS = {
+    BITS["cpu"]: "bits 1 = n threads",
+    "bits_1_vs_2_threads": "bits 1 = 2 threads, not counted",  # of older records
+    BITS["cuda"]: "same bits twice",
+    "batch_invariant": "alone = in batch",
+}
 PEER_PACKAGES = ("numpy", "trl", "accelerate", "llama-cpp-python", "triton", "flashinfer-python", "liger-kernel")
 
 
@@ -62,10 +68,36 @@ class Case:
     bits: Run | None = None  # what must have the same bits in two runs; None: `ours`, which then keeps no state
     alone: Callable[[Any], bool] | None = None  # our result -> has a part of the batch the same bits on its own?
     at_least: int = 3  # samples, whatever they cost
+    heavy: bool = False  # a call takes seconds on the CPU: the one that is checked also warms up
     flops: float = 0.0
     nbytes: float = 0.0  # read and written at least once
     products: torch.dtype = torch.float32  # operands of the products, which decide a GPU's limit
     derived: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # column -> of the seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Later:
+    """A case that is made when its turn comes, and not at all where its name is not asked for."""
+
+    name: str  # the case's
+    make: Callable[[], Case]
+
+    def __call__(self) -> Case:
+        return self.make()
+
+
+def all_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_count(text: str) -> int:
+    """A number of threads as it is given on the command line: an integer >= 1, or "all" for all cores."""
+    if text == "all":
+        return all_cores()
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be an integer >= 1 or "all", got {text!r}')
+    return int(text)
 
 
 def failure(error: BaseException) -> str:
@@ -111,18 +143,54 @@ def same_bits(a: Any, b: Any) -> bool:
     return all(torch.equal(x.nan_to_num(), y.nan_to_num()) and torch.equal(x.isnan(), y.isnan()) for x, y in pairs)
 
 
-def same_bits_twice(run: Run, device: str) -> bool:
-    """Whether a function returns the same bits with one thread and with two; on CUDA, in two runs."""
-    if device == "cuda":
-        return same_bits(run(), run())
+def bits_by_threads(run: Run) -> dict[str, Any]:
+    """Runs a function on 1 thread, on 2 and on all cores, and counts the threads that took part in our kernels.
+
+    Args:
+        run: keeps no state.
+
+    Returns:
+        "asked": the numbers of threads; "took_part": how many did, of each; "equal": whether all results have the same
+        bits. Equal bits say something of n threads only where n took part: see `verdict`.
+
+    Raises:
+        RuntimeError: more threads took part than were asked for, so that nothing was compared with one thread.
+    """
     before = torch.get_num_threads()
+    asked = sorted({1, 2, all_cores()})
+    took_part: list[int] = []
+    one, equal = None, True
     try:
-        torch.set_num_threads(1)
-        one = run()
-        torch.set_num_threads(2)
-        return same_bits(one, run())
+        for threads in asked:
+            torch.set_num_threads(threads)
+            _C.start_counting_threads()
+            try:
+                result = run()
+            finally:
+                took_part.append(_C.stop_counting_threads())
+            if took_part[-1] > threads:
+                raise RuntimeError(f"{took_part[-1]} threads took part where {threads} were asked for")
+            one = result if threads == 1 else one
+            equal = equal and same_bits(one, result)
+            del result
     finally:
         torch.set_num_threads(before)
+    return {"equal": equal, "asked": asked, "took_part": took_part}
+
+
+def check_bits(run: Run, device: str) -> dict[str, Any] | bool:
+    """See `bits_by_threads`; on CUDA, whether two runs return the same bits."""
+    return same_bits(run(), run()) if device == "cuda" else bits_by_threads(run)
+
+
+def verdict(check: dict[str, Any] | bool | None) -> str:
+    """A check as the table shows it. It says "yes" of threads only where a second one took part."""
+    if not isinstance(check, dict):
+        return {True: "yes", False: "NO", None: ""}[check]
+    if not check["equal"]:
+        return "NO"
+    most = max(check["took_part"])
+    return f"yes, {most} threads" if most > 1 else "1 thread" if most else "not counted"
 
 
 def extra_memory(run: Run) -> int:
@@ -218,15 +286,18 @@ def run_case(
     """
     torch._dynamo.reset()  # else the ninth shape of a compiled peer would silently run eagerly
     errors, runs, missing, mine = verify(case, keep_going=keep_going)
-    bits = same_bits_twice(case.bits or case.ours, device)
+    bits = check_bits(case.bits or case.ours, device)
     alone = case.alone(mine) if case.alone is not None else None
     del mine
-    times = {
-        name: spread(samples)
-        for name, samples in interleave(
-            runs, timer=timer, repeats=max(repeats, case.at_least), budget_s=budget_s, at_least=case.at_least
-        ).items()
-    }
+    repeats = max(repeats, case.at_least)
+    taken = interleave(
+        runs, timer=timer, repeats=repeats, budget_s=budget_s, at_least=case.at_least, warm=case.heavy
+    )  # fmt: skip
+    times = {}
+    for name, samples in taken.items():
+        times[name] = spread(samples)
+        if samples.parts:
+            times[name]["parts_s"] = {piece: statistics.median(seconds) for piece, seconds in samples.parts.items()}
     if device == "cuda":
         for name, run in runs.items():
             times[name]["extra MB"] = extra_memory(run) / 1e6
@@ -283,29 +354,45 @@ def markdown(record: Mapping[str, Any]) -> str:
     scale = UNITS[unit]
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     derived = list(dict.fromkeys(k for row in rows for k in row["ours"] if not k.endswith("_s") and k != "samples"))
-    header = ["case", unit, "rate", "of limit", *derived]
+    times = {OURS: [row["ours"] for row in rows]} | {
+        name: [row["peers"].get(name, {}) for row in rows] for name in names
+    }  # fmt: skip
+    parts = {who: list(dict.fromkeys(k for one in of for k in one.get("parts_s", ()))) for who, of in times.items()}
+    both = {"forward", "backward"} <= set(parts[OURS])
+    header = ["case", unit, *parts[OURS], *["backward / forward"] * both, "rate", "of limit", *derived]
     for name in names:
-        header += [name, "ratio"]
+        header += [name, "ratio", *(f"its {piece}" for piece in parts[name])]
     checks = [key for key in CHECKS if any(key in row for row in rows)]
     header += [CHECKS[key] for key in checks]
     lines = [header]
     for row in rows:
         rate = giga(row["gflops"], "FLOP/s") if row["bound"] == "compute" else giga(row["gbytes"], "B/s")
-        line = [row["case"], number(row["ours"]["median_s"] * scale), rate, f"{row['share']:.0%} {row['bound']}"]
+        mine = row["ours"].get("parts_s", {})
+        line = [row["case"], number(row["ours"]["median_s"] * scale)]
+        line += [number(mine[k] * scale) if k in mine else "" for k in parts[OURS]]
+        line += ([f"{mine['backward'] / mine['forward']:.2f}"] if set(mine) >= {"forward", "backward"} else [""]) * both
+        line += [rate, f"{row['share']:.0%} {row['bound']}"]
         line += [number(row["ours"][k]) if k in row["ours"] else "" for k in derived]
         for name in names:
             peer = row["peers"].get(name, {"missing": ""})
             if "missing" in peer:
-                line += [peer["missing"], ""]
+                line += [peer["missing"], "", *[""] * len(parts[name])]
             else:
                 line += [number(peer["median_s"] * scale), f"{peer['ratio']:.2f}"]
-        line += [{True: "yes", False: "NO", None: ""}[row[k]] for k in checks]
+                theirs = peer.get("parts_s", {})
+                line += [number(theirs[k] * scale) if k in theirs else "" for k in parts[name]]
+        line += [verdict(row.get(k)) for k in checks]
         lines.append(line)
     mean = ["geometric mean"] + [""] * (len(header) - 1)
     for name, value in record["geometric_mean"].items():
         mean[header.index(name) + 1] = f"{value:.2f}"
     lines.append(mean)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of a header and rows, its columns as wide in the text as they must be."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(text)
@@ -338,12 +425,13 @@ def gpu() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def made(cases: Iterable[Case | Callable[[], Case]], device: str) -> Iterator[Case | Exception]:
+def made(cases: Iterable[Case | Callable[[], Case]], device: str, only: str = "") -> Iterator[Case | Exception]:
     """The cases one at a time, with the tensors that are made for them on a device.
 
     Args:
         cases: each a case, or what makes it.
         device: "cpu" or "cuda".
+        only: a `Later` whose name does not hold this is left out.
 
     Yields:
         A case, or what was raised when one was made. A generator that raised ends.
@@ -352,7 +440,7 @@ def made(cases: Iterable[Case | Callable[[], Case]], device: str) -> Iterator[Ca
     while True:
         try:
             with torch.device(device):
-                case = next(cases, None)
+                case = next((one for one in cases if not isinstance(one, Later) or only in one.name), None)
                 case = case() if callable(case) else case
         except Exception as e:
             case = e
@@ -388,6 +476,7 @@ def benchmark(
     cases: Iterable[Case | Callable[[], Case]],
     *,
     quick: bool = False,
+    sizes: str = LADDER,
     threads: int = 1,
     device: str = "cpu",
     whole: bool = False,
@@ -403,6 +492,7 @@ def benchmark(
         name: of the benchmark.
         cases: made one at a time, so that only one is in memory.
         quick: fewer samples.
+        sizes: LADDER or REAL: what the cases are, for the record.
         threads: of torch; with more than one the clock is the wall's.
         device: "cpu" or "cuda".
         whole: see `timer_for`.
@@ -427,7 +517,7 @@ def benchmark(
     about = machine() | ({"gpu": gpu()} if device == "cuda" else {})
     before = measure(device, threads, repeats=5)
     rows, failed = [], []
-    for case in made(cases, device):
+    for case in made(cases, device, only):
         title = "while a case was made" if isinstance(case, Exception) else case.name
         try:
             if isinstance(case, Exception):
@@ -449,8 +539,10 @@ def benchmark(
     return {
         "benchmark": name,
         "quick": quick,
+        "sizes": sizes,
         "device": device,
         "threads": threads,
+        "cores": all_cores(),
         "clock": timer.name,
         "unit": unit,
         "note": note,
@@ -463,20 +555,62 @@ def benchmark(
     }
 
 
+def threads_text(record: Mapping[str, Any]) -> str:
+    """On how many threads a record was taken, and of how many cores where it says so."""
+    threads = record["threads"]
+    of = f" of {record['cores']} cores" if "cores" in record else ""
+    return f"{threads} thread{'s' * (threads > 1)}{of}"
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """The heading of a record: which benchmark, of which sizes, on how many threads."""
+    if record.get("gpu"):
+        return record["benchmark"]
+    sizes = ", sizes of published checkpoints" if record.get("sizes") == REAL else ""
+    return f"{record['benchmark']}{sizes}, {threads_text(record)}"
+
+
+def file_stem(record: Mapping[str, Any]) -> str:
+    """Name of a record's file: NAME, NAME.all_cores, NAME.real, NAME.real.all_cores, or with another number of threads."""
+    stem, threads = record["benchmark"], record["threads"]
+    if record.get("sizes") == REAL:
+        stem += ".real"
+    if threads > 1:
+        stem += ".all_cores" if threads == record.get("cores") else f".{threads}_threads"
+    return stem
+
+
+def speed_up_table(record: Mapping[str, Any]) -> str:
+    """The table of a record that holds the same work on several numbers of threads."""
+    unit, rows = record["unit"], record["speed_up"]
+    numbers = list(rows[0]["threads"])
+    header = ["case", f"1 thread, {unit}"]
+    for n in numbers[1:]:
+        header += [f"{n} threads", "speed-up", "took part"]
+    lines = [header]
+    for row in rows:
+        line = [row["case"], number(row["threads"]["1"]["median_s"] * UNITS[unit])]
+        for n in numbers[1:]:
+            taken = row["threads"][n]
+            line += [number(taken["median_s"] * UNITS[unit]), f"{taken['speed_up']:.2f}", str(taken["took_part"])]
+        lines.append(line)
+    return aligned(lines)
+
+
 def text(record: Mapping[str, Any]) -> str:
     """A record as it is printed: title, table, limits, note."""
-    where = f"{record['hardware']['cpu']}, {record['threads']} thread(s)"
+    where = f"{record['hardware']['cpu']}, {threads_text(record)}"
     if gpu := record.get("gpu"):
         where = f"{gpu['name']}, CUDA {gpu['cuda']}, torch {record['versions']['torch']}"
-    lines = [
-        f"## {record['benchmark']}",
-        "",
-        markdown(record),
-        "",
+    how = (
         f"{where}, {record['clock']}, medians, interleaved; "
-        f"load {record['load'][0]:.1f} to {record['load_after'][0]:.1f}; commit {record['commit']}. "
-        f"{Limits(**record['limits'])}. A ratio is the peer's time over ours.",
-    ]
+        f"load {record['load'][0]:.1f} to {record['load_after'][0]:.1f}; commit {record['commit']}."
+    )
+    if "speed_up" in record:
+        lines = [f"## {title(record)}", "", speed_up_table(record), "", how]
+    else:
+        how += f" {Limits(**record['limits'])}. A ratio is the peer's time over ours."
+        lines = [f"## {title(record)}", "", markdown(record), "", how]
     lines += [record["note"]] if record["note"] else []
     for bad in record.get("failed", ()):
         lines += ["", f"**Failed**: {bad['case']}: {bad['why']}"]
@@ -487,6 +621,7 @@ def main(
     name: str,
     cases: Callable[[bool], Iterable[Case | Callable[[], Case]]],
     *,
+    real: Callable[[bool], Iterable[Case | Callable[[], Case]]] | None = None,
     cuda: Callable[[bool], Iterable[Case | Callable[[], Case]]] | None = None,
     whole: bool = False,
     unit: str = "us",
@@ -498,6 +633,7 @@ def main(
     Args:
         name: of the benchmark.
         cases: of (quick), on the CPU.
+        real: of (quick), on the CPU: the cases of --real, with the shapes of published checkpoints.
         cuda: of (quick), on a GPU; functions that make a case, so that one that fails costs only itself.
         whole: see `benchmark`.
         unit: likewise.
@@ -510,7 +646,8 @@ def main(
     parser = argparse.ArgumentParser(prog=f"bench_{name}")
     parser.add_argument("--quick", action="store_true", help="fewer cases and samples")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=thread_count, default=1, metavar="N|all", help="all: every core; default 1")
+    parser.add_argument("--real", action="store_true", help="the shapes of published checkpoints instead")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--keep-going", action="store_true", help="run the other cases when one fails")
     args = parser.parse_args(argv)
@@ -520,9 +657,14 @@ def main(
         if not torch.cuda.is_available():
             raise SystemExit(f"{name}: torch sees no CUDA device")
         cases = cuda
+    elif args.real:
+        if real is None:
+            raise SystemExit(f"{name}: has no cases of published sizes")
+        cases = real
     try:
-        record = benchmark(name, cases(args.quick), quick=args.quick, threads=args.threads, device=args.device, whole=whole,
-                           unit=unit, note=note, only=args.case, keep_going=args.keep_going,
+        record = benchmark(name, cases(args.quick), quick=args.quick, sizes=REAL if args.real else LADDER,
+                           threads=args.threads, device=args.device, whole=whole, unit=unit,
+                           note=note, only=args.case, keep_going=args.keep_going,
                            say=lambda case: print(f"  {name}: {case}", file=sys.stderr, flush=True))  # fmt: skip
     except WrongAnswer as e:
         raise SystemExit(f"{name}: {e}") from e

@@ -1,5 +1,7 @@
 """The benchmarks' own arithmetic, and that a wrong answer is refused."""
 
+import argparse
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -21,11 +23,12 @@ sys.path += [str(ROOT), str(ROOT / "scripts")]  # neither is part of the wheel
 
 import gpu_check  # noqa: E402
 
-from benchmarks import limits, run, shapes, table  # noqa: E402
+from benchmarks import bench_thread_scaling, limits, peers, run, shapes, table  # noqa: E402
 from benchmarks.bench_scaling import exponent  # noqa: E402
 from benchmarks.lengths import answer_lengths  # noqa: E402
-from benchmarks.peers import optional  # noqa: E402
+from grpo_engine import ops  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
+from grpo_engine.model import Model, Packed, packed_positions  # noqa: E402
 from grpo_engine.rollout import generate  # noqa: E402
 
 ONES = torch.ones(3)
@@ -53,8 +56,167 @@ def test_every_op_has_a_benchmark():
     )
     listed = out.stdout.split()
     operators = {p.stem for p in (ROOT / "csrc" / "ops").glob("*.cpp") if p.with_suffix(".h").exists()}
-    assert operators <= set(listed) and {"training", "rollout", "step", "scaling"} <= set(listed)
+    assert operators <= set(listed) and {"training", "rollout", "step", "scaling", "thread_scaling"} <= set(listed)
     assert listed == run.names()
+
+
+def planned(**how):
+    settings = {"part": "all", "threads": None, "quick": False, "cores": 4}
+    return [str(job) for job in run.plan(["linear", "rope", "step", "thread_scaling"], **(settings | how))]
+
+
+def test_a_run_takes_ops_on_one_thread_and_large_ops_and_steps_on_all_cores_too():
+    real = ["step, published sizes, 4 threads", "thread_scaling, published sizes, 4 threads"]
+    assert planned() == [
+        "linear, 1 thread", "linear, 4 threads", "rope, 1 thread", "step, 1 thread", "step, 4 threads", real[0],
+        "thread_scaling, 4 threads", real[1],
+    ]  # fmt: skip
+    assert planned(part="real") == real
+    assert planned(quick=True) == [
+        "linear, 1 thread", "rope, 1 thread", "step, 4 threads", real[0], "thread_scaling, 4 threads", real[1],
+    ]  # fmt: skip
+    assert planned(cores=1) == ["linear, 1 thread", "rope, 1 thread", "step, 1 thread", "step, published sizes, 1 thread"]
+    assert planned(threads=2, part="ops") == [
+        "linear, 2 threads", "rope, 2 threads", "step, 2 threads", "thread_scaling, 2 threads",
+    ]  # fmt: skip
+    both = run.plan(["rollout"], part="real", threads=None, quick=False, cores=4)
+    assert [job.options() for job in both] == [["--threads", "1", "--real"], ["--threads", "4", "--real"]]
+
+
+@pytest.mark.parametrize("text, count", [("1", 1), ("3", 3), ("all", table.all_cores())])
+def test_threads_are_a_number_or_all(text, count):
+    assert table.thread_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", ""])
+def test_other_threads_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"an integer >= 1 or \"all\", got '{text}'"):
+        table.thread_count(text)
+
+
+def record_of(name, threads, **changes):
+    fast = limits.Limits(sgemm_torch=1e9, sgemm_ours=2e9, read=1e9)
+    row = {"case": f"{name} of {threads}", "ours": {"median_s": 1.0}, "peers": {}, "flops": 1.0, "nbytes": 1.0}
+    row |= changes.pop("row", {})
+    return {
+        "benchmark": name, "threads": threads, "unit": "us", "note": "", "hardware": {"cpu": "a CPU"}, "clock": "a clock",
+        "load": [0.0], "load_after": [0.0], "commit": None, "limits": fast.as_dict(), "cases": [table.place(row, fast)],
+        "geometric_mean": {}, **changes,
+    }  # fmt: skip
+
+
+def test_records_of_several_threads_and_sizes_are_kept_beside_each_other(tmp_path):
+    for record in (
+        record_of("training", 4, cores=4, sizes="real"), record_of("training", 1, cores=4), record_of("rope", 1, cores=4),
+        record_of("training", 4, cores=4), record_of("training", 2, cores=4),
+        record_of("training", 1, cores=4, sizes="real"),
+    ):  # fmt: skip
+        run.write(tmp_path, record)
+    (tmp_path / "summary.json").write_text("{}")  # of a GPU's folder: no record
+    assert sorted(p.name for p in tmp_path.glob("*.json")) == [
+        "rope.json", "summary.json", "training.2_threads.json", "training.all_cores.json", "training.json",
+        "training.real.all_cores.json", "training.real.json",
+    ]  # fmt: skip
+    headings = [line for line in (tmp_path / "results.md").read_text().splitlines() if line.startswith("## ")]
+    real = "training, sizes of published checkpoints"
+    assert headings == [
+        "## rope, 1 thread of 4 cores", "## training, 1 thread of 4 cores", "## training, 2 threads of 4 cores",
+        "## training, 4 threads of 4 cores", f"## {real}, 1 thread of 4 cores", f"## {real}, 4 threads of 4 cores",
+    ]  # fmt: skip
+
+
+def test_records_of_old_still_render(tmp_path):
+    old = record_of("linear", 1, row={"bits_1_vs_2_threads": True, "batch_invariant": None})
+    new = record_of("rope", 1, cores=4, row={"bits_by_threads": {"equal": True, "asked": [1, 2], "took_part": [1, 1]}})
+    assert "bits 1 = 2 threads, not counted" in table.text(old) and "| yes " in table.text(old)
+    assert "| 1 thread " in table.text(new) and "yes" not in table.text(new)
+    assert "| linear, 1 thread |  |  | 1 of 1 equal |" in run.summary([old, new])
+    assert "| 0 of 0 equal, 1 on one thread |" in run.summary([old, new])
+    assert len(run.kept_records(ROOT / "benchmarks" / "results")) > 10
+    for record in run.kept_records(ROOT / "benchmarks" / "results"):
+        assert table.text(record)
+
+
+def test_forward_and_backward_have_columns_of_their_own():
+    parts = {"forward": 0.25, "backward": 0.5}
+    peer = {"median_s": 2.0, "ratio": 2.0, "parts_s": {"forward": 1.5, "backward": 0.125}}
+    row = {"ours": {"median_s": 1.0, "parts_s": parts}, "peers": {"peer": peer}}
+    header, _, line, _ = table.markdown(record_of("training", 1, unit="s", row=row)).splitlines()
+    cells = dict(zip(*([cell.strip() for cell in text.split("|")] for text in (header, line)), strict=True))
+    assert cells["forward"] == "0.25" and cells["backward"] == "0.5" and cells["backward / forward"] == "2.00"
+    assert cells["its forward"] == "1.5" and cells["its backward"] == "0.125"
+
+
+def test_speed_up_by_threads_counts_who_took_part(capsys):
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    work = bench_thread_scaling.Work(name="a product", make=lambda: lambda: ops.linear(a, b))
+    row = bench_thread_scaling.measure(work, [1, 2], quick=True)
+    assert {n: taken["took_part"] for n, taken in row["threads"].items()} == {"1": 1, "2": 2}
+    assert row["threads"]["1"]["speed_up"] == 1.0
+    assert row["threads"]["2"]["speed_up"] == row["threads"]["1"]["median_s"] / row["threads"]["2"]["median_s"]
+    shown = table.speed_up_table({"unit": "ms", "speed_up": [row]})
+    assert "| 2 threads | speed-up | took part |" in " ".join(shown.splitlines()[0].split())
+    assert bench_thread_scaling.numbers_of_threads(2) == [1, 2]
+    assert bench_thread_scaling.numbers_of_threads(6) == [1, 2, 4, 6]
+    assert bench_thread_scaling.numbers_of_threads(8) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("config", [shapes.smollm_config, shapes.qwen_config])
+def test_real_sizes_are_those_of_the_checkpoints(config):
+    with torch.device("meta"):
+        model = Model(config())
+    published = {shapes.smollm_config: 134_515_008, shapes.qwen_config: 494_032_768}
+    assert model.num_parameters == published[config]
+
+
+def small_of(config):
+    """The same family with a few narrow layers."""
+    return dataclasses.replace(
+        config, vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config, name", [
+    (shapes.smollm_config, "LlamaForCausalLM"), (shapes.qwen_config, "Qwen2ForCausalLM"),
+])  # fmt: skip
+def test_the_peer_is_of_the_models_family_and_can_share_its_weights(config, name):
+    model = shapes.random_model(small_of(config()), torch.float32)
+    theirs = peers.as_transformers(model, share=True)
+    assert type(theirs).__name__ == name
+    assert theirs.model.embed_tokens.weight.data_ptr() == model.embed.weight.data_ptr()
+    apart = peers.as_transformers(model)
+    assert apart.model.embed_tokens.weight.data_ptr() != model.embed.weight.data_ptr()
+    tokens = torch.randint(97, (3, 9))
+    mine = model.logprobs(tokens.flatten(), torch.tensor([0, 9, 18, 27], dtype=torch.int32))[0].view(3, 8)
+    for peer in (theirs, apart):
+        logits = torch.log_softmax(peer(input_ids=tokens).logits[:, :-1], dim=-1)
+        torch.testing.assert_close(mine, logits.gather(2, tokens[:, 1:, None])[..., 0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(not (peers.installed("llama_cpp") and peers.installed("gguf")), reason="needs llama-cpp-python and gguf")
+@pytest.mark.parametrize("config", [shapes.smollm_config, shapes.qwen_config])
+def test_llama_cpp_decodes_many_sequences_as_we_do(config):
+    """Widths are multiples of 32, which its products need."""
+    small = dataclasses.replace(small_of(config()), hidden_size=192, intermediate_size=64, head_dim=32)
+    model = shapes.random_model(small, torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.dim() == 2 else 1)  # so that answers depend on what is before them
+    prompts = torch.randint(97, (5, 7))
+    theirs = peers.LlamaCpp(model, prompts, [4] * 5)
+    answers = theirs.generate()
+    assert answers.shape == (5, 4) and torch.equal(answers, theirs.generate())
+    for n in range(4):  # each of its tokens is as probable as our best one
+        inputs = torch.cat([prompts, answers[:, :n]], dim=1)
+        cu = torch.arange(6, dtype=torch.int32) * inputs.shape[1]
+        with torch.inference_mode():
+            hidden = model(inputs.flatten(), packed_positions(cu), Packed(cu))
+            logits = model.logits(hidden[cu[1:].long() - 1])
+        if n == 0:
+            torch.testing.assert_close(theirs.last_logits(), logits, rtol=0.02, atol=0.02 * float(logits.abs().max()))
+        gap = logits.max(dim=1).values - logits.gather(1, answers[:, n : n + 1])[:, 0]
+        assert float(gap.max()) <= 0.02 * float(logits.abs().max())
 
 
 @pytest.mark.parametrize("who", ["ours", "peer"])
@@ -87,7 +249,7 @@ def test_a_file_prints_a_table_and_ends_with_its_record(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     record = json.loads(out.stdout.splitlines()[-1])
     (row,) = record["cases"]
-    assert row["case"] in out.stdout and row["bits_1_vs_2_threads"] and row["batch_invariant"]
+    assert row["case"] in out.stdout and row["bits_by_threads"]["equal"] and row["batch_invariant"]
     assert row["ours"]["min_s"] <= row["ours"]["q1_s"] <= row["ours"]["median_s"] <= row["ours"]["max_s"]
     assert {"hardware", "versions", "commit", "load", "limits"} <= set(record)
 
@@ -96,7 +258,7 @@ def test_a_missing_or_failing_peer_is_named_and_skipped():
     def broken():
         raise RuntimeError("out of luck")
 
-    row = measured(case(peers={"absent": optional("no_such_package", lambda: None), "broken": broken}))
+    row = measured(case(peers={"absent": peers.optional("no_such_package", lambda: None), "broken": broken}))
     assert row["peers"]["absent"] == {"missing": "not installed"}
     assert row["peers"]["broken"] == {"missing": "failed: RuntimeError: out of luck"}
     fast = limits.Limits(sgemm_torch=1e9, sgemm_ours=2e9, read=1e9)
@@ -107,9 +269,55 @@ def test_a_missing_or_failing_peer_is_named_and_skipped():
 def test_bits_are_computed():
     state = iter(range(100))
     row = measured(case(bits=lambda: torch.tensor(next(state)), alone=lambda whole: bool((whole == 2).all())))
-    assert row["bits_1_vs_2_threads"] is False and row["batch_invariant"] is False
+    assert table.verdict(row["bits_by_threads"]) == "NO" and row["batch_invariant"] is False
     row = measured(case(alone=lambda whole: bool((whole == 1).all())))
-    assert row["bits_1_vs_2_threads"] is True and row["batch_invariant"] is True
+    assert row["bits_by_threads"]["equal"] and row["batch_invariant"] is True
+
+
+class SerialKernels:
+    """A counter that finds one thread, however many are asked for: an extension without OpenMP."""
+
+    start_counting_threads = staticmethod(lambda: None)
+    stop_counting_threads = staticmethod(lambda: 1)
+
+
+def test_the_check_of_bits_counts_the_threads_that_took_part(monkeypatch):
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    check = table.bits_by_threads(lambda: ops.linear(a, b))
+    assert check["equal"] and check["asked"][:2] == [1, 2] and check["asked"][-1] == max(2, table.all_cores())
+    assert check["took_part"] == check["asked"]
+    assert table.verdict(check) == f"yes, {check['asked'][-1]} threads"
+    small = table.bits_by_threads(lambda: ops.linear(a[:1, :8].contiguous(), b[:1, :8].contiguous()))
+    assert small["equal"] and table.verdict(small) == "1 thread"  # too little work for a second one
+    assert table.verdict(table.bits_by_threads(lambda: a + b)) == "not counted"  # torch's kernels, not ours
+    monkeypatch.setattr(table, "_C", SerialKernels)
+    serial = table.bits_by_threads(lambda: ops.linear(a, b))
+    assert serial["equal"] and table.verdict(serial) == "1 thread"
+
+
+def test_more_threads_than_asked_for_are_no_comparison_with_one(monkeypatch):
+    monkeypatch.setattr(SerialKernels, "stop_counting_threads", staticmethod(lambda: 2))
+    monkeypatch.setattr(table, "_C", SerialKernels)
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="2 threads took part where 1 were asked for"):
+        table.bits_by_threads(lambda: ONES)
+    assert torch.get_num_threads() == before
+
+
+def test_parts_of_a_call_are_timed_with_it():
+    ticks = iter(range(1000))
+
+    def call():
+        with limits.part("forward"):
+            pass
+        for _ in range(2):
+            with limits.part("backward"):
+                next(ticks)
+
+    call()  # outside a sample no time is taken
+    timer = limits.HostTimer(lambda: float(next(ticks)), "ticks")
+    taken = limits.interleave({"a": call}, timer=timer, repeats=2, budget_s=60.0, warm=True)["a"]
+    assert taken.parts == {"forward": [1.0] * 2, "backward": [4.0] * 2} and taken == [9.0] * 2
 
 
 @pytest.mark.parametrize(
@@ -223,7 +431,7 @@ def test_a_case_keeps_to_the_device_that_it_was_made_on(make):
     one = make()
     with NamedDevices():
         mine = table.verify(one)[3]
-        assert table.same_bits_twice(one.bits or one.ours, "cuda")
+        assert table.check_bits(one.bits or one.ours, "cuda")
         assert one.alone is None or one.alone(mine)
 
 
