@@ -194,6 +194,35 @@ def test_the_peer_is_of_the_models_family_and_can_share_its_weights(config, name
         torch.testing.assert_close(mine, logits.gather(2, tokens[:, 1:, None])[..., 0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["training", "rollout", "step"])
+def test_cases_of_published_sizes_run_beside_their_peers(name, monkeypatch):
+    """On a small model in place of the checkpoint's."""
+    module = importlib.import_module(f"benchmarks.bench_{name}")
+    small = dataclasses.replace(small_of(shapes.smollm_config()), hidden_size=192, head_dim=32)
+    monkeypatch.setattr(module, "REAL", {"135M": lambda: small})
+    rows = []
+    for one in table.made(module.real(True), "cpu"):
+        assert isinstance(one, table.Case), one
+        rows.append(measured(one))
+    assert len(rows) == {"training": 2, "rollout": 2, "step": 1}[name]
+    for row in rows:
+        assert row["bits_by_threads"]["equal"] and row["batch_invariant"] is not False
+        assert row["peers"]
+        for peer in row["peers"].values():
+            assert "ratio" in peer or peer["missing"] in ("not installed", peers.NO_BFLOAT16)
+
+
+def test_speed_up_is_measured_at_published_sizes(monkeypatch):
+    monkeypatch.setattr(bench_thread_scaling, "REAL", {"135M": lambda: small_of(shapes.smollm_config())})
+    monkeypatch.setattr(bench_thread_scaling, "interleave", short_interleave)
+    record = bench_thread_scaling.benchmark(quick=True, real=True, most=2)
+    assert len(record["speed_up"]) == 2 and table.text(record).startswith("## thread_scaling, sizes of published")
+
+
+def short_interleave(runs, *, timer, repeats, budget_s, warm):
+    return limits.interleave(runs, timer=timer, repeats=1, budget_s=1.0, at_least=1, warm=warm)
+
+
 @pytest.mark.skipif(not (peers.installed("llama_cpp") and peers.installed("gguf")), reason="needs llama-cpp-python and gguf")
 @pytest.mark.parametrize("config", [shapes.smollm_config, shapes.qwen_config])
 def test_llama_cpp_decodes_many_sequences_as_we_do(config):
