@@ -516,7 +516,7 @@ FAULTS = (
     Fault(
         name="killed-steps-counted",
         claim="other trainers' logs",
-        says="steps of a verl run that were thrown away by a kill stay in the sum of its tokens",
+        says="steps of a verl run that a kill threw away stay, where its log does not come to them again",
         edits=(Edit(
             file="grpo_engine/study/importers.py",
             old="            del steps[later]\n",

@@ -192,6 +192,9 @@ def test_verl_run_that_was_resumed(tmp_path):
     got = importers.read_verl(put(tmp_path / "run.jsonl", as_jsonl(first + again)), run=RUN)
     assert steps(got, "pass1")[-1] == (4, 0.9)
     assert steps(got, "trained_tokens")[-1] == (4, 2003 + 7 + 5)
+    # a log that ends before it is at step 4 again: what step 4 gave before the kill is of no weights that there are
+    got = importers.read_verl(put(tmp_path / "short.jsonl", as_jsonl(first + again[:1])), run=RUN)
+    assert steps(got, "pass1") == [(0, 0.1), (2, pytest.approx(0.2))]
 
 
 def test_verl_sum_with_a_hole_is_no_sum(tmp_path):
