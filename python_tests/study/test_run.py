@@ -529,6 +529,15 @@ def test_a_job_takes_the_cores_that_others_leave_and_gives_them_back(counting, m
         counting.end(name)
 
 
+def test_threads_of_jobs_sleep_while_they_wait(tmp_path, executor):
+    before = dict(os.environ)
+    local = executor()
+    assert dict(os.environ) == before
+    code = "import os; print(os.environ['OMP_WAIT_POLICY'], os.environ['OPENBLAS_NUM_THREADS'])"
+    assert exit_code(local, local.start(job(tmp_path, code))) == 0, (tmp_path / "log.txt").read_text()
+    assert printed(tmp_path / "log.txt")[-1] == f"{before.get('OMP_WAIT_POLICY', 'passive')} 1"
+
+
 def test_threads_that_were_asked_for_do_not_change(counting):
     counting = counting(threads=3)
     for name in ("first", "second"):
