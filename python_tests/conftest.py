@@ -6,7 +6,13 @@ a CUDA kernel run it on CPU tensors, on a machine without a GPU (csrc/tests/cuda
 GRPO_ENGINE_ONE_OP_TEST_IN=3 leaves two thirds of the op tests out, by a hash of their names: the emulator is slow.
 """
 
+# ruff: noqa: E402  the wait policy is read when torch is loaded, the extension's folder before it is
 import os
+
+# Threads that wait sleep: spinning ones take the core from the thread that they wait for, where tests on more threads
+# than there are cores, or several test processes, run side by side.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import sys
 import time
 import zlib
@@ -25,7 +31,7 @@ if EXTENSION:
         raise FileNotFoundError(f"GRPO_ENGINE_EXTENSION={EXTENSION} has no extension")
     grpo_engine.__path__.insert(0, EXTENSION)
 EMULATED = Path(EXTENSION or "").name == "emulated"
-from grpo_engine.threads import count_threads, num_threads  # noqa: E402  of that extension
+from grpo_engine.threads import count_threads, num_threads  # of that extension
 
 # for code that a test runs in a process of its own, in ROOT: the same extension there
 SAME_EXTENSION = "import sys; sys.path.insert(0, 'python_tests'); import conftest\n"

@@ -529,6 +529,29 @@ def test_a_job_takes_the_cores_that_others_leave_and_gives_them_back(counting, m
         counting.end(name)
 
 
+@pytest.mark.parametrize("chosen", [None, "active"])
+def test_threads_of_jobs_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path, chosen):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if chosen:
+        environment["OMP_WAIT_POLICY"] = chosen
+    code = f"""
+        import os, sys, time
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import jobs
+        from grpo_engine.study.run import Job, LocalExecutor
+        before = dict(os.environ)
+        local = LocalExecutor(run=jobs.run)
+        child = "import os; print(os.environ['OMP_WAIT_POLICY'], os.environ['OPENBLAS_NUM_THREADS'])"
+        job = local.start(Job(name="x", arguments=(child,), log=Path({str(tmp_path / "log.txt")!r}), after=(), seconds=1.0))
+        while local.poll(job) is None:
+            time.sleep(0.02)
+        assert dict(os.environ) == before
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+    assert printed(tmp_path / "log.txt")[-1] == f"{chosen or 'passive'} 1"
+
+
 def test_threads_that_were_asked_for_do_not_change(counting):
     counting = counting(threads=3)
     for name in ("first", "second"):
