@@ -45,6 +45,7 @@ TABLE_HEADS = ("claim", "state")
 ROWS = {
     "ops": "every op against float64",
     "sampler = trainer": "rollout log-probs equal the trainer's bit for bit",
+    "threads of a run": "the same records and weights on 1, 2 and 3 threads",
     "killed run": "a run killed by SIGKILL",
     "killed study": "a study killed by SIGKILL",
     "the paper's law": "the paper's law refitted",
@@ -296,10 +297,22 @@ FAULTS = (
     Fault(
         name="serial-build",
         claim="sampler = trainer",
-        says="the extension is built without OpenMP: every test on 2 threads runs on one",
+        says="the extension is built without OpenMP: every test on several threads runs on one",
         options=("-DGRPO_ENGINE_OPENMP=OFF",),
-        tests=("python_tests/test_claims_apply.py::test_two_threads_take_part_in_a_product",),
+        tests=("python_tests/ops/test_rms_norm.py::test_a_row_has_the_same_bits_alone_and_in_a_batch",),
         build="cmake",
+    ),
+    Fault(
+        name="norm-order-by-thread",
+        claim="threads of a run",
+        says="the squares of the gradient norm are added from another block on for another number of threads",
+        edits=(Edit(
+            file="csrc/ops/adamw.cpp",
+            old="  for (const AdamwBlock& b : blocks) squares += b.squares;\n",
+            new="  for (int64_t i = 0; i < items; ++i) squares += blocks[(i + items / at::get_num_threads()) % items].squares;\n",
+        ),),
+        tests=("python_tests/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",),
+        build="native",
     ),
     Fault(
         name="rope-base-in-pages",
