@@ -6,9 +6,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-
-from grpo_engine import _C, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = runpy.run_path(str(ROOT / "scripts" / "claims.py"), run_name="claims")
@@ -63,16 +60,3 @@ def test_every_fault_is_of_a_claim_that_is_made():
 def test_the_page_of_faults_is_of_these_faults():
     page = (ROOT / "docs" / "claims.md").read_text()
     assert [f.name for f in FAULTS if f"| {f.name} | {f.says} |" not in page] == []
-
-
-def test_two_threads_take_part_in_a_product():
-    """Where one thread does all the work, no test that compares 1 thread with 2 says anything."""
-    x, weight = torch.randn(600, 500), torch.randn(700, 500)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        _C.start_counting_threads()
-        ops.linear(x, weight)
-        assert _C.stop_counting_threads() == 2
-    finally:
-        torch.set_num_threads(before)
