@@ -96,6 +96,19 @@ def test_a_suite_that_was_killed_goes_on_and_gives_the_same_table(config, tmp_pa
     suite.evaluate_suite(config, tmp_path / "killed", progress=lambda *_: pytest.fail("nothing is left to answer"))
 
 
+def test_a_problem_with_some_of_its_answers_gets_all_of_them(config, tmp_path):
+    """A kill between two answers to one problem."""
+    suite.evaluate_suite(config, tmp_path)
+    answers, table = tmp_path / suite.ANSWERS_FILE, (tmp_path / "table.json").read_bytes()
+    lines = answers.read_text().splitlines(keepends=True)
+    (last,) = [line for line in lines if all(json.loads(line)[k] == v for k, v in (("eval_set", "words"), ("problem", 3),
+                                                                                  ("sample", 3)))]  # fmt: skip
+    answers.write_text("".join(line for line in lines if line != last))
+    asked = []
+    suite.evaluate_suite(config, tmp_path, progress=lambda finished, total: asked.append(total))
+    assert asked[-1] == 4 and (tmp_path / "table.json").read_bytes() == table
+
+
 def test_the_table_is_what_the_problems_say(config, tmp_path):
     results = suite.evaluate_suite(config, tmp_path)
     rows = pq.read_table(tmp_path / suite.PROBLEMS_FILE).to_pylist()

@@ -45,7 +45,7 @@ TABLE_HEADS = ("claim", "state")
 ROWS = {
     "ops": "every op against float64",
     "sampler = trainer": "rollout log-probs equal the trainer's bit for bit",
-    "threads of a run": "the same records and weights on 1, 2 and 3 threads",
+    "threads of a run": "a run gives the same records and weights on",
     "killed run": "a run killed by SIGKILL",
     "killed study": "a study killed by SIGKILL",
     "the paper's law": "the paper's law refitted",
@@ -295,26 +295,6 @@ FAULTS = (
         build="native",
     ),
     Fault(
-        name="serial-build",
-        claim="sampler = trainer",
-        says="the extension is built without OpenMP: every test on several threads runs on one",
-        options=("-DGRPO_ENGINE_OPENMP=OFF",),
-        tests=("python_tests/ops/test_rms_norm.py::test_a_row_has_the_same_bits_alone_and_in_a_batch",),
-        build="cmake",
-    ),
-    Fault(
-        name="norm-order-by-thread",
-        claim="threads of a run",
-        says="the squares of the gradient norm are added from another block on for another number of threads",
-        edits=(Edit(
-            file="csrc/ops/adamw.cpp",
-            old="  for (const AdamwBlock& b : blocks) squares += b.squares;\n",
-            new="  for (int64_t i = 0; i < items; ++i) squares += blocks[(i + items / at::get_num_threads()) % items].squares;\n",
-        ),),
-        tests=("python_tests/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",),
-        build="native",
-    ),
-    Fault(
         name="rope-base-in-pages",
         claim="sampler = trainer",
         says="queries and keys in pages are turned with another base than in training",
@@ -369,6 +349,29 @@ FAULTS = (
             new="c.lr * min(1.0, (step - 1) / c.warmup_steps)",
         ),),
         tests=("python_tests/test_step.py::test_the_learning_rate_rises_from_the_first_step_and_then_stays",),
+    ),
+    # ---- a run --------------------------------------------------------------------------------
+    Fault(
+        name="serial-build",
+        claim="threads of a run",
+        says="the extension is built without OpenMP: all that runs on several threads runs on one",
+        options=("-DGRPO_ENGINE_OPENMP=OFF",),
+        tests=(
+            "python_tests/test_doctor.py::test_all_threads_of_torch_are_counted_in_a_kernel",
+            "python_tests/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",
+        ),
+        build="cmake",
+    ),
+    Fault(
+        name="rate-by-threads",
+        claim="threads of a run",
+        says="the last bits of the learning rate depend on the number of threads",
+        edits=(Edit(
+            file="grpo_engine/optimizer.py",
+            old='        lr=lr,\n        betas=group["betas"],',
+            new='        lr=lr * (1 + 1e-6 * torch.get_num_threads()),\n        betas=group["betas"],',
+        ),),
+        tests=("python_tests/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",),
     ),
     # ---- a run that was killed ----------------------------------------------------------------
     Fault(
@@ -592,14 +595,16 @@ FAULTS = (
             old="for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
             new="for place, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
         ),),
-        tests=("python_tests/test_suite.py::test_a_suite_that_was_killed_goes_on_and_gives_the_same_table",),
+        tests=("python_tests/test_suite.py::test_a_problem_with_some_of_its_answers_gets_all_of_them",),
     ),
     Fault(
         name="suite-draws-anew",
         claim="real problems",
         says="a suite that was killed answers what is left with the seeds of the first problems",
         edits=(Edit(
-            file="grpo_engine/suite.py", old="seeds=seeds[chosen].flatten()", new="seeds=seeds[: len(chosen)].flatten()",
+            file="grpo_engine/suite.py",
+            old="seeds=seeds[chosen].flatten()",
+            new="seeds=(seeds[: len(chosen)] if done else seeds[chosen]).flatten()",
         ),),
         tests=("python_tests/test_suite.py::test_a_suite_that_was_killed_goes_on_and_gives_the_same_table",),
     ),
@@ -616,10 +621,7 @@ FAULTS = (
             Edit(file="grpo_engine/rewards/sandbox.py", old="    if abi >= 4:\n", new="    if abi >= 99:\n"),
             Edit(file="grpo_engine/rewards/sandbox.py", old="    if abi >= 6:\n", new="    if abi >= 99:\n"),
         ),
-        tests=(
-            "python_tests/rewards/test_code.py::test_the_outside_is_out_of_reach[connect]",
-            "python_tests/rewards/test_humaneval.py::test_a_hostile_program_is_worth_nothing_and_leaves_no_trace[network]",
-        ),
+        tests=("python_tests/rewards/test_code.py::test_what_the_kernel_grants_is_in_force",),
     ),
     Fault(
         name="objects-in-the-judge",

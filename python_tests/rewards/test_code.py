@@ -199,6 +199,24 @@ def test_the_outside_is_out_of_reach(tmp_path, deed):
     assert file.read_text() == "kept" and os.listdir(tmp_path) == ["mine.txt"]
 
 
+def test_what_the_kernel_grants_is_in_force():
+    """Where a protection is missing other tests are skipped: here the kernel is asked, and not the sandbox."""
+    program = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+if os.getuid() == 0:  # the sandbox gives root up first
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+user_ipc_processes_network = 0x10000000 | 0x08000000 | 0x20000000 | 0x40000000
+spaces = libc.unshare(user_ipc_processes_network) == 0
+landlock = libc.syscall(444, None, ctypes.c_size_t(0), 1) >= 1
+print(*["network", "processes"] * spaces, *["files"] * landlock)
+"""
+    granted = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert [name for name in code.missing_protections() if name in granted] == []
+
+
 def test_sets_have_the_same_order_every_time():
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     wanted = int(subprocess.check_output([sys.executable, "-c", "print(hash('a'))"], env=environment))
