@@ -170,6 +170,9 @@ def write(out: Path, record: dict[str, Any]) -> None:
     (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     kept = kept_records(out)
     parts = ["# Measured beside peers", "", summary(kept)]
+    if any(table.UNCOUNTED in row for one in kept for row in one["cases"]):
+        why = "is of one thread and older than the count of threads. The column compared one thread with itself."
+        parts += ["", f'A table with a column "not counted" {why}']
     if record["benchmark"] == "scaling" or "speed_up" in record and record["threads"] > 2:  # two points are a table
         module = importlib.import_module(f"benchmarks.bench_{record['benchmark']}")
         module.figure(record, out / f"{stem}.png")
@@ -187,7 +190,8 @@ def summary(kept: Sequence[dict[str, Any]]) -> str:
     for record in kept:
         means = ", ".join(f"{peer} {value:.2f}" for peer, value in record["geometric_mean"].items())
         ratios = [p["ratio"] for row in record["cases"] for p in row["peers"].values() if "ratio" in p]
-        said = [table.verdict(row[k]) for row in record["cases"] for k in table.CHECKS if row.get(k) is not None]
+        counted = [row[k] for row in record["cases"] for k in table.CHECKS if k != table.UNCOUNTED and k in row]
+        said = [table.verdict(check) for check in counted if check is not None]
         failed = len(record.get("failed", ()))
         losing = f"{sum(r < 1 for r in ratios)} of {len(ratios)}" if ratios else ""
         equal, unequal = sum(s.startswith("yes") for s in said), said.count("NO")

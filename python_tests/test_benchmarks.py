@@ -130,7 +130,7 @@ def test_records_of_old_still_render(tmp_path):
     new = record_of("rope", 1, cores=4, row={"bits_by_threads": {"equal": True, "asked": [1, 2], "took_part": [1, 1]}})
     assert "bits 1 = 2 threads, not counted" in table.text(old) and "| yes " in table.text(old)
     assert "| 1 thread " in table.text(new) and "yes" not in table.text(new)
-    assert "| linear, 1 thread |  |  | 1 of 1 equal |" in run.summary([old, new])
+    assert "| linear, 1 thread |  |  |  |" in run.summary([old, new])  # that check compared nothing
     assert "| 0 of 0 equal, 1 on one thread |" in run.summary([old, new])
     assert len(run.kept_records(ROOT / "benchmarks" / "results")) > 10
     for record in run.kept_records(ROOT / "benchmarks" / "results"):
