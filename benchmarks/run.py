@@ -15,6 +15,7 @@ import importlib
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -119,7 +120,22 @@ def run_one(
 
     Returns:
         (what it printed but for the record; its last errors when it failed; the record or None; whether all went well).
+        The record of one that was killed or failed holds the cases that it finished.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        so_far = Path(folder) / "record.json"
+        if name not in FIGURES:  # those two measure one thing, whole
+            options = [*options, "--record", str(so_far)]
+        printed, record, well = _run_one(name, options, progress, task, limit_s)
+        if record is None and so_far.exists():
+            record = json.loads(so_far.read_text())
+            printed = f"{table.text(record)}\n\n{printed}"
+        return printed, record, well
+
+
+def _run_one(
+    name: str, options: Sequence[str], progress: Progress, task: Any, limit_s: float
+) -> tuple[str, dict[str, Any] | None, bool]:
     command = [sys.executable, str(FOLDER / f"bench_{name}.py"), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=FOLDER.parent)
     errors, start = [], time.monotonic()
@@ -167,7 +183,7 @@ def write(out: Path, record: dict[str, Any]) -> None:
     """Keeps a record, and makes results.md anew from all records of the folder."""
     out.mkdir(parents=True, exist_ok=True)
     stem = table.file_stem(record)
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    table.write_record(out / f"{stem}.json", record)
     kept = kept_records(out)
     parts = ["# Measured beside peers", "", summary(kept)]
     if any(table.UNCOUNTED in row for one in kept for row in one["cases"]):

@@ -486,6 +486,7 @@ def benchmark(
     only: str = "",
     keep_going: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Runs the cases of one benchmark.
 
@@ -502,6 +503,8 @@ def benchmark(
         only: cases whose name holds this.
         keep_going: run the other cases when one is wrong or fails; "failed" of the record has them.
         say: gets the name of each case before it runs.
+        keep: gets the record of the cases so far after each of them, "finished" false, so that a benchmark that is
+            stopped leaves what it measured.
 
     Returns:
         The record: what `markdown` prints and what the JSON line holds.
@@ -518,6 +521,30 @@ def benchmark(
     about = machine() | ({"gpu": gpu()} if device == "cuda" else {})
     before = measure(device, threads, repeats=5)
     rows, failed = [], []
+
+    def record(finished: bool) -> dict[str, Any]:
+        after = measure(device, threads, repeats=5) if finished else before
+        limits = Limits(**{k: statistics.fmean((v, after.as_dict()[k])) for k, v in before.as_dict().items()})
+        placed = [place(row, limits) for row in rows]
+        return {
+            "benchmark": name,
+            "quick": quick,
+            "sizes": sizes,
+            "device": device,
+            "threads": threads,
+            "cores": all_cores(),
+            "clock": timer.name,
+            "unit": unit,
+            "note": note,
+            **about,
+            "load_after": os.getloadavg(),
+            "limits": limits.as_dict(),
+            "finished": finished,
+            "cases": placed,
+            "failed": failed,
+            "geometric_mean": geometric_means(placed),
+        }
+
     for case in made(cases, device, only):
         title = "while a case was made" if isinstance(case, Exception) else case.name
         try:
@@ -534,26 +561,8 @@ def benchmark(
         del case  # and what it holds, before the next is made
         if device == "cuda":
             torch.cuda.empty_cache()
-    after = measure(device, threads, repeats=5)
-    limits = Limits(**{k: statistics.fmean((v, after.as_dict()[k])) for k, v in before.as_dict().items()})
-    rows = [place(row, limits) for row in rows]
-    return {
-        "benchmark": name,
-        "quick": quick,
-        "sizes": sizes,
-        "device": device,
-        "threads": threads,
-        "cores": all_cores(),
-        "clock": timer.name,
-        "unit": unit,
-        "note": note,
-        **about,
-        "load_after": os.getloadavg(),
-        "limits": limits.as_dict(),
-        "cases": rows,
-        "failed": failed,
-        "geometric_mean": geometric_means(rows),
-    }
+        keep(record(finished=False))
+    return record(finished=True)
 
 
 def threads_text(record: Mapping[str, Any]) -> str:
@@ -569,6 +578,13 @@ def title(record: Mapping[str, Any]) -> str:
         return record["benchmark"]
     sizes = ", sizes of published checkpoints" if record.get("sizes") == REAL else ""
     return f"{record['benchmark']}{sizes}, {threads_text(record)}"
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record whole: whoever reads the file meanwhile finds this one or the one before."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    beside.replace(path)
 
 
 def file_stem(record: Mapping[str, Any]) -> str:
@@ -613,6 +629,8 @@ def text(record: Mapping[str, Any]) -> str:
         how += f" {Limits(**record['limits'])}. A ratio is the peer's time over ours."
         lines = [f"## {title(record)}", "", markdown(record), "", how]
     lines += [record["note"]] if record["note"] else []
+    if not record.get("finished", True):
+        lines += ["", "**Unfinished**: the benchmark was stopped before its other cases."]
     for bad in record.get("failed", ()):
         lines += ["", f"**Failed**: {bad['case']}: {bad['why']}"]
     return "\n".join(lines)
@@ -651,6 +669,8 @@ def main(
     parser.add_argument("--real", action="store_true", help="the shapes of published checkpoints instead")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--keep-going", action="store_true", help="run the other cases when one fails")
+    parser.add_argument("--record", type=Path, default=None, metavar="FILE",
+                        help="write the record there too, after every case: a run that is stopped leaves what it measured")
     args = parser.parse_args(argv)
     if args.device == "cuda":
         if cuda is None:
@@ -662,13 +682,20 @@ def main(
         if real is None:
             raise SystemExit(f"{name}: has no cases of published sizes")
         cases = real
+
+    def keep(record: dict[str, Any]) -> None:
+        if args.record is not None:
+            write_record(args.record, record)
+
     try:
         record = benchmark(name, cases(args.quick), quick=args.quick, sizes=REAL if args.real else LADDER,
                            threads=args.threads, device=args.device, whole=whole, unit=unit,
                            note=note, only=args.case, keep_going=args.keep_going,
-                           say=lambda case: print(f"  {name}: {case}", file=sys.stderr, flush=True))  # fmt: skip
+                           say=lambda case: print(f"  {name}: {case}", file=sys.stderr, flush=True),
+                           keep=keep)  # fmt: skip
     except WrongAnswer as e:
         raise SystemExit(f"{name}: {e}") from e
+    keep(record)
     print(text(record))
     print(json.dumps(record), flush=True)
     if record["failed"]:

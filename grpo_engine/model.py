@@ -104,7 +104,7 @@ class ModelConfig:
     @property
     def fused(self) -> bool:
         """Whether a layer is the fused op's; see `Layer`."""
-        return self.qkv_bias and not self.qk_norm and self.rope_scaling is None
+        return not self.qk_norm and self.rope_scaling is None
 
 
 class Sequences(Protocol):
@@ -121,8 +121,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T, H, E], k and v [T, 
 class Layer(nn.Module):
     """The weights of one decoder layer, under the names of `ops.LayerWeights`, with q_norm and k_norm [E] or without.
 
-    The fused op is Qwen2.5's. Other families compose the single ops (`by_single_ops`), in sampling and in training, so
-    that both make the same bits; it costs dispatches and passes through memory.
+    The fused op is Qwen2.5's and Llama's. What has norms of heads (Qwen3) or stretched rotary frequencies (Llama 3)
+    composes the single ops (`by_single_ops`), in sampling and in training, so that both make the same bits; it costs
+    dispatches and passes through memory.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, batch_invariant: bool) -> None:

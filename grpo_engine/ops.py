@@ -778,7 +778,7 @@ class LayerWeights(NamedTuple):
 
     attn_norm: Tensor  # [D]
     qkv_weight: Tensor  # [(H + 2K) E, D]; rows: q, then k, then v
-    qkv_bias: Tensor  # [(H + 2K) E]
+    qkv_bias: Tensor | None  # [(H + 2K) E]; None: without (Llama)
     out_weight: Tensor  # [D, H E]
     mlp_norm: Tensor  # [D]
     gate_up_weight: Tensor  # [2F, D]; rows: gate, then up
@@ -798,7 +798,7 @@ def decoder_layer(
     cu_groups: Tensor | None = None,
     batch_invariant: bool = True,
 ) -> Tensor:
-    """One layer of the Qwen2.5 decoder over N packed sequences, for training: ten ops in one call.
+    """One layer of a Qwen2.5 or Llama decoder over N packed sequences, for training: ten ops in one call.
 
     ``s = x + linear(ragged_attention(rope(qkv)), out_weight)`` with
     ``qkv = linear(rms_norm(x), qkv_weight, qkv_bias)``, then
@@ -828,7 +828,7 @@ def decoder_layer(
     Source:
         Vaswani et al. 2017, arXiv:1706.03762; Qwen team 2024, arXiv:2412.15115.
     """
-    save = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    save = torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for w in weights))
     return _decoder_layer(
         x, *weights, position, cu_seqlens, cu_groups, num_kv_heads, head_dim, theta, eps, save, batch_invariant
     )
@@ -844,7 +844,9 @@ def _decoder_layer_setup(ctx, inputs, output):
 def _decoder_layer_backward(ctx, dy, *_):
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no second time
     grads = _ops.decoder_layer_backward(dy.contiguous(), *saved[:10], ctx.cu_groups, *saved[10:], *ctx.numbers)
-    return *grads, *([None] * 9)
+    dx, dattn_norm, dqkv_weight, dqkv_bias, *rest = grads
+    has_bias = saved[3] is not None
+    return dx, dattn_norm, dqkv_weight, dqkv_bias if has_bias else None, *rest, *([None] * 9)
 
 
 _decoder_layer = _differentiable("decoder_layer", _decoder_layer_setup, _decoder_layer_backward)

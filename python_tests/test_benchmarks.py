@@ -525,6 +525,42 @@ def test_a_failed_case_costs_only_itself_when_asked(capsys):
     assert "**Failed**: broken: RuntimeError: no kernel" in out
 
 
+def test_a_benchmark_that_is_stopped_leaves_the_cases_it_finished(tmp_path):
+    def stopped():
+        raise KeyboardInterrupt
+
+    path = tmp_path / "record.json"
+    several = [case(name="first"), case(name="second", ours=stopped), case(name="third")]
+    with pytest.raises(KeyboardInterrupt):
+        table.main("some", lambda quick: several, argv=["--quick", "--record", str(path)])
+    record = json.loads(path.read_text())
+    assert [row["case"] for row in record["cases"]] == ["first"] and not record["finished"]
+    assert "**Unfinished**" in table.text(record)
+    table.main("some", lambda quick: several[:1], argv=["--quick", "--record", str(path)])
+    record = json.loads(path.read_text())
+    assert record["finished"] and "**Unfinished**" not in table.text(record)
+
+
+def test_a_killed_benchmark_is_kept_by_the_run(monkeypatch, tmp_path):
+    file = tmp_path / "bench_some.py"
+    file.write_text(f"""
+import os, signal, sys
+sys.path.append({str(ROOT)!r})
+import torch
+from benchmarks.table import Case, main
+
+one = torch.ones(1)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+main("some", lambda quick: [Case(name=name, ours=ours, peers={{}}, tolerance=0.0)
+                            for name, ours in (("first", lambda: one), ("second", die))])
+""")
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    progress = run.Progress(disable=True)
+    printed, record, well = run.run_one("some", ["--quick"], progress, progress.add_task(""), 600.0)
+    assert not well and [row["case"] for row in record["cases"]] == ["first"]
+    assert "**Unfinished**" in printed
+
+
 def test_cuda_without_a_device_is_one_sentence():
     if torch.cuda.is_available():
         pytest.skip("there is a device")

@@ -12,7 +12,7 @@ namespace {
 
 using namespace layer;
 
-Forward forward_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
+Forward forward_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
                      const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                      const Tensor& down_weight, const Tensor& position, const Tensor&, const std::optional<Tensor>&,
                      int64_t num_kv_heads, int64_t head_dim, double theta, double eps, bool save, bool) {
@@ -29,16 +29,16 @@ Forward forward_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv
 }
 
 Backward backward_meta(const Tensor&, const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight,
-                       const Tensor& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
+                       const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
                        const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor&, const Tensor&,
                        const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                        const Tensor&, const Tensor&, int64_t, int64_t, double, double, bool) {
   return {at::empty_like(x),          at::empty_like(attn_norm), at::empty_like(qkv_weight),
-          at::empty_like(qkv_bias),   at::empty_like(out_weight), at::empty_like(mlp_norm),
+          bias_gradient(x, qkv_bias), at::empty_like(out_weight), at::empty_like(mlp_norm),
           at::empty_like(gate_up_weight), at::empty_like(down_weight)};
 }
 
-Tensor paged_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
+Tensor paged_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
                   const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                   const Tensor& down_weight, const Tensor& position, Tensor& key_pages, Tensor&, const Tensor&,
                   const Tensor&, const Tensor&, const Tensor&, double theta, double eps, bool) {
@@ -50,7 +50,7 @@ Tensor paged_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_we
 }  // namespace
 
 #define GE_LAYER_WEIGHTS                                                                          \
-  "Tensor attn_norm, Tensor qkv_weight, Tensor qkv_bias, Tensor out_weight, Tensor mlp_norm, " \
+  "Tensor attn_norm, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor mlp_norm, " \
   "Tensor gate_up_weight, Tensor down_weight, Tensor position, "
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
   m.def("decoder_layer(Tensor x, " GE_LAYER_WEIGHTS

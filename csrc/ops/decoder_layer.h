@@ -1,4 +1,4 @@
-// decoder_layer -- one layer of the Qwen2.5 decoder in one call, forward and backward, for training and
+// decoder_layer -- one layer of a Qwen2.5 or Llama decoder in one call, forward and backward, for training and
 // over a paged cache.
 //
 //   h  = rms_norm(x, attn_norm)        qkv = linear(h, qkv_weight, qkv_bias), q and k turned by rope
@@ -15,7 +15,7 @@
 // Vaswani et al. 2017, arXiv:1706.03762; Qwen team 2024, arXiv:2412.15115.
 //
 //   x, s, y [T, D]     qkv [T, (H + 2K) E], q then k then v     attention out [T, H E]     gate_up [T, 2F]
-//   attn_norm, mlp_norm [D]   qkv_weight [(H + 2K) E, D]   qkv_bias [(H + 2K) E]   out_weight [D, H E]
+//   attn_norm, mlp_norm [D]   qkv_weight [(H + 2K) E, D]   qkv_bias [(H + 2K) E] or none   out_weight [D, H E]
 //   gate_up_weight [2F, D]   down_weight [D, F]   position [T] int64
 #pragma once
 #include "core/cpu_dispatch.h"

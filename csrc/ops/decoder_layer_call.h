@@ -1,9 +1,11 @@
 // decoder_layer_call.h -- what decoder_layer asks of its inputs, wherever it runs: decoder_layer_tiles.cpp on a CPU,
 // decoder_layer_cuda.cpp on CUDA.
 #pragma once
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "core/checks.h"
@@ -18,7 +20,9 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Weights {
-  const Tensor &attn_norm, &qkv, &qkv_bias, &out, &mlp_norm, &gate_up, &down;
+  const Tensor &attn_norm, &qkv;
+  const std::optional<Tensor>& qkv_bias;
+  const Tensor &out, &mlp_norm, &gate_up, &down;
 };
 
 // What every stage needs to know.
@@ -49,7 +53,7 @@ inline Layer check(const Tensor& x, const Weights& w, const Tensor& position, in
   const int64_t Q = (H + 2 * K) * E;
   require_tensor(kOp, "attn_norm", w.attn_norm, {D}, "[D]", dtype, x);
   require_tensor(kOp, "qkv_weight", w.qkv, {Q, D}, "[(H + 2K) E, D]", dtype, x);
-  require_tensor(kOp, "qkv_bias", w.qkv_bias, {Q}, "[(H + 2K) E]", dtype, x);
+  if (w.qkv_bias) require_tensor(kOp, "qkv_bias", *w.qkv_bias, {Q}, "[(H + 2K) E]", dtype, x);
   require_tensor(kOp, "mlp_norm", w.mlp_norm, {D}, "[D]", dtype, x);
   require_tensor(kOp, "down_weight", w.down, {D, -1}, "[D, F]", dtype, x);
   const int64_t F = w.down.size(1);
@@ -81,6 +85,11 @@ inline Heads split(const Layer& l, const Tensor& qkv) {
     return qkv.as_strided({T, count, l.E}, {width, l.E, 1}, qkv.storage_offset() + first * l.E);
   };
   return {heads(0, l.H), heads(l.H, l.K), heads(l.H + l.K, l.K)};
+}
+
+// What a backward pass returns for the bias before it is summed; without a bias there is no gradient, [0].
+inline Tensor bias_gradient(const Tensor& x, const std::optional<Tensor>& qkv_bias) {
+  return qkv_bias ? at::empty_like(*qkv_bias) : at::empty({0}, x.options());
 }
 
 inline double attention_scale(const Layer& l) { return 1.0 / std::sqrt(static_cast<double>(l.E)); }

@@ -99,7 +99,7 @@ Mlp mlp_stage(const Layer& l, const Tensor& x, const Tensor& attn) {
 
 // ---------------------------------------------------------------- forward
 
-Forward forward(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
+Forward forward(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
                 const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                 const Tensor& down_weight, const Tensor& position, const Tensor& cu_seqlens,
                 const OptionalTensor& cu_groups, int64_t num_kv_heads, int64_t head_dim, double theta, double eps,
@@ -122,7 +122,7 @@ Forward forward(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weig
 // ---------------------------------------------------------------- backward
 
 Backward backward(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight,
-                  const Tensor& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
+                  const OptionalTensor& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
                   const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
                   const Tensor& cu_seqlens, const OptionalTensor& cu_groups, const Tensor& qkv, const Tensor& attn,
                   const Tensor& stats, const Tensor& s, const Tensor& rstd, const Tensor& gate_up,
@@ -155,14 +155,14 @@ Backward backward(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, co
   heads_of(l, dqkv, l.H, l.K).copy_(single::rope(dk, position, theta, /*inverse=*/true));
   heads_of(l, dqkv, l.H + l.K, l.K).copy_(dv);
   const auto [dh_attn, dqkv_weight, dqkv_bias] =
-      single::linear_backward(l, dqkv, std::get<0>(single::rms_norm(x, w.attn_norm, eps)), w.qkv, true);
+      single::linear_backward(l, dqkv, std::get<0>(single::rms_norm(x, w.attn_norm, eps)), w.qkv, qkv_bias.has_value());
   const auto [dx, dattn_norm] = single::rms_norm_backward(dh_attn, ds, x, w.attn_norm, rstd.select(0, 0));
   return {dx, dattn_norm, dqkv_weight, dqkv_bias, dout, dmlp_norm, dgate_up_weight, ddown};
 }
 
 // ---------------------------------------------------------------- over pages
 
-Tensor paged(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
+Tensor paged(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
              const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight, const Tensor& down_weight,
              const Tensor& position, Tensor& key_pages, Tensor& value_pages, const Tensor& slot,
              const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len, double theta, double eps,

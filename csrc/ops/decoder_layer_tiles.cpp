@@ -67,7 +67,8 @@ void* row_of(const Tensor& t, int64_t row) {
 // ---------------------------------------------------------------- stages
 
 // y [rows, O] = x [rows, I] weight^T + bias
-void project(const Layer& l, int64_t rows, const void* x, const Tensor& weight, const Tensor* bias, void* y) {
+void project(const Layer& l, int64_t rows, const void* x, const Tensor& weight, const std::optional<Tensor>& bias,
+             void* y) {
   gemm(linear_product(l.dtype, rows, weight.size(1), weight.size(0), x, weight.const_data_ptr(),
                       bias ? bias->const_data_ptr() : nullptr, y));
 }
@@ -170,7 +171,7 @@ void qkv_stage(const Layer& l, const Tensor& x, const Tensor& position, const Te
     n.rstd = row_of(rstd, row);
     norm(n);
     void* out = row_of(qkv, row);
-    project(l, rows, h, l.w.qkv, &l.w.qkv_bias, out);
+    project(l, rows, h, l.w.qkv, l.w.qkv_bias, out);
     turn(l, angles, row, rows, l.H + l.K, false, out, l.qkv_width(), out, l.qkv_width());
   });
 }
@@ -184,14 +185,14 @@ void mlp_stage(const Layer& l, const Tensor& x, const Tensor& attn, const Tensor
     void* sum = s.defined() ? row_of(s, row) : own_s;
     void* gates = gate_up.defined() ? row_of(gate_up, row) : own_gate_up;
     void* out = row_of(y, row);
-    project(l, rows, row_of(attn, row), l.w.out, nullptr, out);
+    project(l, rows, row_of(attn, row), l.w.out, std::nullopt, out);
     RmsNormArgs n = norm_args(l, rows, out, l.w.mlp_norm);
     n.residual = row_of(x, row);
     n.sum = sum;
     n.y = h;
     n.rstd = row_of(rstd, row);
     norm(n);
-    project(l, rows, h, l.w.gate_up, nullptr, gates);
+    project(l, rows, h, l.w.gate_up, std::nullopt, gates);
     SwigluArgs g{};
     g.dtype = l.dtype;
     g.T = rows;
@@ -199,7 +200,7 @@ void mlp_stage(const Layer& l, const Tensor& x, const Tensor& attn, const Tensor
     g.gate_up = gates;
     g.y = activation;
     parallel_items(swiglu_forward_cpu, g, rows, 20.0 * l.F);
-    project(l, rows, activation, l.w.down, nullptr, out);
+    project(l, rows, activation, l.w.down, std::nullopt, out);
     add(l, rows, sum, out);
   });
 }
@@ -216,7 +217,7 @@ std::tuple<Tensor, Tensor> ragged_attention(const Tensor& q, const Tensor& k, co
 
 // ---------------------------------------------------------------- forward
 
-Forward forward_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
+Forward forward_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
                     const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                     const Tensor& down_weight, const Tensor& position, const Tensor& cu_seqlens,
                     const std::optional<Tensor>& cu_groups, int64_t num_kv_heads, int64_t head_dim, double theta,
@@ -244,7 +245,7 @@ Forward forward_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_
 // ---------------------------------------------------------------- backward
 
 Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight,
-                      const Tensor& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
+                      const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
                       const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
                       const Tensor& cu_seqlens, const std::optional<Tensor>& cu_groups, const Tensor& qkv,
                       const Tensor& attn, const Tensor& stats, const Tensor& s, const Tensor& rstd,
@@ -313,16 +314,19 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
     });
   }
   const Tensor dqkv_weight = weight_gradient(l, dqkv, h);
-  Tensor dbias = at::empty({l.qkv_width()}, arithmetic(x));
-  column_sum({l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), dbias.mutable_data_ptr()});
+  Tensor dbias = bias_gradient(x, qkv_bias);
+  if (qkv_bias) {
+    const Tensor sums = at::empty({l.qkv_width()}, arithmetic(x));
+    column_sum({l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), sums.mutable_data_ptr()});
+    dbias = sums.to(x.scalar_type());
+  }
   const Tensor dattn_norm = norm_weight_gradient(l, x, attn_chunks);
-  return {dx,   dattn_norm, dqkv_weight,     dbias.to(x.scalar_type()),
-          dout, dmlp_norm,  dgate_up_weight, ddown};
+  return {dx, dattn_norm, dqkv_weight, dbias, dout, dmlp_norm, dgate_up_weight, ddown};
 }
 
 // ---------------------------------------------------------------- over pages
 
-Tensor paged_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const Tensor& qkv_bias,
+Tensor paged_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
                  const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
                  const Tensor& down_weight, const Tensor& position, Tensor& key_pages, Tensor& value_pages,
                  const Tensor& slot, const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len,

@@ -26,7 +26,7 @@ def positions(lengths):
     return torch.cat([torch.arange(n) for n in lengths])
 
 
-def make(D, F, H, K, E, T, dtype=torch.float32, seed=0):
+def make(D, F, H, K, E, T, dtype=torch.float32, seed=0, bias=True):
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -36,7 +36,7 @@ def make(D, F, H, K, E, T, dtype=torch.float32, seed=0):
         attn_norm=1 + draw(D), qkv_weight=draw((H + 2 * K) * E, D), qkv_bias=draw((H + 2 * K) * E),
         out_weight=draw(D, H * E), mlp_norm=1 + draw(D), gate_up_weight=draw(2 * F, D), down_weight=draw(D, F),
     )  # fmt: skip
-    return torch.randn(T, D, generator=g).to(dtype), weights
+    return torch.randn(T, D, generator=g).to(dtype), weights if bias else weights._replace(qkv_bias=None)
 
 
 def composed(x, w, position, cu_seqlens, *, num_kv_heads, head_dim, theta, eps, cu_groups=None, batch_invariant=True):
@@ -53,10 +53,10 @@ def composed(x, w, position, cu_seqlens, *, num_kv_heads, head_dim, theta, eps, 
 
 
 def value_and_gradients(layer, x, weights, *args, **numbers):
-    leaves = [t.detach().clone().requires_grad_() for t in (x, *weights)]
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, *weights)]
     y = layer(leaves[0], LayerWeights(*leaves[1:]), *args, **numbers)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy)]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,9 @@ def value_and_gradients(layer, x, weights, *args, **numbers):
     [(torch.float32, True), (torch.bfloat16, True), (torch.float64, True), (torch.float32, False), (torch.bfloat16, False)],
 )
 @pytest.mark.parametrize("D,F,H,K,E", SIZES)
-def test_forward_has_the_bits_of_the_single_ops_and_backward_their_values(D, F, H, K, E, dtype, batch_invariant):
-    x, weights = make(D, F, H, K, E, sum(LENGTHS), dtype)
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_has_the_bits_of_the_single_ops_and_backward_their_values(D, F, H, K, E, bias, dtype, batch_invariant):
+    x, weights = make(D, F, H, K, E, sum(LENGTHS), dtype, bias=bias)
     args = (positions(LENGTHS), offsets(LENGTHS))
     numbers = dict(num_kv_heads=K, head_dim=E, batch_invariant=batch_invariant, **NUMBERS)
     ours = value_and_gradients(decoder_layer, x, weights, *args, **numbers)
@@ -97,14 +98,17 @@ def test_a_shared_prompt_gives_the_bits_of_whole_sequences(dtype):
 
 @pytest.mark.parametrize("cu_groups", [None, [2, 1]])
 @pytest.mark.parametrize("D,F,H,K,E", SIZES[:2])
-def test_gradcheck(D, F, H, K, E, cu_groups):
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(D, F, H, K, E, bias, cu_groups):
     lengths = [3, 1, 4]
-    x, weights = make(D, F, H, K, E, sum(lengths), torch.float64)
-    leaves = [t.requires_grad_() for t in (x, *weights)]
+    x, weights = make(D, F, H, K, E, sum(lengths), torch.float64, bias=bias)
+    given = {name: w.requires_grad_() for name, w in weights._asdict().items() if w is not None}
+    leaves = [x.requires_grad_(), *given.values()]
     groups = None if cu_groups is None else offsets(cu_groups)
 
-    def layer(x, *weights):
-        return decoder_layer(x, LayerWeights(*weights), positions(lengths), offsets(lengths), num_kv_heads=K,
+    def layer(x, *leaves):
+        weights = LayerWeights(**{"qkv_bias": None} | dict(zip(given, leaves, strict=True)))
+        return decoder_layer(x, weights, positions(lengths), offsets(lengths), num_kv_heads=K,
                              head_dim=E, cu_groups=groups, **NUMBERS)  # fmt: skip
 
     assert torch.autograd.gradcheck(layer, leaves, fast_mode=True)
@@ -126,9 +130,10 @@ def test_rows_depend_on_their_sequence_alone(dtype, both_ways_on_threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("D,F,H,K,E", SIZES)
-def test_pages_give_the_same_bits_whole_and_token_by_token(D, F, H, K, E, dtype):
+@pytest.mark.parametrize("bias", [True, False])
+def test_pages_give_the_same_bits_whole_and_token_by_token(D, F, H, K, E, bias, dtype):
     lengths, page = [37, 3, 16], 16
-    x, weights = make(D, F, H, K, E, sum(lengths), dtype)
+    x, weights = make(D, F, H, K, E, sum(lengths), dtype, bias=bias)
     want = decoder_layer(x, weights, positions(lengths), offsets(lengths), num_kv_heads=K, head_dim=E, **NUMBERS)
     page_table = torch.tensor([[4, 0, 2], [1, 0, 0], [3, 0, 0]], dtype=torch.int32)
 
@@ -227,17 +232,18 @@ def test_a_negative_position_and_wrong_offsets_are_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias, dtype):
     D, F, H, K, E = SIZES[0]
-    x, weights = make(D, F, H, K, E, 6, dtype)
-    inputs = [t.requires_grad_() for t in (x, *weights)]
+    x, weights = make(D, F, H, K, E, 6, dtype, bias=bias)
+    inputs = [None if t is None else t.requires_grad_() for t in (x, *weights)]
     torch.library.opcheck(
         torch.ops.grpo_engine.decoder_layer,
         (*inputs, positions([2, 4]), offsets([2, 4]), None, K, E, 1e4, 1e-6, True, False),
     )
     torch.library.opcheck(
         torch.ops.grpo_engine.decoder_layer_paged,
-        (*(t.detach() for t in inputs), positions([6]), torch.zeros(2, K, E, 16, dtype=dtype),
+        (*(None if t is None else t.detach() for t in inputs), positions([6]), torch.zeros(2, K, E, 16, dtype=dtype),
          torch.zeros(2, K, 16, E, dtype=dtype), torch.arange(6), torch.tensor([[0]], dtype=torch.int32), offsets([6]),
          torch.tensor([6], dtype=torch.int32), 1e4, 1e-6),
     )  # fmt: skip
