@@ -66,7 +66,7 @@ class Training:
     def forward_and_backward(self):
         """[loss, gradient norm] of one pass; the weights stay as they are."""
         loss = self._backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        norm = peers.gradient_norm(self.model.parameters())
         self.model.zero_grad(set_to_none=True)
         return torch.stack([loss, norm.float()])
 
