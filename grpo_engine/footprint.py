@@ -1,4 +1,4 @@
-"""What a run holds in memory, from shapes, before anything is allocated: docs/gpu.md, memory of a training step.
+"""What a run holds in memory, from shapes, before anything is allocated: docs/memory.md.
 
 Plans read it (`grpo_engine.study.forecast`), and `train` refuses a run that cannot fit.
 """

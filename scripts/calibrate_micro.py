@@ -241,22 +241,24 @@ def page(data: Mapping[str, Any]) -> str:
 
 PAGE = """# Calibration of the embedded study
 
-What the `micro` preset was settled on, before any of its runs. `scripts/calibrate_micro.py` remakes this page, and
-[calibration.json](calibration.json), its records; every measured figure here is one of them. Measured on {cpu},
-two processes of one thread.
+The `micro` preset was settled on this, before any of its runs. `scripts/calibrate_micro.py` makes this page, its picture
+and its records ([calibration.json](calibration.json)). Every measured figure here is one of those records. Measured on
+{cpu}, two processes of one thread.
 
-**Nothing was chosen on the test set.** All answers here are to *selection* problems ({problems} chains): a second draw from
-the pool that is kept out of pretraining and RL, without any problem of the test sets (`task.eval_draw: selection`).
-Learning rates are chosen on bases (seed {sweep_seed}) that the study does not use (its own: {seeds}).
+**Nothing was chosen on the test set.** All responses here are to *selection* problems ({problems} chains). They are a
+second sample from the pool that is kept out of pretraining and RL, without any problem of the test sets
+(`task.eval_draw: selection`). Learning rates are chosen on bases (seed {sweep_seed}) that the study does not use (its
+own: {seeds}).
 
 Tasks: values 0 to {highest}, operands to {operand}, {fewest} to {most} terms. In the corpus {error:.0%} of the written
 values are wrong and {direct:.0%} of the sums are answered without working.
 
 ## Bases
 
-Greedy accuracy, and pass@1 at temperature {temperature:g}, of the study's models with seeds {seeds}, in this order (a size
-with fewer has fewer). Wanted: greedy between {low:.0%} and {high:.0%}, so that RL has something to teach and no ceiling is
-near; {verdict}. Standard errors of greedy accuracy over problems: {least:.3f} to {largest:.3f}.
+The table has greedy accuracy, and pass@1 at temperature {temperature:g}, of the study's models. Each cell lists the
+seeds {seeds}, in this order; a size with fewer models lists fewer. Greedy accuracy between {low:.0%} and {high:.0%} is
+wanted, so that RL has something to teach and no ceiling is near; {verdict}. Standard errors of greedy accuracy over
+problems: {least:.3f} to {largest:.3f}.
 
 {base_table}
 
@@ -264,17 +266,21 @@ near; {verdict}. Standard errors of greedy accuracy over problems: {least:.3f} t
 
 ## Learning rates
 
-{steps} steps of {prompts} prompts x {group} answers, one run a rate. "After" is the mean of the last {last} evaluations. The
-rate with the lowest loss (bold) is the preset's.
+A run has {steps} steps of {prompts} prompts x {group} responses, one run a rate. "After" is the mean of the last {last}
+evaluations. The preset takes the rate with the lowest loss (bold).
 
 {sweep_table}
 
 ## Noise
 
-The test loss of a point is a mean over {problems} problems x {samples} answers. Of the runs at the chosen rates: its
-standard error over problems; the gain (loss before less loss after) with the standard error of that difference, which is
-of the same problems; and what another base alone changes before RL (standard deviation between the bases of a size),
-which is why every seed of the main runs has a base of its own.
+The test loss of a point is a mean over {problems} problems x {samples} responses. The table is of the runs at the chosen
+rates.
+
+- Error is the standard error of the loss over problems.
+- The gain is the loss before less the loss after. Its error is that of the difference, which is of the same problems.
+- The spread of bases is what another base alone changes before RL: the standard deviation between the bases of a size.
+
+Because of that spread, every seed of the main runs has a base of its own.
 
 {noise_table}
 """

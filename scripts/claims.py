@@ -60,7 +60,7 @@ ROWS = {
 # Promises that the table has no row for: where they are made, and some words of them (white space does not count).
 ELSEWHERE = {
     "GRPO step": ("grpo_engine/step.py", "moves the policy towards the better ones"),
-    "where answers stop": ("docs/study.md", "an answer stops at the tokenizer's end"),
+    "where answers stop": ("docs/study.md", "a response stops at the tokenizer's end"),
     "chat prompts": ("grpo_engine/tokenizer.py", "followed by the head of the assistant's turn"),
     "order of problems": ("docs/study.md", "is a curriculum: easy to hard by pass rate"),
     "fewer problems": ("grpo_engine/tasks/subset.py", "with the mix of difficulty of all of them"),

@@ -103,7 +103,7 @@ def test_memory_decides_how_many_gpus():
 
 @pytest.mark.parametrize("checkpointing, activations", [(True, 4.3e9), (False, 26e9)])
 def test_memory_at_the_7b_shape_is_what_the_documents_count(checkpointing, activations):
-    """docs/gpu.md, memory of a training step: micro-batches of 8,192 tokens, 36,000 pages."""
+    """docs/memory.md, the 7B shape on an H200: micro-batches of 8,192 tokens, 36,000 pages."""
     config = load_run_config(None, ["model={path: models/Qwen2.5-7B, dtype: bfloat16}", "rollout.num_pages=36000",
                                     "batch={prompts: 512, group_size: 8, tokens_per_micro_batch: 8192}",
                                     f"batch.activation_checkpointing={checkpointing}"])  # fmt: skip
