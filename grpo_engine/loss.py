@@ -61,8 +61,8 @@ def policy_loss(logprob: Tensor, micro: TrainBatch, minibatch: Minibatch, config
         config: the objective with its settings.
 
     Returns:
-        The loss, differentiable in logprob, and the statistics. Those of an objective of your own are the statistics of
-        "clip" with the same settings.
+        The loss, differentiable in logprob, and the statistics. With an objective of your own they are those of "clip"
+        with the same settings, but for policy_loss, which is the objective's.
 
     Raises:
         ValueError: an objective of your own returned another shape.
@@ -81,11 +81,12 @@ def policy_loss(logprob: Tensor, micro: TrainBatch, minibatch: Minibatch, config
             f"token, got {got}"
         )
     settings = config.model_copy(update={"objective": "clip"})
-    loss = (values * token_weights(micro, minibatch, config)).sum()
+    loss = surrogate = (values * token_weights(micro, minibatch, config)).sum()
     if config.kl_coef > 0:  # with advantages of 0 the op's loss is the penalty alone
         loss = loss + _op(logprob, micro, minibatch, settings, advantage=torch.zeros_like(micro.advantage)).loss
     with torch.no_grad():
         statistics = _op(logprob.detach(), micro, minibatch, settings).stats
+        statistics[ops.PolicyStats._fields.index("policy_loss")] = surrogate
     return ops.PolicyLoss(loss, statistics)
 
 
