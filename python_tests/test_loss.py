@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: every option of the op can be set from a run, and an objective written in torch is the op's equal."""
+"""The loss of a micro-batch: each option of the op is a setting of a run, and an objective in torch equals the op."""
 
 import inspect
 

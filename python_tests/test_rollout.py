@@ -181,7 +181,7 @@ def test_a_stream_that_is_left_early_costs_the_next_rollout_nothing(model, promp
     rollout = stream(model, prompts, engine)
     with pytest.raises(ZeroDivisionError):
         for _ in rollout:
-            1 / 0
+            raise ZeroDivisionError
     assert same(run(engine, prompts), run(model, prompts))
 
 
