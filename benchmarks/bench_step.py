@@ -31,6 +31,7 @@ from grpo_engine.model import Model  # noqa: E402
 from grpo_engine.rewards.pool import RewardPool  # noqa: E402
 from grpo_engine.rollout import Engine, derive_seeds, generate  # noqa: E402
 from grpo_engine.step import grpo_step  # noqa: E402
+from grpo_engine.tokenizer import PromptTokens  # noqa: E402
 from grpo_engine.types import Problem  # noqa: E402
 
 PROMPTS, GROUP, PROMPT, NEW = 32, 8, 8, 16
@@ -72,6 +73,7 @@ class Steps:
             loss=LossConfig(kl_coef=kl_coef),
             optimizer=OptimizerConfig(lr=LR),
         )
+        self.encode = PromptTokens(Words(), chat=False)
         self.pool = RewardPool(workers=1, timeout_s=10.0)  # the scorer is harmless: no worker is started
         self.number = 0
         self.flops = 0.0
@@ -82,8 +84,8 @@ class Steps:
         ledger = Ledger()
         with answer_lengths(self.lengths):
             outcome = grpo_step(
-                self.engine, self.reference, self.optimizer, self.problems, tokenizer=Words(), pool=self.pool,
-                config=self.config, step=self.number, ledger=ledger,
+                self.engine, self.reference, self.optimizer, self.problems, tokenizer=Words(), encode=self.encode,
+                pool=self.pool, config=self.config, step=self.number, ledger=ledger,
             )  # fmt: skip
         self.flops = ledger.flops_without_evaluation
         rollout = outcome.rollout

@@ -79,6 +79,7 @@ def pack(rollout: RolloutBatch, advantage: Tensor, *, sequences: Sequence[int]) 
         old_logprob=rollout.logprob[target_source],
         ref_logprob=None,
         advantage=torch.repeat_interleave(advantage.float()[index], answers),
+        temperature=rollout.temperature,
     )
 
 

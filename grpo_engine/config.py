@@ -25,6 +25,11 @@ Behaviour = Literal["ours", "paper"]  # of scorers
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def named_or_target(*names: str) -> str:
+    """The pattern of a setting that is one of some names, or "module:function" of the user's own."""
+    return f"^({'|'.join(names)})$|{plugins.TARGET}"
+
+
 class Config(pydantic.BaseModel):
     """What all configurations share: frozen, unknown keys refused."""
 
@@ -102,22 +107,30 @@ class RewardConfig(Config):
 
 
 class AdvantageConfig(Config):
-    """Group-relative advantages (`ops.group_advantages`)."""
+    """How rewards become advantages (`grpo_engine.advantages`)."""
 
-    std: Literal["unbiased", "population", "none"] = "unbiased"
-    eps: NonNegative = 1e-6
+    estimator: Annotated[str, Field(pattern=named_or_target("grpo", "dr_grpo", "rloo", "reinforce_pp"))] = "grpo"
+    std: Literal["unbiased", "population", "none"] = "unbiased"  # estimator=grpo: see `ops.group_advantages`
+    eps: NonNegative = 1e-6  # estimator=grpo and reinforce_pp: added to the standard deviation
+
+    @pydantic.model_validator(mode="after")
+    def _std(self) -> AdvantageConfig:
+        if self.std != "unbiased" and self.estimator in ("dr_grpo", "rloo", "reinforce_pp"):
+            raise ValueError(f"std belongs to estimator=grpo, got std={self.std} and estimator={self.estimator}")
+        return self
 
 
 class LossConfig(Config):
     """The policy loss (`ops.policy_loss`)."""
 
-    objective: Literal["clip", "cispo"] = "clip"
+    objective: Annotated[str, Field(pattern=named_or_target("clip", "cispo"))] = "clip"  # or your own: `grpo_engine.loss`
     ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     clip_high: NonNegative = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_coef: NonNegative = 0.001  # 0 loads no reference model
+    kl_ratio: bool = False  # multiply each KL estimate by the ratio
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant_length: Positive | None = None  # tokens; aggregation=constant divides by N * this
 

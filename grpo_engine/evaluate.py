@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from grpo_engine.config import RunConfig
+from grpo_engine.config import EvalConfig, RolloutConfig, RunConfig
 from grpo_engine.ledger import Ledger
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.rollout import Ask, Engine, Progress, derive_seeds
+from grpo_engine.rollout import Engine, Progress, SamplingRequest, derive_seeds
 from grpo_engine.tokenizer import Tokenizer
 from grpo_engine.types import EvalSet, Problem
 
@@ -61,23 +61,29 @@ def evaluate(
     eval_sets: Sequence[EvalSet],
     *,
     tokenizer: Tokenizer,
+    encode: Callable[[Problem], Sequence[int]],
     pool: RewardPool,
-    config: RunConfig,
+    evaluation: EvalConfig,
+    rollout: RolloutConfig,
+    seed: int,
     ledger: Ledger | None = None,
     progress: Progress | None = None,
 ) -> list[EvalResult]:
-    """Answers every problem of some sets in every mode, all in one rollout, and scores the answers.
+    """Samples responses to every problem of some sets in every mode, all in one rollout, and scores them.
 
-    The modes are sampled answers and, with config.evaluation.greedy, one answer each at temperature 0. The draws
-    depend on the run's seed, the set and the problem's place in it, not on the step, nor on what else is evaluated:
-    every evaluation of a run uses the same random numbers, so that curves move with the weights.
+    The modes are sampled responses and, with evaluation.greedy, one response each at temperature 0. The random numbers
+    depend on the run's seed, the set and the problem's index in it, not on the step, nor on what else is evaluated:
+    every evaluation of a run uses the same ones, so that curves move with the weights.
 
     Args:
-        engine: answers with its model, the policy.
+        engine: samples with its model, the policy.
         eval_sets: problems.
-        tokenizer: text to tokens and back.
-        pool: scores answers.
-        config: evaluation.temperature, .samples and .greedy, rollout limits, seed, and model.kind for the prompt's form.
+        tokenizer: decodes responses, and has the tokens that end them.
+        encode: a problem's prompt in tokens.
+        pool: scores responses.
+        evaluation: temperature, samples and greedy are read.
+        rollout: lengths, filters, pages and batch limits.
+        seed: of the run.
         ledger: books the cost under "evaluation".
         progress: of the rollout.
 
@@ -85,61 +91,62 @@ def evaluate(
         An `EvalResult` for each set and mode: set by set, sampled before greedy.
 
     Raises:
-        ValueError: an empty set, or what `Engine.generate_all` raises.
+        ValueError: an empty set, or what `Engine.stream` raises.
     """
-    asks: list[tuple[EvalSet, Ask]] = []
+    requests: list[tuple[EvalSet, SamplingRequest]] = []
     for eval_set in eval_sets:
-        asks += [(eval_set, ask) for ask in _asks(eval_set, tokenizer, config)]
-    problems = [p for eval_set, ask in asks for p in eval_set.problems for _ in range(ask.group_size)]
+        requests += [(eval_set, request) for request in _requests(eval_set, encode, evaluation, rollout, seed)]
+    problems = [p for eval_set, request in requests for p in eval_set.problems for _ in range(request.group_size)]
     ledger = ledger or Ledger()
     with pool.begin(problems) as scoring:
-
-        def answered(sequences: list[int], answers: list[list[int]]) -> None:
+        sampling = engine.stream(
+            [request for _, request in requests], stop_ids=tokenizer.stop_ids, config=rollout, ledger=ledger,
+            phase="evaluation", progress=progress,
+        )  # fmt: skip
+        for sequences, responses in sampling:
             with ledger.timed("evaluation"):
-                scoring.add(sequences, map(tokenizer.decode, answers))
-
-        engine.generate_all([ask for _, ask in asks], stop_ids=tokenizer.stop_ids, config=config.rollout,
-                            ledger=ledger, phase="evaluation", progress=progress, answered=answered)  # fmt: skip
+                scoring.add(sequences, map(tokenizer.decode, responses))
         with ledger.timed("evaluation"):
             rewards = scoring.finish()
     results, first = [], 0
-    for eval_set, ask in asks:
-        last = first + ask.num_sequences
-        results.append(_result(eval_set, ask, [r.value for r in rewards[first:last]]))
+    for eval_set, request in requests:
+        last = first + request.num_sequences
+        results.append(_result(eval_set, request, [r.value for r in rewards[first:last]]))
         first = last
     return results
 
 
-def _asks(eval_set: EvalSet, tokenizer: Tokenizer, config: RunConfig) -> list[Ask]:
-    """What a set asks for: sampled answers, then greedy ones."""
+def _requests(
+    eval_set: EvalSet, encode: Callable[[Problem], Sequence[int]], evaluation: EvalConfig, rollout: RolloutConfig, seed: int
+) -> list[SamplingRequest]:
+    """Sampled responses, then greedy ones."""
     if not eval_set.problems:
         raise ValueError(f"evaluate: set {eval_set.name!r} holds no problem")
-    chat = config.model.kind == "instruct"
-    prompts = [tokenizer.encode_prompt(p.prompt, chat) for p in eval_set.problems]
+    prompts = [encode(p) for p in eval_set.problems]
     name = int.from_bytes(eval_set.name.encode()[:8], "little")
-    modes = [(config.evaluation.samples, config.evaluation.temperature), (1, 0.0)]
+    modes = [(evaluation.samples, evaluation.temperature), (1, 0.0)]
     return [
-        Ask(
+        SamplingRequest(
             prompts=prompts,
             group_size=samples,
-            seeds=derive_seeds(config.seed, EVALUATION_STREAM, name, count=len(prompts) * samples),
+            seeds=derive_seeds(seed, EVALUATION_STREAM, name, count=len(prompts) * samples),
             temperature=temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
+            max_new_tokens=rollout.max_new_tokens,
         )
-        for samples, temperature in (modes if config.evaluation.greedy else modes[:1])
+        for samples, temperature in (modes if evaluation.greedy else modes[:1])
     ]
 
 
-def _result(eval_set: EvalSet, ask: Ask, values: Sequence[float]) -> EvalResult:
-    P, samples = len(ask.prompts), ask.group_size
+def _result(eval_set: EvalSet, request: SamplingRequest, values: Sequence[float]) -> EvalResult:
+    P, samples = len(request.prompts), request.group_size
     rewards = torch.tensor(values, dtype=torch.float64, device="cpu").view(P, samples)
     by_problem = rewards.mean(dim=1)
     counted = bool(((rewards == 0) | (rewards == 1)).all())
     return EvalResult(
         eval_set=eval_set.name,
         in_domain=eval_set.in_domain,
-        mode="sample" if ask.temperature else "greedy",
-        temperature=ask.temperature,
+        mode="sample" if request.temperature else "greedy",
+        temperature=request.temperature,
         num_problems=P,
         num_samples=samples,
         pass1=by_problem.mean().item(),

@@ -1,7 +1,7 @@
-"""Prompts in, answers out: drives the native scheduler, the paged KV cache and the model.
+"""Prompts in, responses out: drives the native scheduler, the paged KV cache and the model.
 
 The C++ scheduler (csrc/rollout) decides what each step computes, `model_runner` runs the model on it, and this module
-hands the drawn tokens back. An answer depends on its prompt, its seed and the weights alone: not on the batch, the
+hands the sampled tokens back. A response depends on its prompt, its seed and the weights alone: not on the batch, the
 number of pages, preemption, or whether the host plans ahead.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from grpo_engine.model import Model, packed_positions
 from grpo_engine.model_runner import Filters, ModelRunner, StartedStep
 from grpo_engine.types import RolloutBatch, RolloutStats
 
-Progress = Callable[[int, int], None]  # (answers finished, answers asked for)
-Answered = Callable[[list[int], list[list[int]]], None]  # (sequences that a step finished, their answer tokens)
+Progress = Callable[[int, int], None]  # (responses finished, responses requested)
 
 
 def derive_seeds(*parts: int, count: int) -> Tensor:
@@ -55,12 +54,12 @@ def _mix(x: np.uint64) -> np.uint64:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """Prompts that are answered alike: one of the parts that `Engine.generate_all` answers together."""
+class SamplingRequest:
+    """Prompts that are sampled alike. A rollout may hold several requests, whose sequences share its batches."""
 
     prompts: Sequence[Sequence[int]]  # P, each a non-empty list of token ids in [0, V)
-    group_size: int  # G >= 1 answers to each
-    seeds: Tensor  # [P*G] int64, one for each answer, row p*G + g (see `derive_seeds`)
+    group_size: int  # G >= 1 responses to each
+    seeds: Tensor  # [P*G] int64, one for each response, row p*G + g (see `derive_seeds`)
     temperature: float  # 0 is greedy
     max_new_tokens: int
 
@@ -70,7 +69,7 @@ class Ask:
 
 
 class Engine:
-    """Answers prompts with a model, and keeps what outlives a rollout: KV pages, buffers and, on CUDA, graphs.
+    """Samples responses to prompts, and keeps what outlives a rollout: KV pages, buffers and, on CUDA, graphs.
 
     A run that owns one pays for them once. Weights may change between rollouts where they lie, as an optimizer does it.
     Pages and graphs are made anew when a rollout needs more pages or more running sequences than any before it, when a
@@ -80,7 +79,7 @@ class Engine:
     Args:
         model: the policy, on any device.
         lookahead: start a step before the tokens of the one before are known on the host, so that the device never waits
-            for it; answers that stop meanwhile cost a row that is dropped. None: on CUDA.
+            for it; responses that stop meanwhile cost a row that is dropped. None: on CUDA.
         graphs: run steps of one token a sequence from static buffers, padded to a few sizes, and on CUDA as graphs. None:
             on CUDA. On the CPU it only pads, for tests.
         keep: False gives everything back after each rollout, where training needs the room.
@@ -111,21 +110,19 @@ class Engine:
         ledger: Ledger | None = None,
         phase: str | None = None,
         progress: Progress | None = None,
-        answered: Answered | None = None,
     ) -> RolloutBatch:
-        """Samples `group_size` answers to each prompt.
+        """Samples `group_size` responses to each prompt.
 
         Args:
             prompts: P prompts, each a non-empty list of token ids in [0, V).
             group_size: G >= 1.
-            seeds: [P*G] int64, one for each answer, row p*G + g (see `derive_seeds`).
-            stop_ids: an answer ends with any of these ("stop"); the stop token belongs to the answer.
+            seeds: [P*G] int64, one for each response, row p*G + g (see `derive_seeds`).
+            stop_ids: a response ends with any of these ("stop"); the stop token belongs to the response.
             config: lengths, filters, pages and batch limits.
             temperature: overrides config.temperature; 0 is greedy.
             ledger: books the cost, under "prefill" and "decode" or, when given, under `phase`.
             phase: see ledger.
             progress: called after each step.
-            answered: called after each step with the answers that it finished.
 
         Returns:
             A `RolloutBatch`, on the CPU. Its log-probs and entropies are those of softmax(logits / temperature) - of
@@ -133,54 +130,66 @@ class Engine:
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, the wrong number of seeds, a prompt that with
-                its answer exceeds the model's positions or the page pool; the prompt is named.
+                its response exceeds the model's positions or the page pool; the prompt is named.
             RuntimeError: the model's logits hold NaN or infinity; the sequence and position are named.
         """
-        ask = Ask(
+        request = SamplingRequest(
             prompts=prompts,
             group_size=group_size,
             seeds=seeds,
             temperature=config.temperature if temperature is None else temperature,
             max_new_tokens=config.max_new_tokens,
         )
-        return self.generate_all(
-            [ask], stop_ids=stop_ids, config=config, ledger=ledger, phase=phase, progress=progress, answered=answered
-        )[0]
+        (batch,) = self.stream(
+            [request], stop_ids=stop_ids, config=config, ledger=ledger, phase=phase, progress=progress
+        ).run()
+        return batch
 
-    def generate_all(
+    def stream(
         self,
-        asks: Sequence[Ask],
+        requests: Sequence[SamplingRequest],
         *,
         stop_ids: Sequence[int],
         config: RolloutConfig,
         ledger: Ledger | None = None,
         phase: str | None = None,
         progress: Progress | None = None,
-        answered: Answered | None = None,
-    ) -> list[RolloutBatch]:
-        """Answers several asks in one go, so that the batch stays full until the last of them runs out.
+    ) -> Rollout:
+        """A rollout of several requests, for the caller to iterate over: the batch stays full until the last runs out.
 
-        An answer is the one that `generate` gives for its ask alone. Sequences are numbered through all asks.
+        A response has the tokens that `generate` gives for its request alone. Sequences are numbered through all requests.
 
         Args:
-            asks: what to answer.
-            stop_ids, ledger, phase, progress, answered: see `generate`.
-            config: filters, pages and batch limits; its temperature and max_new_tokens are the asks' own.
+            requests: what to sample.
+            stop_ids, ledger, phase, progress: see `generate`.
+            config: filters, pages and batch limits; its temperature and max_new_tokens are the requests' own.
 
         Returns:
-            A `RolloutBatch` for each ask; their `stats` are those of the whole.
+            A `Rollout`. Nothing is computed before it is iterated over.
 
         Raises:
-            ValueError, RuntimeError: see `generate`; prompts are numbered through all asks.
+            ValueError: see `generate`; prompts are numbered through all requests.
         """
-        scheduler = _queue(self.model, asks, stop_ids, config, lookahead=self.lookahead)
-        N = sum(ask.num_sequences for ask in asks)
+        scheduler = _queue(self.model, requests, stop_ids, config, lookahead=self.lookahead)
+        return Rollout(self, scheduler, requests, config, ledger, phase, progress)
+
+    def _run(
+        self,
+        scheduler: _C.Scheduler,
+        requests: Sequence[SamplingRequest],
+        config: RolloutConfig,
+        ledger: Ledger | None,
+        phase: str | None,
+        progress: Progress | None,
+    ) -> Iterator[Finished | list[RolloutBatch]]:
+        """What each step finished; last of all, the batches."""
+        N = sum(request.num_sequences for request in requests)
         drawn: list[tuple[Tensor, ...]] = []
-        wanted: list[Tensor] = []  # with lookahead: which of those; the others are of answers that had stopped
+        wanted: list[Tensor] = []  # with lookahead: which of those; the others are of responses that had stopped
         seconds = {"prefill": 0.0, "decode": 0.0}
         ended_N, finished = np.zeros(N, dtype=bool), 0
-        with torch.inference_mode(), self.runner.running():
-            self._prepare(scheduler, asks, config)
+        with self.runner.running():
+            self._prepare(scheduler, requests, config)
             start = time.perf_counter()
             for plan, samples in self._steps(scheduler):
                 sequence, position = torch.from_numpy(plan.sample_seq), torch.from_numpy(plan.sample_position)
@@ -194,11 +203,11 @@ class Engine:
                 seconds["prefill"] += took * (1.0 - decode_share)
                 seconds["decode"] += took * decode_share
                 finished += len(ended)
-                if answered is not None:
-                    answered(ended, [scheduler.answer(sequence) for sequence in ended])
                 if progress is not None:
                     progress(finished, N)
-                start = time.perf_counter()  # what the callers do with answers is not the rollout's time
+                if ended:
+                    yield Finished(ended, [scheduler.answer(sequence) for sequence in ended])
+                start = time.perf_counter()  # what the caller does with responses is not the rollout's time
         stats = _stats(scheduler, seconds)
         if ledger is not None:
             _book(ledger, phase, self.model, scheduler.totals, stats)
@@ -208,15 +217,15 @@ class Engine:
             columns = tuple(column[wanted_rows] for column in columns)
         if not self.keep:
             self.release()
-        return _collect(scheduler, asks, columns, stats)
+        yield _collect(scheduler, requests, columns, stats)
 
-    def _prepare(self, scheduler: _C.Scheduler, asks: Sequence[Ask], config: RolloutConfig) -> None:
-        temperatures = np.array([ask.temperature for ask in asks], dtype=np.float32)
+    def _prepare(self, scheduler: _C.Scheduler, requests: Sequence[SamplingRequest], config: RolloutConfig) -> None:
+        temperatures = np.array([request.temperature for request in requests], dtype=np.float32)
         self.runner.prepare(
             num_pages=scheduler.num_pages,
             page_size=config.page_size,
             max_running=scheduler.max_running,
-            temperature_N=temperatures.repeat(np.array([ask.num_sequences for ask in asks], dtype=np.int64)),
+            temperature_N=temperatures.repeat(np.array([r.num_sequences for r in requests], dtype=np.int64)),
             filters=Filters(
                 top_k=config.top_k,
                 top_p=config.top_p if config.top_p < 1.0 else None,
@@ -228,11 +237,59 @@ class Engine:
         """Each step's plan and samples, for the caller to commit; with lookahead, once the next step is started."""
         under_way: deque[tuple[_C.StepPlan, StartedStep]] = deque()
         while scheduler.has_work() or under_way:
-            while scheduler.has_work() and len(under_way) <= self.lookahead:
-                plan = scheduler.schedule()
-                under_way.append((plan, self.runner.start(plan)))
-            plan, step = under_way.popleft()
-            yield plan, step.finish()
+            with torch.inference_mode():  # left before the caller goes on
+                while scheduler.has_work() and len(under_way) <= self.lookahead:
+                    plan = scheduler.schedule()
+                    under_way.append((plan, self.runner.start(plan)))
+                plan, step = under_way.popleft()
+                samples = step.finish()
+            yield plan, samples
+
+
+class Finished(NamedTuple):
+    """The responses that one step of a rollout finished."""
+
+    sequences: list[int]  # which, numbered through all requests
+    responses: list[list[int]]  # their tokens, the stop token included
+
+
+class Rollout:
+    """A rollout to iterate over: it runs as it is read, and yields the responses of each step as they finish.
+
+    Example:
+        rollout = engine.stream([request], stop_ids=stop_ids, config=config)
+        for sequences, responses in rollout:
+            ...  # score them while the others are sampled
+        (batch,) = rollout.batches
+    """
+
+    def __init__(self, engine: Engine, *arguments: Any) -> None:
+        self._steps = engine._run(*arguments)
+        self._batches: list[RolloutBatch] | None = None
+
+    def __iter__(self) -> Iterator[Finished]:
+        for item in self._steps:
+            if isinstance(item, Finished):
+                yield item
+            else:
+                self._batches = item
+
+    @property
+    def batches(self) -> list[RolloutBatch]:
+        """A `RolloutBatch` for each request; their `stats` are those of the whole rollout.
+
+        Raises:
+            RuntimeError: the rollout was not read to its end.
+        """
+        if self._batches is None:
+            raise RuntimeError("Rollout.batches: wanted after the rollout was iterated over to its end")
+        return self._batches
+
+    def run(self) -> list[RolloutBatch]:
+        """Runs it to its end; see `batches`."""
+        for _ in self:
+            pass
+        return self.batches
 
 
 def generate(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> RolloutBatch:
@@ -241,16 +298,16 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> 
 
 
 def _queue(
-    model: Model, asks: Sequence[Ask], stop_ids: Sequence[int], config: RolloutConfig, *, lookahead: bool
+    model: Model, requests: Sequence[SamplingRequest], stop_ids: Sequence[int], config: RolloutConfig, *, lookahead: bool
 ) -> _C.Scheduler:
-    """A scheduler that holds every prompt, with pages for as many answers as may run."""
+    """A scheduler that holds every prompt, with pages for as many sequences as may run."""
     first = 0
-    for ask in asks:
-        _check_ask(model, ask, first)
-        first += len(ask.prompts)
-    longest = max((len(p) + ask.max_new_tokens for ask in asks for p in ask.prompts), default=1)
-    most = max((ask.group_size for ask in asks), default=1)
-    max_running = max(min(config.max_running, sum(ask.num_sequences for ask in asks)), most)
+    for request in requests:
+        _check_request(model, request, first)
+        first += len(request.prompts)
+    longest = max((len(p) + request.max_new_tokens for request in requests for p in request.prompts), default=1)
+    most = max((request.group_size for request in requests), default=1)
+    max_running = max(min(config.max_running, sum(request.num_sequences for request in requests)), most)
     pages_each = -(-longest // config.page_size)
     scheduler = _C.Scheduler(
         config.num_pages or (max_running + 1) * pages_each,
@@ -260,14 +317,14 @@ def _queue(
         lookahead=lookahead,
     )
     number = 0
-    for ask in asks:
-        G, seeds = ask.group_size, ask.seeds.tolist()
-        for p, prompt in enumerate(ask.prompts):
+    for request in requests:
+        G, seeds = request.group_size, request.seeds.tolist()
+        for p, prompt in enumerate(request.prompts):
             try:
                 scheduler.add_group(
                     prompt,
                     group_size=G,
-                    max_new_tokens=ask.max_new_tokens,
+                    max_new_tokens=request.max_new_tokens,
                     seeds=seeds[p * G : (p + 1) * G],
                     stop_ids=stop_ids,
                 )
@@ -277,24 +334,24 @@ def _queue(
     return scheduler
 
 
-def _check_ask(model: Model, ask: Ask, first: int) -> None:
-    G, wanted = ask.group_size, ask.num_sequences
+def _check_request(model: Model, request: SamplingRequest, first: int) -> None:
+    G, wanted = request.group_size, request.num_sequences
     if G < 1:
         raise ValueError(f"generate: group_size must be >= 1, got {G}")
-    if ask.seeds.shape != (wanted,) or ask.seeds.dtype != torch.int64:
+    if request.seeds.shape != (wanted,) or request.seeds.dtype != torch.int64:
         raise ValueError(
-            f"generate: seeds must be [P*G] = [{wanted}] int64, got {list(ask.seeds.shape)} {ask.seeds.dtype}"
+            f"generate: seeds must be [P*G] = [{wanted}] int64, got {list(request.seeds.shape)} {request.seeds.dtype}"
         )
     V, limit = model.config.vocab_size, model.config.max_position_embeddings
-    for p, prompt in enumerate(ask.prompts, start=first):
+    for p, prompt in enumerate(request.prompts, start=first):
         if len(prompt) == 0:
             raise ValueError(f"generate: prompt {p} is empty")
         if min(prompt) < 0 or max(prompt) >= V:
             bad = next(t for t in prompt if not 0 <= t < V)
             raise ValueError(f"generate: prompt {p} holds token {bad}, outside the vocabulary [0, {V})")
-        if len(prompt) + ask.max_new_tokens > limit:
+        if len(prompt) + request.max_new_tokens > limit:
             raise ValueError(
-                f"generate: prompt {p} has {len(prompt)} tokens; with max_new_tokens={ask.max_new_tokens} that is "
+                f"generate: prompt {p} has {len(prompt)} tokens; with max_new_tokens={request.max_new_tokens} that is "
                 f"more than the model's {limit} positions"
             )
 
@@ -335,11 +392,11 @@ def _book(ledger: Ledger, phase: str | None, model: Model, totals: _C.SchedulerT
 
 
 def _collect(
-    scheduler: _C.Scheduler, asks: Sequence[Ask], drawn: tuple[Tensor, ...], stats: RolloutStats
+    scheduler: _C.Scheduler, requests: Sequence[SamplingRequest], drawn: tuple[Tensor, ...], stats: RolloutStats
 ) -> list[RolloutBatch]:
     """`drawn`: (sequence, position, token, log-prob, entropy) of all answer tokens; () when there are none."""
-    prompts = [prompt for ask in asks for prompt in ask.prompts]
-    answers_P = _int64(ask.group_size for ask in asks for _ in ask.prompts)
+    prompts = [prompt for request in requests for prompt in request.prompts]
+    answers_P = _int64(request.group_size for request in requests for _ in request.prompts)
     prompt_len_P = _int64(map(len, prompts))
     prompt_len_N = prompt_len_P.repeat_interleave(answers_P)
     N = prompt_len_N.numel()
@@ -359,8 +416,8 @@ def _collect(
     all_logprob[place] = logprob
     all_entropy[place] = entropy
     batches, first = [], 0
-    for ask in asks:
-        last = first + ask.num_sequences
+    for request in requests:
+        last = first + request.num_sequences
         a, b = int(cu_seqlens[first]), int(cu_seqlens[last])
         batches.append(
             RolloutBatch(
@@ -370,7 +427,8 @@ def _collect(
                 logprob=all_logprob[a:b],
                 entropy=all_entropy[a:b],
                 finish=tuple(scheduler.finish(n) for n in range(first, last)),
-                group_size=ask.group_size,
+                group_size=request.group_size,
+                temperature=request.temperature,
                 stats=stats,
             )
         )

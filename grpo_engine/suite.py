@@ -33,10 +33,10 @@ from grpo_engine.rewards.choice import chosen_letter
 from grpo_engine.rewards.extract import after_thinking, last_boxed
 from grpo_engine.rewards.math import spelling
 from grpo_engine.rewards.pool import RewardPool, reward_pool
-from grpo_engine.rollout import Ask, Engine, Progress, derive_seeds
+from grpo_engine.rollout import Engine, Progress, SamplingRequest, derive_seeds
 from grpo_engine.study.bootstrap import LEVEL, interval
 from grpo_engine.tasks.files import read_problems
-from grpo_engine.tokenizer import Tokenizer
+from grpo_engine.tokenizer import PromptTokens, Tokenizer
 from grpo_engine.types import Problem, Reward
 
 SUITES: dict[str, dict[str, str]] = {  # name of a set to its file in the data folder
@@ -150,9 +150,9 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
     _claim(out, what)
     done = _done(out / ANSWERS_FILE, sets, config.evaluation.samples)
     if len(done) < config.evaluation.samples * sum(map(len, sets.values())):
-        tokenizer, model, _ = tokenizer_and_model(config, folder)
+        tokenizer, encode, model, _ = tokenizer_and_model(config, folder)
         with reward_pool(config.reward) as pool:
-            done |= _answer(Engine(model), sets, done, out, tokenizer, pool, config, progress)
+            done |= _answer(Engine(model), sets, done, out, tokenizer, encode, pool, config, progress)
     results = [_result(name, problems, done, config) for name, problems in sets.items()]
     _write(out, results, sets, done, config)
     return results
@@ -245,6 +245,7 @@ def _answer(
     done: Done,
     out: Path,
     tokenizer: Tokenizer,
+    encode: PromptTokens,
     pool: RewardPool,
     config: RunConfig,
     progress: Progress | None,
@@ -253,7 +254,7 @@ def _answer(
     G, longest = config.evaluation.samples, engine.model.config.max_position_embeddings - config.rollout.max_new_tokens
     if config.rollout.max_prompt_tokens is not None:
         longest = min(longest, config.rollout.max_prompt_tokens)
-    asks: list[Ask] = []
+    requests: list[SamplingRequest] = []
     places: list[tuple[str, int]] = []  # of each prompt
     new: Done = {}
     with (out / ANSWERS_FILE).open("a") as file:
@@ -269,7 +270,7 @@ def _answer(
             for i, problem in enumerate(problems):
                 if (name, i, 0) in done:
                     continue
-                prompt = tokenizer.encode_prompt(problem.prompt, config.model.kind == "instruct")
+                prompt = encode(problem)
                 if len(prompt) > longest:
                     nothing = {"value": 0.0, "status": "ok", "finish": "prompt", "tokens": 0, "text": ""}
                     for sample in range(G):
@@ -279,27 +280,31 @@ def _answer(
                 chosen.append(i)
                 places.append((name, i))
             if prompts:
-                asks.append(Ask(prompts=prompts, group_size=G, seeds=seeds[chosen].flatten(),
-                                temperature=config.evaluation.temperature,
-                                max_new_tokens=config.rollout.max_new_tokens))  # fmt: skip
+                requests.append(
+                    SamplingRequest(
+                        prompts=prompts,
+                        group_size=G,
+                        seeds=seeds[chosen].flatten(),
+                        temperature=config.evaluation.temperature,
+                        max_new_tokens=config.rollout.max_new_tokens,
+                    )
+                )
         pending: dict[int, tuple[str, int, str]] = {}  # text, tokens, finish
 
-        def answered(sequences: list[int], answers: list[list[int]]) -> None:
-            texts = [tokenizer.decode(answer) for answer in answers]
-            for sequence, answer, text in zip(sequences, answers, texts, strict=True):
-                finish = "stop" if answer and answer[-1] in tokenizer.stop_ids else "length"
-                pending[sequence] = text, len(answer), finish
-            scoring.add(sequences, texts)
-
-        def settled(sequence: int, reward: Reward) -> None:
+        def on_scored(sequence: int, reward: Reward) -> None:
             (name, i), (text, tokens, finish) = places[sequence // G], pending.pop(sequence)
             keep(Answer(eval_set=name, problem=i, sample=sequence % G, value=reward.value, status=reward.status,
                         finish=finish, tokens=tokens, text=text))  # fmt: skip
 
-        with pool.begin([sets[name][i] for name, i in places for _ in range(G)], settled=settled) as scoring:
-            if asks:
-                engine.generate_all(asks, stop_ids=tokenizer.stop_ids, config=config.rollout, progress=progress,
-                                    answered=answered)  # fmt: skip
+        with pool.begin([sets[name][i] for name, i in places for _ in range(G)], on_scored=on_scored) as scoring:
+            if requests:
+                sampling = engine.stream(requests, stop_ids=tokenizer.stop_ids, config=config.rollout, progress=progress)
+                for sequences, responses in sampling:
+                    texts = [tokenizer.decode(response) for response in responses]
+                    for sequence, response, text in zip(sequences, responses, texts, strict=True):
+                        finish = "stop" if response and response[-1] in tokenizer.stop_ids else "length"
+                        pending[sequence] = text, len(response), finish
+                    scoring.add(sequences, texts)
             scoring.finish()
     return new
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_engine import records
+from grpo_engine.types import Problem
 
 if TYPE_CHECKING:
     import transformers
@@ -44,6 +46,28 @@ class Tokenizer(Protocol):
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
         """Tokens that a model is given to answer: the plain text, or with chat a user's turn for instruct models."""
         ...
+
+
+class PromptTokens:
+    """Prompts in tokens. Each is tokenised once, however often it is asked for.
+
+    Example:
+        encode = PromptTokens(tokenizer, chat=True)
+        encode(problem)  # array("i", [...])
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, chat: bool) -> None:
+        """chat: give each prompt as a user's turn, for instruct models."""
+        self._tokenizer, self._chat = tokenizer, chat
+        self._known: dict[str, array.array[int]] = {}  # four bytes a token, where a list takes 36
+
+    def __call__(self, problem: Problem) -> array.array[int]:
+        """The tokens that a model is given to answer this problem."""
+        tokens = self._known.get(problem.prompt)
+        if tokens is None:
+            tokens = array.array("i", self._tokenizer.encode_prompt(problem.prompt, self._chat))
+            self._known[problem.prompt] = tokens
+        return tokens
 
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_engine import checkpoint, device, footprint, hub, plugins, pretrain, records, weights
+from grpo_engine import advantages, checkpoint, device, footprint, hub, loss, plugins, pretrain, records, weights
 from grpo_engine.config import RewardConfig, RunConfig, TaskConfig
 from grpo_engine.cost import total_cost
 from grpo_engine.evaluate import EvalResult, eval_steps, evaluate
@@ -30,7 +30,7 @@ from grpo_engine.rewards.pool import reward_pool
 from grpo_engine.rollout import Engine
 from grpo_engine.step import StepOutcome, grpo_step, learning_rate
 from grpo_engine.tasks.subset import difficulty, subset
-from grpo_engine.tokenizer import Tokenizer, load_tokenizer
+from grpo_engine.tokenizer import PromptTokens, Tokenizer, load_tokenizer
 from grpo_engine.types import Problem, Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,14 +81,17 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
     task = load_task(config.task, seed=config.seed, needed=1, reward=config.reward)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
-    tokenizer, model, _ = tokenizer_and_model(config, folder)
+    tokenizer, encode, model, _ = tokenizer_and_model(config, folder)
     with reward_pool(config.reward) as pool:
-        return evaluate(Engine(model), list(task.evals.values()), tokenizer=tokenizer, pool=pool, config=config)
+        return evaluate(
+            Engine(model), list(task.evals.values()), tokenizer=tokenizer, encode=encode, pool=pool,
+            evaluation=config.evaluation, rollout=config.rollout, seed=config.seed,
+        )  # fmt: skip
 
 
 def tokenizer_and_model(
     config: RunConfig, folder: Path | None, train_on: Task | None = None
-) -> tuple[Tokenizer, Model, bool]:
+) -> tuple[Tokenizer, PromptTokens, Model, bool]:
     """What a run starts from.
 
     Args:
@@ -97,7 +100,7 @@ def tokenizer_and_model(
         train_on: what the model is to be trained on, for which there must be room; None: it only answers.
 
     Returns:
-        The tokenizer, the model on the device, and whether pages may stay beside training.
+        The tokenizer, prompts in its tokens, the model on the device, and whether pages may stay beside training.
 
     Raises:
         ValueError: more tokens than the model has, a prompt without room for an answer, a bad folder, or no room.
@@ -107,9 +110,10 @@ def tokenizer_and_model(
     m = config.model
     folder = folder or pretrain.ensure_model(m.size, m.kind, seed=m.seed)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
+    encode = PromptTokens(tokenizer, chat=m.kind == "instruct")
     pages_stay = True
     if train_on is not None:
-        sizes, longest = weights.read_config(folder), _longest(train_on, tokenizer, config)
+        sizes, longest = weights.read_config(folder), _longest(train_on, encode, config.rollout.max_prompt_tokens)
         _require_positions(sizes.max_position_embeddings, longest, config)
         pages_stay = footprint.require_room(config, sizes, longest)
     model = weights.load_model(
@@ -119,7 +123,7 @@ def tokenizer_and_model(
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
         )
-    return tokenizer, model, pages_stay
+    return tokenizer, encode, model, pages_stay
 
 
 def _require_positions(positions: int, longest: int, config: RunConfig) -> None:
@@ -133,13 +137,13 @@ def _require_positions(positions: int, longest: int, config: RunConfig) -> None:
         )
 
 
-def _longest(task: Task, tokenizer: Tokenizer, config: RunConfig) -> int:
+def _longest(task: Task, encode: PromptTokens, limit: int | None) -> int:
     """Tokens of the longest prompt, of those that are not left out."""
     problems = [*task.train, *(p for s in task.evals.values() for p in s.problems)]
     # only the longest texts are read: a text of half their length has hardly more tokens
     longest = sorted(problems, key=lambda p: len(p.prompt))[-64:]
-    tokens = max(len(tokenizer.encode_prompt(p.prompt, config.model.kind == "instruct")) for p in longest)
-    return min(tokens, config.rollout.max_prompt_tokens or tokens)
+    tokens = max(len(encode(p)) for p in longest)
+    return min(tokens, limit or tokens)
 
 
 class Run:
@@ -197,6 +201,7 @@ class Run:
     def _load(self) -> None:
         c = self.config
         keep_freed_memory()
+        advantages.estimator(c.advantage), loss.objective(c.loss)  # of the user's own: found now, or named
         folder = None
         if c.model.path is not None:
             folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
@@ -204,13 +209,13 @@ class Run:
         self.task = load_task(
             c.task, seed=c.seed, needed=c.steps * c.batch.prompts, reward=c.reward
         )
-        self.tokenizer, self.model, pages_stay = tokenizer_and_model(c, folder, self.task)
+        self.tokenizer, self.encode, self.model, pages_stay = tokenizer_and_model(c, folder, self.task)
         self.engine = Engine(self.model, keep=pages_stay)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if needs_reference else None
         self.optimizer = adamw(
             self.model.parameters(),
-            lr=learning_rate(c, 1),
+            lr=learning_rate(c.optimizer, 1),
             betas=c.optimizer.betas,
             eps=c.optimizer.eps,
             weight_decay=c.optimizer.weight_decay,
@@ -238,12 +243,11 @@ class Run:
     def _leave_out_long_prompts(self) -> None:
         """Keeps what fits into rollout.max_prompt_tokens, in training and in evaluation, and counts the rest."""
         whole, limit = self.task, self.config.rollout.max_prompt_tokens
-        chat = self.config.model.kind == "instruct"
 
         def fitting(what: str, problems: Sequence[Problem]) -> Sequence[Problem]:
             if limit is None:
                 return problems
-            kept = [p for p in problems if len(self.tokenizer.encode_prompt(p.prompt, chat)) <= limit]
+            kept = [p for p in problems if len(self.encode(p)) <= limit]
             if not kept:
                 raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no problem {what}")
             return kept
@@ -350,6 +354,7 @@ class Run:
             self.optimizer,
             self._problems(step),
             tokenizer=self.tokenizer,
+            encode=self.encode,
             pool=self.pool,
             config=self.config,
             step=step,
@@ -401,8 +406,11 @@ class Run:
             self.engine,
             sets,
             tokenizer=self.tokenizer,
+            encode=self.encode,
             pool=self.pool,
-            config=self.config,
+            evaluation=self.config.evaluation,
+            rollout=self.config.rollout,
+            seed=self.config.seed,
             ledger=self.ledger,
             progress=self.progress.rollout,
         )

@@ -84,6 +84,7 @@ class RolloutBatch:
     entropy: Tensor  # [T] float32, nats, of the distribution that token t was drawn from; 0 at prompt tokens
     finish: tuple[FinishReason, ...]  # N
     group_size: int
+    temperature: float  # that the logits were divided by; 0: greedy
     stats: RolloutStats
 
     @property
@@ -120,6 +121,7 @@ class TrainBatch:
     old_logprob: Tensor  # [R] float32, of the policy that sampled
     ref_logprob: Tensor | None  # [R] float32, of the reference; None when the KL coefficient is 0
     advantage: Tensor  # [R] float32
+    temperature: float  # of old_logprob, hence of every log-prob that is compared with it
 
     @property
     def num_answer_tokens(self) -> int:

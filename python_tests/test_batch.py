@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from grpo_engine.batch import minibatches, pack
-from grpo_engine.config import LossConfig, RolloutConfig, RunConfig
+from grpo_engine.config import LossConfig, RolloutConfig
+from grpo_engine.loss import logprobs, policy_loss
 from grpo_engine.rollout import derive_seeds, generate
-from grpo_engine.step import logprobs, policy_loss
 from grpo_engine.types import RolloutBatch, RolloutStats
 
 NO_STATS = RolloutStats(
@@ -26,6 +26,7 @@ def example():
         entropy=torch.zeros(7),
         finish=("stop", "stop"),
         group_size=2,
+        temperature=0.5,
         stats=NO_STATS,
     )
 
@@ -40,6 +41,7 @@ def test_the_example_of_the_docstring():
     assert batch.rows.tolist() == [1, 2, 1] and batch.target.tolist() == [7, 2, 2]
     assert batch.cu_answers.tolist() == [0, 2, 3] and batch.num_sequences == 2 and batch.num_inputs == 5
     assert batch.old_logprob.tolist() == [-2.0, -3.0, -1.0] and batch.advantage.tolist() == [-0.5, -0.5, 0.5]
+    assert batch.temperature == 0.5
 
 
 def test_packing_does_not_follow_the_default_device():
@@ -61,16 +63,15 @@ def sampled():
 
 
 def gradient(model, rollout, advantage, budget, loss):
-    config = RunConfig(loss=loss)
     model.zero_grad()
     total = 0.0
     (minibatch,) = minibatches(rollout, advantage, count=1, tokens_per_micro_batch=budget)
     for micro in minibatch.micro_batches:
-        logprob = logprobs(model, micro, config)
+        logprob = logprobs(model, micro)
         # an old policy that differs, so that ratios are not all 1
         old = micro.old_logprob + 0.3 * torch.sin(micro.target.float())
         object.__setattr__(micro, "old_logprob", old)
-        result = policy_loss(logprob, micro, minibatch, config)
+        result = policy_loss(logprob, micro, minibatch, loss)
         result.loss.backward()
         total += result.loss.item()
     return len(minibatch.micro_batches), total, {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -106,15 +107,14 @@ def test_shared_prompts_give_the_gradient_of_whole_sequences(sampled):
 
 def test_shared_prompts_leave_fewer_tokens_and_the_same_bits(sampled):
     model, rollout, advantage = sampled
-    config = RunConfig()
     shared = pack(rollout, advantage, sequences=range(16))
     alone = pack(dataclasses.replace(rollout, group_size=1), advantage, sequences=range(16))
     prompts = rollout.prompt_len[::4].sum()
     assert alone.tokens.numel() - shared.tokens.numel() == 3 * prompts
     assert shared.num_inputs == alone.num_inputs == alone.tokens.numel()
     with torch.no_grad():
-        assert torch.equal(logprobs(model, shared, config), rollout.logprob[rollout.logprob != 0])
-        assert torch.equal(logprobs(model, shared, config), logprobs(model, alone, config))
+        assert torch.equal(logprobs(model, shared), rollout.logprob[rollout.logprob != 0])
+        assert torch.equal(logprobs(model, shared), logprobs(model, alone))
 
 
 def assert_same_step(rollout, many, one, other):

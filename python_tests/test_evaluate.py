@@ -12,6 +12,7 @@ from grpo_engine.ledger import Ledger
 from grpo_engine.rewards.pool import RewardPool
 from grpo_engine.rollout import Engine, derive_seeds, generate
 from grpo_engine.tasks.micro import MicroTokenizer, micro_task
+from grpo_engine.tokenizer import PromptTokens
 from grpo_engine.types import EvalSet, Reward
 
 
@@ -46,9 +47,16 @@ def config_of(seed=0, **evaluation):
     return RunConfig(seed=seed, evaluation={"samples": 2, **evaluation}, rollout={"max_new_tokens": 6})
 
 
+def parts_of(tokenizer, pool, **settings):
+    config = config_of(**settings)
+    encode = PromptTokens(tokenizer, chat=False)
+    return dict(tokenizer=tokenizer, encode=encode, pool=pool, evaluation=config.evaluation, rollout=config.rollout,
+                seed=config.seed)  # fmt: skip
+
+
 def run(setting, pool, *, sets=slice(0, 1), **settings):
     tokenizer, model, eval_sets = setting
-    return evaluate(Engine(model), eval_sets[sets], tokenizer=tokenizer, pool=pool, config=config_of(**settings))
+    return evaluate(Engine(model), eval_sets[sets], **parts_of(tokenizer, pool, **settings))
 
 
 def test_pass1_and_its_standard_error(setting):
@@ -100,7 +108,7 @@ def test_all_sets_at_once_give_the_answers_that_each_gives_alone(setting):
 def test_its_cost_is_booked_as_evaluation(setting):
     tokenizer, model, eval_sets = setting
     ledger = Ledger()
-    evaluate(Engine(model), eval_sets, tokenizer=tokenizer, pool=EveryThird(), config=config_of(), ledger=ledger)
+    evaluate(Engine(model), eval_sets, **parts_of(tokenizer, EveryThird()), ledger=ledger)
     assert ledger.flops_without_evaluation == 0.0
     (cost,) = ledger.close_step().values()
     assert cost.tokens > 0 and cost.flops > 0 and cost.seconds > 0
@@ -110,4 +118,4 @@ def test_an_empty_set_is_refused(setting):
     tokenizer, model, eval_sets = setting
     empty = EvalSet(name="none", in_domain=True, problems=[])
     with pytest.raises(ValueError, match="set 'none' holds no problem"):
-        evaluate(Engine(model), [*eval_sets, empty], tokenizer=tokenizer, pool=EveryThird(), config=RunConfig())
+        evaluate(Engine(model), [*eval_sets, empty], **parts_of(tokenizer, EveryThird()))

@@ -51,6 +51,18 @@ def test_custom_reward(monkeypatch, tmp_path):
     assert [(s["step"], s["reward_failures"]) for s in steps_of(tmp_path / "runs/custom_reward")] == [(1, 0), (2, 0)]
 
 
+def test_custom_loss(monkeypatch, tmp_path):
+    model = models.random_model(models.small_config(vocab=MicroTokenizer().vocab_size), scale=3.0)
+    weights.save_checkpoint(model, tmp_path / "model")
+    settings = ["model.size=null", f"model.path={tmp_path / 'model'}", *TINY, "steps=5", "batch.minibatches=2"]
+    run(monkeypatch, "custom_loss", *settings)
+    steps = steps_of(tmp_path / "runs/custom_loss")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5]
+    assert all(s["logprob_mismatch_max"] == 0.0 and s["clip_high_share"] is not None for s in steps)
+    moved = [s["step"] for s in steps if s["grad_norm"] > 0]
+    assert moved, "no group had rewards that differ, so nothing was tried"
+
+
 def test_custom_task(monkeypatch, tmp_path):
     shape = {"vocab": 270, "width": 32, "layers": 1, "heads": 4, "positions": 64}
     folder = models.save_qwen2(tmp_path / "model", ["1 2 3 :"], **shape)

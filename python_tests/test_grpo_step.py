@@ -14,6 +14,7 @@ from grpo_engine.model import ModelConfig
 from grpo_engine.optimizer import adamw
 from grpo_engine.rollout import Engine
 from grpo_engine.step import grpo_step
+from grpo_engine.tokenizer import PromptTokens
 from grpo_engine.types import Problem, Reward
 
 TINY = ModelConfig(
@@ -59,9 +60,10 @@ def two_steps(place, dtype, keep=True, **batch):
     optimizer = adamw(policy.parameters(), lr=1e-2, betas=(0.9, 0.999))
     settings = {"prompts": 2, "group_size": 3, "minibatches": 2, "tokens_per_micro_batch": 8}
     config = RunConfig(rollout={"max_new_tokens": 3}, optimizer={"lr": 1e-2}, batch=settings | batch)
+    encode = PromptTokens(Tokenizer(), chat=False)
     outcomes = [
-        grpo_step(engine, reference, optimizer, PROBLEMS, tokenizer=Tokenizer(), pool=Pool(), config=config, step=step,
-                  ledger=Ledger(device=place))
+        grpo_step(engine, reference, optimizer, PROBLEMS, tokenizer=Tokenizer(), encode=encode, pool=Pool(),
+                  config=config, step=step, ledger=Ledger(device=place))
         for step in (1, 2)
     ]  # fmt: skip
     assert (engine.runner.cache is not None) == keep

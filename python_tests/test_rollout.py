@@ -15,7 +15,7 @@ from grpo_engine.batch import minibatches
 from grpo_engine.config import RolloutConfig
 from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
 from grpo_engine.model_runner import padded_pages, padded_rows
-from grpo_engine.rollout import Ask, Engine, derive_seeds, generate
+from grpo_engine.rollout import Engine, SamplingRequest, derive_seeds, generate
 
 pytestmark = pytest.mark.usefixtures("device")
 PLENTY = RolloutConfig(max_new_tokens=24)
@@ -131,30 +131,58 @@ def test_progress_counts_answers(model, prompts):
     assert seen[-1] == (28, 28) and [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
-def test_asks_of_different_kinds_are_answered_together_as_alone(model, prompts):
+def test_requests_of_different_kinds_are_sampled_together_as_alone(model, prompts):
     kinds = [(prompts, 4, 1.0, 24), (prompts[:3], 1, 0.0, 5), (prompts[2:], 3, 0.7, 11)]
-    asks = [
-        Ask(prompts=p, group_size=g, seeds=derive_seeds(1, i, count=len(p) * g), temperature=t, max_new_tokens=n)
+    requests = [
+        SamplingRequest(
+            prompts=p, group_size=g, seeds=derive_seeds(1, i, count=len(p) * g), temperature=t, max_new_tokens=n
+        )
         for i, (p, g, t, n) in enumerate(kinds)
     ]
     for config in (PLENTY, SCARCE):
-        together = Engine(model).generate_all(asks, stop_ids=[7, 8], config=config)
-        for ask, batch in zip(asks, together, strict=True):
-            limits = config.model_copy(update={"max_new_tokens": ask.max_new_tokens})
+        together = Engine(model).stream(requests, stop_ids=[7, 8], config=config).run()
+        for request, batch in zip(requests, together, strict=True):
+            limits = config.model_copy(update={"max_new_tokens": request.max_new_tokens})
             alone = generate(
-                model, ask.prompts, group_size=ask.group_size, seeds=ask.seeds, stop_ids=[7, 8], config=limits,
-                temperature=ask.temperature,
+                model, request.prompts, group_size=request.group_size, seeds=request.seeds, stop_ids=[7, 8],
+                config=limits, temperature=request.temperature,
             )  # fmt: skip
-            assert same(batch, alone) and batch.group_size == ask.group_size
+            assert same(batch, alone) and batch.group_size == request.group_size
+            assert batch.temperature == alone.temperature == request.temperature
             assert torch.equal(batch.cu_seqlens, alone.cu_seqlens) and torch.equal(batch.prompt_len, alone.prompt_len)
 
 
-def test_each_answer_is_handed_over_once_it_is_finished(model, prompts):
+def stream(model, prompts, engine=None):
+    request = SamplingRequest(
+        prompts=prompts, group_size=4, seeds=derive_seeds(1, 2, count=4 * len(prompts)), temperature=1.0,
+        max_new_tokens=PLENTY.max_new_tokens,
+    )  # fmt: skip
+    return (engine or Engine(model)).stream([request], stop_ids=[7, 8], config=PLENTY)
+
+
+def test_a_stream_yields_each_response_when_it_is_finished(model, prompts):
+    rollout = stream(model, prompts)
+    with pytest.raises(RuntimeError, match="iterated over to its end"):
+        _ = rollout.batches
     steps = []
-    rollout = run(model, prompts, answered=lambda *step: steps.append(dict(zip(*step, strict=True))))
-    assert sum(map(len, steps)) == 28 and sum(map(bool, steps)) > 5  # not all at the end
-    heard = {n: answer for step in steps for n, answer in step.items()}
-    assert [heard[n] for n in range(28)] == rollout.answers()
+    for sequences, responses in rollout:
+        assert not torch.is_inference_mode_enabled()  # the caller's own code may need gradients
+        steps.append(dict(zip(sequences, responses, strict=True)))
+    assert sum(map(len, steps)) == 28 and len(steps) > 5 and all(steps)  # not all at the end
+    heard = {n: response for step in steps for n, response in step.items()}
+    (batch,) = rollout.batches
+    assert [heard[n] for n in range(28)] == batch.answers() and same(batch, run(model, prompts))
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_stream_that_is_left_early_costs_the_next_rollout_nothing(model, prompts, lookahead):
+    engine = Engine(model, lookahead=lookahead, graphs=False)
+    next(iter(stream(model, prompts, engine)))
+    rollout = stream(model, prompts, engine)
+    with pytest.raises(ZeroDivisionError):
+        for _ in rollout:
+            raise ZeroDivisionError
+    assert same(run(engine, prompts), run(model, prompts))
 
 
 def test_the_ledger_books_what_the_answers_took(model, prompts):
@@ -210,14 +238,16 @@ def test_planning_ahead_and_padding_change_no_bit(model, prompts, config, device
         assert got.stats.decode_tokens == want.stats.decode_tokens  # rows that were dropped are not counted
 
 
-def test_asks_of_different_kinds_planned_ahead(model, prompts):
-    asks = [
-        Ask(prompts=prompts[:p], group_size=g, seeds=derive_seeds(p, count=p * g), temperature=t, max_new_tokens=n)
+def test_requests_of_different_kinds_planned_ahead(model, prompts):
+    requests = [
+        SamplingRequest(
+            prompts=prompts[:p], group_size=g, seeds=derive_seeds(p, count=p * g), temperature=t, max_new_tokens=n
+        )
         for p, g, t, n in ((2, 4, 1.0, 8), (3, 1, 0.0, 1), (1, 2, 0.7, 2))
     ]
     config = BRIEF.model_copy(update={"top_p": 0.9, "top_k": 20, "max_running": 6})
     batches = [
-        engine.generate_all(asks, stop_ids=range(0, 97, 8), config=config)
+        engine.stream(requests, stop_ids=range(0, 97, 8), config=config).run()
         for engine in (plain(model), Engine(model, lookahead=True, graphs=True))
     ]
     for want, got in zip(*batches, strict=True):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_engine.config import RunConfig
+from grpo_engine.config import OptimizerConfig
 from grpo_engine.step import _on_policy_mismatch, learning_rate
 
 SAMPLED = torch.tensor([-1.0, -2.0, -3.0])
@@ -26,7 +26,7 @@ def test_a_mismatch_is_an_error_that_names_its_token_or_is_measured(wrong, by):
 
 def test_the_learning_rate_rises_from_the_first_step_and_then_stays():
     def rates(**optimizer):
-        config = RunConfig(optimizer={"lr": 0.4, **optimizer})
+        config = OptimizerConfig(lr=0.4, **optimizer)
         return [learning_rate(config, step) for step in range(1, 7)]
 
     assert rates(warmup_steps=4) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])

@@ -25,7 +25,7 @@ from grpo_engine import device as devices
 from grpo_engine import hub, ops, weights
 from grpo_engine.config import RolloutConfig
 from grpo_engine.model import Packed
-from grpo_engine.rollout import Ask, Engine, derive_seeds
+from grpo_engine.rollout import Engine, SamplingRequest, derive_seeds
 from grpo_engine.tokenizer import HFTokenizer
 from grpo_engine.train import DTYPES
 
@@ -172,14 +172,14 @@ class GrpoEngineLM(TemplateLM):
             parts = _grouped(
                 alike, lambda i: (settings[i]["temperature"], min(tokens, settings[i]["max_gen_toks"] - len(answers[i])))
             )
-            asks = [
-                Ask(
+            requests = [
+                SamplingRequest(
                     prompts=[prompts[i] + answers[i] for i in part], group_size=1, seeds=seeds[part],
                     temperature=temperature, max_new_tokens=new,
                 )
                 for (temperature, new), part in parts.items()
             ]  # fmt: skip
-            rollouts = self.engine.generate_all(asks, stop_ids=self.text.stop_ids, config=config)
+            rollouts = self.engine.stream(requests, stop_ids=self.text.stop_ids, config=config).run()
             for part, rollout in zip(parts.values(), rollouts, strict=True):
                 for i, answer, finish in zip(part, rollout.answers(), rollout.finish, strict=True):
                     yield i, answer, finish == "stop"

@@ -27,7 +27,7 @@ from grpo_engine.rewards.worker import Outcome, checked, prepare, run
 from grpo_engine.types import Problem, Reward
 
 Progress = Callable[[int, int], None]  # (answers scored, answers to score)
-Settled = Callable[[int, Reward], None]  # (which answer, what it is worth)
+OnScored = Callable[[int, Reward], None]  # (which response, its reward)
 
 MEMORY_BYTES = 4 << 30  # of a worker
 START_S = 60.0  # for a fresh worker to take up its first answer
@@ -87,14 +87,14 @@ class RewardPool:
         self._stop_lanes()
 
     def begin(
-        self, problems: Sequence[Problem], *, progress: Progress | None = None, settled: Settled | None = None
+        self, problems: Sequence[Problem], *, progress: Progress | None = None, on_scored: OnScored | None = None
     ) -> Scoring:
         """Opens the scoring of answers that are yet to come, so that workers score the first while others are made.
 
         Args:
             problems: N problems; problems[i].reward names the scorer of answer i.
             progress: called after each answer with how many are scored and N.
-            settled: called with each answer's place and reward, in the order in which they are scored.
+            on_scored: called with each response's index and reward, in the order in which they are scored.
 
         Returns:
             A `Scoring`, to be used as a context manager; another one waits until it is left.
@@ -106,7 +106,7 @@ class RewardPool:
         targets = {name: scorer_target(name) for name in dict.fromkeys(p.reward for p in problems)}
         if not _PROGRAMS.isdisjoint(targets.values()):
             self._check_protections()
-        return Scoring(self, problems, targets, progress, settled)
+        return Scoring(self, problems, targets, progress, on_scored)
 
     def score(
         self, responses: Sequence[str], problems: Sequence[Problem], *, progress: Progress | None = None
@@ -184,10 +184,10 @@ class Scoring:
         problems: Sequence[Problem],
         targets: dict[str, str],
         progress: Progress | None,
-        settled: Settled | None,
+        on_scored: OnScored | None,
     ) -> None:
         self._pool, self._problems, self._targets = pool, problems, targets
-        self._progress, self._settled = progress, settled
+        self._progress, self._on_scored = progress, on_scored
         self._here = {name: import_scorer(target) for name, target in targets.items() if name in HARMLESS}
         self._rewards: list[Reward | None] = [None] * len(problems)
         self._responses: dict[int, str] = {}  # that workers have yet to score
@@ -230,7 +230,7 @@ class Scoring:
                     outcome = checked(self._here[problem.reward], response, problem)
                 except Exception as e:
                     outcome = Outcome(0.0, f"{type(e).__name__}: {e}")
-                self._settle(index, outcome, "error" if outcome.error else "ok")
+                self._record(index, outcome, "error" if outcome.error else "ok")
             else:
                 self._responses[index] = response
                 self._waiting.append(index)
@@ -256,7 +256,7 @@ class Scoring:
 
     def _pump(self, timeout: float) -> None:
         """Feeds idle workers, waits up to `timeout` for one to be done, and takes in what is done."""
-        self._pool._refuse_closed()  # by another thread: a stopped lane settles nothing any more
+        self._pool._refuse_closed()  # by another thread: a stopped lane scores nothing any more
         if not (self._idle or self._busy):
             self._pool._start_lanes(self._targets)
             self._idle = list(self._pool._lanes)
@@ -272,7 +272,7 @@ class Scoring:
                 self._waiting.appendleft(index)
             else:
                 del self._responses[index]
-                self._settle(index, *outcome)
+                self._record(index, *outcome)
             self._idle.append(lane)
         self._feed()
 
@@ -283,12 +283,12 @@ class Scoring:
             work = self._targets[problem.reward], self._responses[index], problem.answer, dict(problem.info)
             self._busy[lane.submit(*work)] = lane, index
 
-    def _settle(self, index: int, outcome: Outcome, status: str) -> None:
+    def _record(self, index: int, outcome: Outcome, status: str) -> None:
         if status != "ok":
             self._failures.append((index, status, outcome.error or ""))
         self._rewards[index] = reward = Reward(value=outcome.value, status=status)
-        if self._settled is not None:
-            self._settled(index, reward)
+        if self._on_scored is not None:
+            self._on_scored(index, reward)
         self._scored += 1
         if self._progress is not None:
             self._progress(self._scored, len(self._problems))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -61,6 +61,29 @@ class Curve:
     prompts_per_step: float | None
     answers: np.ndarray | None = None  # [n] float64, answers behind each loss, all runs together; None: not recorded
     unique: np.ndarray | None = None  # [n] float64, different prompts seen, mean over runs; None: not recorded
+
+
+Row = TypeVar("Row")
+Place = tuple[int, float | None]  # step, prompts seen
+
+
+def points_of(rows: Iterable[Row], place: Callable[[Row], Place]) -> dict[Place, list[Row]]:
+    """The evaluations of several runs by the point of their mean curve that they belong to.
+
+    Laws, claims and figures take their points from here. The same step of two runs is the same point, unless their batches
+    differ and with them the data. A run that was not evaluated at a step is not part of its point.
+
+    Args:
+        rows: evaluations of one test set in one mode.
+        place: a row's step and the prompts that its run had seen, None where they are not known.
+
+    Returns:
+        (step, prompts seen) to the rows of the runs there, rising.
+    """
+    points: dict[Place, list[Row]] = {}
+    for row in rows:
+        points.setdefault(place(row), []).append(row)
+    return dict(sorted(points.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
 
 
 def keep(curves: Iterable[Curve], wanted: Iterable[bool]) -> list[Curve]:
@@ -221,10 +244,7 @@ def _curve(
     if len(good) < len(rows):
         bad = len(rows) - len(good)
         left_out.append(f"{label}: {bad} rows whose loss or {column} is null, not finite or not above 0")
-    # the same step of two runs is the same point, unless their batches differ and with them the data
-    points: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
-    for r in good:
-        points.setdefault((r["step"], r["prompts_seen"]), []).append(r)
+    points = points_of(good, lambda r: (r["step"], r["prompts_seen"]))
     means = sorted((float(np.mean([r[column] for r in p])), key) for key, p in points.items())
     if len(means) < MIN_POINTS:
         left_out.append(f"{label}: {len(means)} points, fewer than {MIN_POINTS}")

@@ -1,15 +1,18 @@
+import dataclasses
 import io
 import json
 import re
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
 from grpo_engine import records
-from grpo_engine.study.claims import study_claims
+from grpo_engine.study.claims import _Drawer, study_claims
+from grpo_engine.study.curves import select_curves
 from grpo_engine.study.design import AxesConfig, load_study, plan
 from grpo_engine.study.drawing import (
     BarPanel,
@@ -26,7 +29,7 @@ from grpo_engine.study.drawing import (
 from grpo_engine.study.fit import read_fits
 from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
 from grpo_engine.study.report.data import StudyData
-from grpo_engine.study.report.fits import study_laws
+from grpo_engine.study.report.fits import plain_table, study_laws
 from grpo_engine.study.report.page import Section, render_page, sections_of
 from grpo_engine.study.report.tables import Table
 
@@ -222,6 +225,27 @@ def test_standard_errors_hold_problems_and_runs(study):
     assert last.pass1 == pytest.approx((a + b) / 2)
     problems = (ends[0].stderr ** 2 + ends[1].stderr ** 2) / 2
     assert last.error**2 == pytest.approx(problems + (a - b) ** 2 / 2 / 2)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_laws_figures_and_claims_take_the_same_points(study, uneven):
+    """`uneven`: one of the runs was not evaluated at one of the steps."""
+    data = load_data(study)
+    runs = data.main("s", "base")
+    if uneven:
+        runs[1].evals = [e for e in runs[1].evals if e.step != runs[0].evals[4].step or e.eval_set != "chain"]
+        data = dataclasses.replace(data, table=records.runs_table(data.runs.values()))
+    curves, _, _ = select_curves(plain_table(data), axis="data", kind="base", eval_set="chain", group_size=8)
+    (law,) = (c for c in curves if c.size == "s")
+    figure = [p for p in data.curve(runs) if p.step > 0]
+    assert [p.step for p in figure] == law.step.tolist() and len(figure) > 5
+    assert [p.loss for p in figure] == pytest.approx(law.loss.tolist())
+    assert [p.prompts for p in figure] == law.x.tolist()
+    assert {p.num_runs for p in figure} == ({1, 2} if uneven else {2})
+    drawer = _Drawer(rng=np.random.default_rng(0), draws=2, spread=0.0, freedom=0, weights={})
+    for p in figure:
+        if p.num_runs == 2:
+            assert drawer.side(runs, "chain", "prompts_seen", p.prompts).value == pytest.approx(p.loss)
 
 
 def test_the_terminal_table_holds_the_law(study):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ... import records
 from ...cost import mean_cost, total_cost
 from ...records import EvalRecord, PhaseCost, Run
-from ..curves import PARAMS
+from ..curves import PARAMS, points_of
 from ..design import STUDY_FILE, Cell, Plan, load_study, plan
 from ..importers import read_table
 
@@ -130,14 +130,11 @@ class StudyData:
         return self.select(size, lambda c: c.method == "pretrain" and c.kind == kind)
 
     def curve(self, runs: Sequence[Run], eval_set: str | None = None, mode: str = "sample") -> list[Point]:
-        """Mean test results of runs at the steps that all of them evaluated."""
+        """Mean test results of runs, at the points that their laws are fitted to (see `curves.points_of`) and at step 0."""
         eval_set = eval_set or self.headline
-        by_step: dict[int, list[EvalRecord]] = {}
-        for run in runs:
-            for e in run.evals:
-                if e.eval_set == eval_set and e.mode == mode:
-                    by_step.setdefault(e.step, []).append(e)
-        return [_mean(by_step[s]) for s in sorted(by_step) if len(by_step[s]) == len(runs)]
+        evals = [e for run in runs for e in run.evals if e.eval_set == eval_set and e.mode == mode]
+        points = points_of(evals, lambda e: (e.step, None if math.isnan(e.prompts_seen) else e.prompts_seen))
+        return [_mean(at) for at in points.values()]
 
 
 def load_data(study_dir: str | os.PathLike[str]) -> StudyData:

@@ -1,0 +1,100 @@
+"""Estimators of advantages: each against its formula in float64, and what an estimator of one's own may return."""
+
+import types
+
+import pytest
+import torch
+
+from grpo_engine import advantages
+from grpo_engine.advantages import ESTIMATORS, estimate_advantages, estimator
+from grpo_engine.config import AdvantageConfig
+from grpo_engine.types import Reward
+
+EPS = AdvantageConfig().eps
+
+
+def rollout(group_size):
+    return types.SimpleNamespace(group_size=group_size)
+
+
+def rewards_of(P, G, seed):
+    values = torch.rand(P, G, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values[0] = values[0, 0]  # a group without variance
+    return values
+
+
+def by_hand(name, r):
+    """[P, G] float64, with loops instead of broadcasting."""
+    out = torch.empty_like(r)
+    P, G = r.shape
+    for p in range(P):
+        for g in range(G):
+            others = [float(r[p, j]) for j in range(G) if j != g]
+            mean = sum(map(float, r[p])) / G
+            std = (sum((float(x) - mean) ** 2 for x in r[p]) / (G - 1)) ** 0.5
+            batch_mean = sum(map(float, r.flatten())) / (P * G)
+            batch_std = (sum((float(x) - batch_mean) ** 2 for x in r.flatten()) / (P * G - 1)) ** 0.5
+            out[p, g] = {
+                "grpo": (float(r[p, g]) - mean) / (std + EPS),
+                "dr_grpo": float(r[p, g]) - mean,
+                "rloo": float(r[p, g]) - sum(others) / (G - 1),
+                "reinforce_pp": (float(r[p, g]) - batch_mean) / (batch_std + EPS),
+            }[name]
+    return out
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("P,G", [(1, 2), (3, 2), (5, 7), (16, 8)])
+def test_an_estimator_is_its_formula(name, P, G):
+    r = rewards_of(P, G, seed=P).float().double()  # what float32 holds
+    if P == 1:
+        r[0, 0] += 0.25  # one group, and some variance
+    rewards = [Reward(value=v) for v in r.flatten().tolist()]
+    got = estimate_advantages(rewards, rollout(G), AdvantageConfig(estimator=name))
+    want = by_hand(name, r).flatten()
+    assert got.shape == (P * G,) and got.dtype == torch.float32
+    # sums of at most P G rewards in [0, 1.25], each rounded to 2^-24, over the standard deviation
+    scale = {"grpo": r.std(dim=1).clamp(min=EPS).min(), "reinforce_pp": r.std()}.get(name, torch.tensor(1.0))
+    bound = 4 * P * G * 2.0**-24 * 1.25 / float(scale)
+    zero = (r == r[:, :1]).all(dim=1).repeat_interleave(G) & (name in ("grpo", "dr_grpo"))
+    assert ((got.double() - want).abs()[~zero] <= bound).all()
+    assert (got[zero] == 0).all()
+
+
+def test_the_std_belongs_to_grpo():
+    with pytest.raises(ValueError, match="std belongs to estimator=grpo, got std=none and estimator=rloo"):
+        AdvantageConfig(estimator="rloo", std="none")
+    with pytest.raises(ValueError, match="estimator"):
+        AdvantageConfig(estimator="no_such_estimator")
+
+
+def half(rewards_PG, rollout, config):
+    return rewards_PG / 2
+
+
+def flat(rewards_PG, rollout, config):
+    return rewards_PG.flatten()
+
+
+def no_number(rewards_PG, rollout, config):
+    return rewards_PG / 0
+
+
+def test_an_estimator_of_ones_own():
+    rewards = [Reward(value=v) for v in (1.0, 0.0, 0.5, 0.5)]
+
+    def estimate(name):
+        return estimate_advantages(rewards, rollout(2), AdvantageConfig(estimator=f"{__name__}:{name}"))
+
+    assert estimate("half").tolist() == [0.5, 0.0, 0.25, 0.25]
+    with pytest.raises(ValueError, match=r"flat: must return a tensor \[P, G\] = \[2, 2\], got \[4\]"):
+        estimate("flat")
+    with pytest.raises(ValueError, match=r"no_number: returned \[inf, nan\] for prompt 0 with rewards \[1.0, 0.0\]"):
+        estimate("no_number")
+    with pytest.raises(ValueError, match="advantage.estimator=.*has no absent"):
+        estimator(AdvantageConfig(estimator=f"{__name__}:absent"))
+
+
+def test_the_configuration_names_every_estimator():
+    assert all(estimator(AdvantageConfig(estimator=name)) is function for name, function in ESTIMATORS.items())
+    assert advantages.ESTIMATORS["rloo"] is advantages.rloo
