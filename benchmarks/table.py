@@ -458,18 +458,12 @@ def machine() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return {"hardware": records.collect_hardware(), "versions": versions, "commit": commit(), "load": os.getloadavg()}
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked when files differ from it; None outside a checkout."""
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return out.stdout.strip()
+    return {
+        "hardware": records.collect_hardware(),
+        "versions": versions,
+        "commit": records.collect_source()["commit"],
+        "load": os.getloadavg(),
+    }
 
 
 def benchmark(

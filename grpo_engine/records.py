@@ -2,7 +2,7 @@
 
 A run directory holds
 
-    run.json        what was run: resolved configuration, versions, hardware, model, method
+    run.json        what was run: resolved configuration, commit, versions, hardware, model, method
     steps.jsonl     one `StepRecord` a line: deterministic, bit-identical after a kill and a resume
     evals.jsonl     one `EvalRecord` a line: deterministic as well
     timings.jsonl   one `TimingRecord` a line: wall-clock, different in every run; only cost figures read it
@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import types
@@ -408,6 +409,32 @@ def collect_versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             out[name] = None
     return out
+
+
+def collect_source(package: Path = Path(__file__).parent) -> dict[str, str | None]:
+    """Which code a run was made by.
+
+    Args:
+        package: folder of the package.
+
+    Returns:
+        {"commit": of the repository that the package lies in, with "-dirty" where files differ from it; None for an
+        installed wheel, "wheel": SHA-256 of an installed wheel's list of files and hashes (RECORD); None in a repository}.
+    """
+    from importlib import metadata
+
+    if (package.parent / ".git").exists():
+        git = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        try:
+            found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            found = None  # no git here
+        return {"commit": found, "wheel": None}
+    try:
+        record = metadata.distribution("grpo_engine").read_text("RECORD")
+    except metadata.PackageNotFoundError:
+        record = None
+    return {"commit": None, "wheel": None if record is None else hashlib.sha256(record.encode()).hexdigest()}
 
 
 def collect_hardware() -> dict[str, Any]:

@@ -289,6 +289,7 @@ class Run:
                 "left_out_too_long": self.num_too_long,
                 "evals_left_out_too_long": self.evals_too_long,
             },
+            "source": records.collect_source(),
             "versions": records.collect_versions(),
             "hardware": records.collect_hardware(),
         }

@@ -1,5 +1,7 @@
 import json
 import math
+import re
+import subprocess
 
 import pytest
 import torch
@@ -250,6 +252,21 @@ def test_the_run_id_is_that_of_the_content():
     assert records.run_id({"a": 1, "b": {"c": 2}}) == records.run_id({"b": {"c": 2}, "a": 1})
     assert records.run_id({"a": 1}) != records.run_id({"a": 2})
     assert len(records.run_id({})) == 12
+
+
+def test_the_source_is_a_commit_or_a_wheel(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    package = tmp_path / "package"
+    package.mkdir()
+    wheel = records.collect_source(package)
+    assert wheel["commit"] is None and re.fullmatch("[0-9a-f]{64}", wheel["wheel"])
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert records.collect_source(package) == {"commit": commit, "wheel": None}
+    (package / "changed.py").write_text("")
+    subprocess.run([*git, "add", "."], check=True)
+    assert records.collect_source(package)["commit"] == f"{commit}-dirty"
 
 
 def test_versions_and_hardware_can_be_written():

@@ -425,7 +425,7 @@ def versions_table(data: StudyData) -> Table | None:
         versions, hardware = run.header.get("versions") or {}, run.header.get("hardware") or {}
         machine = {"processor": hardware.get("cpu"), "cores": hardware.get("cores"), "threads": hardware.get("threads"),
                    "GPUs": listed(gpus) if (gpus := hardware.get("gpus")) else None}  # fmt: skip
-        for name, value in (machine | versions).items():
+        for name, value in (machine | (run.header.get("source") or {}) | versions).items():
             if value is not None:
                 found[name, str(value)] = found.get((name, str(value)), 0) + 1
     if not found:
