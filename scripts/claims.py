@@ -55,6 +55,8 @@ ROWS = {
     "sandbox": "a model's programs cannot reach the machine",
     "families": "parameter counts of twelve published sizes",
     "memory": "memory predicted before anything is allocated",
+    "own advantage or loss": "an advantage estimator or a loss of your own",
+    "one curve": "laws, figures and claims take the same points",
 }
 
 # Promises that the table has no row for: where they are made, and some words of them (white space does not count).
@@ -311,8 +313,8 @@ FAULTS = (
         says="a step does not compare the sampler's bits with the trainer's",
         edits=(Edit(
             file="grpo_engine/step.py",
-            old="if index == 0 and not _same_bits(scored):",
-            new="if index < 0 and not _same_bits(scored):",
+            old="if on_policy and not _same_bits(scored):",
+            new="if on_policy is None and not _same_bits(scored):",
         ),),
         tests=("python_tests/test_train.py::test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token",),
     ),
@@ -322,7 +324,7 @@ FAULTS = (
         claim="GRPO step",
         says="a micro-batch is divided by its own tokens and not by the minibatch's",
         edits=(Edit(
-            file="grpo_engine/step.py",
+            file="grpo_engine/loss.py",
             old="num_tokens=minibatch.num_tokens,",
             new="num_tokens=micro.num_answer_tokens,",
         ),),
@@ -334,8 +336,8 @@ FAULTS = (
         says="the reference of the KL term is the policy itself",
         edits=(Edit(
             file="grpo_engine/step.py",
-            old="micro = _with_reference(micro, reference, config)",
-            new="micro = _with_reference(micro, policy, config)",
+            old="ref_logprob=score(reference, micro)",
+            new="ref_logprob=score(policy, micro)",
         ),),
         tests=("python_tests/test_grpo_step.py::test_a_step_repeats_itself_with_less_memory_too",),
     ),
@@ -345,10 +347,35 @@ FAULTS = (
         says="the warm-up of the learning rate begins one step late, with a rate of 0",
         edits=(Edit(
             file="grpo_engine/step.py",
-            old="c.lr * min(1.0, step / c.warmup_steps)",
-            new="c.lr * min(1.0, (step - 1) / c.warmup_steps)",
+            old="config.lr * min(1.0, step / config.warmup_steps)",
+            new="config.lr * min(1.0, (step - 1) / config.warmup_steps)",
         ),),
         tests=("python_tests/test_step.py::test_the_learning_rate_rises_from_the_first_step_and_then_stays",),
+    ),
+    Fault(
+        name="rloo-with-itself",
+        claim="own advantage or loss",
+        says="RLOO's baseline holds the response itself",
+        edits=(Edit(file="grpo_engine/advantages.py", old=" * (G / (G - 1))", new=""),),
+        tests=("python_tests/test_advantages.py::test_an_estimator_is_its_formula",),
+    ),
+    Fault(
+        name="own-loss-without-penalty",
+        claim="own advantage or loss",
+        says="an objective of one's own is trained without the KL penalty",
+        edits=(Edit(file="grpo_engine/loss.py", old="    if config.kl_coef > 0:  #", new="    if config.kl_coef > 99:  #"),),
+        tests=("python_tests/test_loss.py::test_an_objective_in_torch_gives_the_loss_and_gradient_of_the_op",),
+    ),
+    Fault(
+        name="curve-of-whole-steps",
+        claim="one curve",
+        says="a figure leaves out the points that not every run has",
+        edits=(Edit(
+            file="grpo_engine/study/report/data.py",
+            old="for at in points.values()]",
+            new="for at in points.values() if len(at) == len(runs)]",
+        ),),
+        tests=("python_tests/study/test_report.py::test_laws_figures_and_claims_take_the_same_points",),
     ),
     # ---- a run --------------------------------------------------------------------------------
     Fault(
