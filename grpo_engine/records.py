@@ -230,9 +230,15 @@ def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "recor
             values[name] = float(nulled[name])
         elif not _is_a(value, hints[name]):
             raise TypeError(f"{where}: {cls.__name__}.{name} must be {fields[name].type}, got {value!r}")
-    if cls is TimingRecord:
-        values["phase"] = {n: PhaseCost(**cost) for n, cost in values["phase"].items()}
+        else:
+            values[name] = _made(value, hints[name])
     return cls(**values)
+
+
+def _made(value: Any, hint: Any) -> Any:
+    """A mapping of objects as the dataclasses that the hint names."""
+    kind = get_args(hint)[-1] if get_origin(hint) is dict else None
+    return {k: kind(**v) for k, v in value.items()} if dataclasses.is_dataclass(kind) else value
 
 
 def _check_schema(obj: Mapping[str, Any], where: str) -> None:

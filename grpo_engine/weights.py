@@ -224,8 +224,8 @@ def _positive(value: Any, name: str, where: str) -> float:
     return float(value)
 
 
-def _config_object(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json as both transformers 4 (rope_theta) and 5 (rope_parameters) read it."""
+def config_object(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json as both transformers 4 (rope_theta) and 5 (rope_parameters) read it; dtype: "float32", for instance."""
     model_type = family_of(config)
     family = FAMILIES[model_type]
     sizes = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -240,11 +240,11 @@ def _config_object(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return sizes | {
         "architectures": [family.architecture],
         "attention_dropout": 0.0,
-        "dtype": _WRITABLE[dtype],
+        "dtype": dtype,
         "hidden_act": "silu",
         "model_type": model_type,
         "rope_parameters": rope,
-        "torch_dtype": _WRITABLE[dtype],
+        "torch_dtype": dtype,
         "use_sliding_window": False,
     }
 
@@ -580,7 +580,7 @@ def write_files(model: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9)
     if len(set(weight_map.values())) > 1:
         total = {"total_parameters": model.num_parameters, "total_size": sum(p.nbytes for p in model.parameters())}
         _write_object(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
-    _write_object(folder / CONFIG_FILE, _config_object(model.config, model.dtype))
+    _write_object(folder / CONFIG_FILE, config_object(model.config, _WRITABLE[model.dtype]))
 
 
 def write_tensors(
