@@ -12,7 +12,7 @@ import torch  # noqa: E402
 from benchmarks.shapes import LADDER, ladder_config, qwen_config, random_model  # noqa: E402
 from benchmarks.table import Case, main  # noqa: E402
 from grpo_engine import ops  # noqa: E402
-from grpo_engine.model import Model  # noqa: E402
+from grpo_engine.model.decoder import Model  # noqa: E402
 
 LR, BETAS, EPS, CLIP = 0.1, (0.9, 0.999), 1e-8, 1.0  # a step that is large enough to be checked
 TOLERANCE = 5e-5  # of the largest parameter; torch adds up its norm in float32

@@ -14,8 +14,8 @@ from benchmarks import peers  # noqa: E402
 from benchmarks.shapes import LADDER, ladder_config, qwen_config, random_model  # noqa: E402
 from benchmarks.table import OURS, Case, WrongAnswer, main, same_bits, tensors  # noqa: E402
 from grpo_engine import ops  # noqa: E402
-from grpo_engine.ledger import forward_flops  # noqa: E402
-from grpo_engine.model import Model  # noqa: E402
+from grpo_engine.model.decoder import Model  # noqa: E402
+from grpo_engine.model.flops import forward_flops  # noqa: E402
 
 PAGE = 16
 # of all log-probs, in nats; bfloat16 rounds through 24 layers and more
@@ -43,7 +43,7 @@ class Decode:
         self.rows = slice(None)
 
     def layer(self, index, layer, x_TD, positions_T):
-        """See `grpo_engine.model.Sequences`."""
+        """See `grpo_engine.model.decoder.Sequences`."""
         rows, n = self.rows, x_TD.shape[0]
         return ops.decoder_layer_paged(
             x_TD, layer.weights, positions_T, self.key[index], self.value[index], self.slots[rows], self.table[rows],

@@ -24,7 +24,7 @@ from benchmarks.shapes import (  # noqa: E402
 )
 from benchmarks.table import Case, WrongAnswer, main, relative_error, same_bits  # noqa: E402
 from grpo_engine import ops  # noqa: E402
-from grpo_engine.model import Model, packed_positions  # noqa: E402
+from grpo_engine.model.decoder import Model, packed_positions  # noqa: E402
 
 SEQUENCES, TOKENS = 256, 24
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}  # of the largest element, the peer in the same dtype

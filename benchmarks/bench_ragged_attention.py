@@ -13,7 +13,7 @@ from benchmarks import peers  # noqa: E402
 from benchmarks.shapes import LADDER, QWEN, cumulative, equal_lengths, log_normal_lengths  # noqa: E402
 from benchmarks.table import Case, WrongAnswer, main, relative_error, same_bits, tensors  # noqa: E402
 from grpo_engine import ops  # noqa: E402
-from grpo_engine.ledger import causal_pairs  # noqa: E402
+from grpo_engine.model.flops import causal_pairs  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-5}  # of the largest element
 

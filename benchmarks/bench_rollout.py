@@ -22,10 +22,10 @@ from benchmarks.shapes import (  # noqa: E402
 )
 from benchmarks.table import OURS, Case, Later, Missing, WrongAnswer, main, same_bits  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
-from grpo_engine.ledger import causal_pairs, forward_flops  # noqa: E402
-from grpo_engine.memory import keep_freed_memory  # noqa: E402
-from grpo_engine.model import Model  # noqa: E402
-from grpo_engine.rollout import Engine, derive_seeds  # noqa: E402
+from grpo_engine.model.decoder import Model  # noqa: E402
+from grpo_engine.model.flops import causal_pairs, forward_flops  # noqa: E402
+from grpo_engine.rollout.engine import Engine, derive_seeds  # noqa: E402
+from grpo_engine.system.memory import keep_freed_memory  # noqa: E402
 
 PROMPT, NEW = 8, 16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of log-probs, in nats; bfloat16 rounds through 24 layers or 30

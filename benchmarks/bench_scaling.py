@@ -22,8 +22,8 @@ from benchmarks.bench_training import Training  # noqa: E402
 from benchmarks.limits import interleave, timer_for  # noqa: E402
 from benchmarks.shapes import LADDER, LADDER_VOCABULARY, ladder_config, sequence_flops  # noqa: E402
 from grpo_engine import ops  # noqa: E402
-from grpo_engine.memory import keep_freed_memory  # noqa: E402
-from grpo_engine.model import Model  # noqa: E402
+from grpo_engine.model.decoder import Model  # noqa: E402
+from grpo_engine.system.memory import keep_freed_memory  # noqa: E402
 
 EXPONENT = 1.2  # of time against arithmetic over an axis's last three points; 1 is proportional
 

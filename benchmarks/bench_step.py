@@ -25,13 +25,13 @@ from benchmarks.shapes import (  # noqa: E402
 )
 from benchmarks.table import OURS, Case, WrongAnswer, main, tensors  # noqa: E402
 from grpo_engine.config import BatchConfig, LossConfig, OptimizerConfig, RolloutConfig, RunConfig  # noqa: E402
-from grpo_engine.ledger import Ledger  # noqa: E402
-from grpo_engine.memory import keep_freed_memory  # noqa: E402
-from grpo_engine.model import Model  # noqa: E402
+from grpo_engine.model.decoder import Model  # noqa: E402
+from grpo_engine.model.tokenizer import PromptTokens  # noqa: E402
+from grpo_engine.records.ledger import Ledger  # noqa: E402
 from grpo_engine.rewards.pool import RewardPool  # noqa: E402
-from grpo_engine.rollout import Engine, derive_seeds, generate  # noqa: E402
-from grpo_engine.step import grpo_step  # noqa: E402
-from grpo_engine.tokenizer import PromptTokens  # noqa: E402
+from grpo_engine.rollout.engine import Engine, derive_seeds, generate  # noqa: E402
+from grpo_engine.system.memory import keep_freed_memory  # noqa: E402
+from grpo_engine.train.step import grpo_step  # noqa: E402
 from grpo_engine.types import Problem  # noqa: E402
 
 PROMPTS, GROUP, PROMPT, NEW = 32, 8, 8, 16

@@ -20,8 +20,8 @@ from benchmarks.bench_training import Training  # noqa: E402
 from benchmarks.limits import Run, interleave, timer_for  # noqa: E402
 from benchmarks.shapes import REAL, equal_lengths, ladder_config, random_model  # noqa: E402
 from grpo_engine import _C  # noqa: E402
-from grpo_engine.memory import keep_freed_memory  # noqa: E402
-from grpo_engine.model import Model  # noqa: E402
+from grpo_engine.model.decoder import Model  # noqa: E402
+from grpo_engine.system.memory import keep_freed_memory  # noqa: E402
 
 MICRO = ("0.025M", "0.2M", "0.8M")
 NOTE = (

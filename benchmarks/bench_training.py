@@ -27,9 +27,9 @@ from benchmarks.shapes import (  # noqa: E402
     sequence_flops,
 )
 from benchmarks.table import Case, Later, Missing, main, same_bits  # noqa: E402
-from grpo_engine.memory import keep_freed_memory  # noqa: E402
-from grpo_engine.model import Model, packed_positions  # noqa: E402
-from grpo_engine.optimizer import update  # noqa: E402
+from grpo_engine.model.decoder import Model, packed_positions  # noqa: E402
+from grpo_engine.system.memory import keep_freed_memory  # noqa: E402
+from grpo_engine.train.optimizer import update  # noqa: E402
 
 SEQUENCES, TOKENS = 256, 24  # of the micro study's size; a batch goes through the model at once, as in a run
 PARTS = 8  # micro-batches of the peer that sorts by length

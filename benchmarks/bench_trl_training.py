@@ -19,8 +19,8 @@ from benchmarks.shapes import (  # noqa: E402
     sequence_flops,
 )
 from benchmarks.table import Case, main  # noqa: E402
-from grpo_engine import weights  # noqa: E402
-from grpo_engine.model import Model  # noqa: E402
+from grpo_engine.model import weights  # noqa: E402
+from grpo_engine.model.decoder import Model  # noqa: E402
 
 PROMPT, ANSWER = 24, 24  # tokens, the answers' on average
 LR, TEMPERATURE, BETA = 1e-6, 0.9, 0.04  # the weights hardly move while they are timed

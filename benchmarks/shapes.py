@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_engine.ledger import causal_pairs, forward_flops
-from grpo_engine.model import Model, ModelConfig
-from grpo_engine.optimizer import adamw
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.decoder import Model
+from grpo_engine.model.flops import causal_pairs, forward_flops
+from grpo_engine.train.optimizer import adamw
 
 LADDER_VOCABULARY = 128
 # non-embedding parameters -> width, layers, query heads, kv heads, feed-forward width
@@ -85,7 +86,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1, **ho
 
 
 def optimizer_of(model: Model, lr: float) -> torch.optim.AdamW:
-    """What `grpo_engine.optimizer.update` steps."""
+    """What `grpo_engine.train.optimizer.update` steps."""
     return adamw(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 

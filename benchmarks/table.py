@@ -24,7 +24,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker process
 import torch  # noqa: E402
 
 from benchmarks.limits import Limits, Run, Timer, interleave, measure, timer_for  # noqa: E402
-from grpo_engine import _C, records  # noqa: E402
+from grpo_engine import _C  # noqa: E402
+from grpo_engine.system import machine as machine_  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
@@ -452,16 +453,16 @@ def made(cases: Iterable[Case | Callable[[], Case]], device: str, only: str = ""
 
 def machine() -> dict[str, Any]:
     """Hardware, versions, commit and load: what a number cannot be read without."""
-    versions = records.collect_versions()
+    versions = machine_.collect_versions()
     for name in PEER_PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "hardware": records.collect_hardware(),
+        "hardware": machine_.collect_hardware(),
         "versions": versions,
-        "commit": records.collect_source()["commit"],
+        "commit": machine_.collect_source()["commit"],
         "load": os.getloadavg(),
     }
 

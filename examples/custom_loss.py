@@ -36,6 +36,6 @@ def max_baseline(rewards_PG, rollout, config):
 
 if __name__ == "__main__":
     from grpo_engine.config import load_run_config
-    from grpo_engine.train import train
+    from grpo_engine.run.run import train
 
     print(train(load_run_config(None, [*OURS, *sys.argv[1:]]), "runs/custom_loss"))

@@ -22,6 +22,6 @@ def score(response: str, problem) -> float:
 
 if __name__ == "__main__":
     from grpo_engine.config import load_run_config
-    from grpo_engine.train import train
+    from grpo_engine.run.run import train
 
     print(train(load_run_config(None, [*OURS, *sys.argv[1:]]), "runs/custom_reward"))

@@ -27,7 +27,7 @@ def brief(completions: list[str], **_) -> list[float]:
 def random_model(folder: Path) -> str:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from grpo_engine.tokenizer import train_bpe
+    from grpo_engine.model.tokenizer import train_bpe
 
     vocabulary = train_bpe(PROMPTS, vocab_size=300, folder=folder).vocab_size
     shape = Qwen2Config(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -39,7 +39,7 @@ StudyDir = Annotated[Path, typer.Argument(help="Folder of a study, as given to `
 @app.command()
 def doctor() -> None:
     """Say what is built, what this machine has, and whether the engine keeps its promises here."""
-    from grpo_engine import doctor as d
+    from grpo_engine.system import doctor as d
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in d.facts().items():
@@ -67,8 +67,8 @@ def train(
     Example: grpo-engine train --out runs/one model.size=s steps=40 optimizer.lr=1.5e-4
     """
     from grpo_engine.config import load_run_config
-    from grpo_engine.startup import skip_compiler
-    from grpo_engine.train import train as run
+    from grpo_engine.run.run import train as run
+    from grpo_engine.system.startup import skip_compiler
 
     skip_compiler()
     _set_threads(threads)
@@ -95,7 +95,7 @@ def evaluate(
     Killed and started again, a suite goes on where it was. It asks for four answers of up to 4,096 tokens to each problem.
     """
     from grpo_engine.config import load_run_config
-    from grpo_engine.train import evaluate_only
+    from grpo_engine.evaluate.evaluate import evaluate_only
 
     _set_threads(threads)
     overrides = [*([f"model.path={json.dumps(model)}"] if model else []), *(overrides or [])]
@@ -119,7 +119,7 @@ def track(
 
     Example: grpo-engine track runs/one --to tensorboard --out runs/tensorboard
     """
-    from grpo_engine.trackers import export
+    from grpo_engine.records.trackers import export
 
     console.print(f"{export(run_dir, to, out=out, project=project)} steps to {to}")
 
@@ -130,7 +130,7 @@ def _evaluate_suite(config: str | None, suite: str, data: str, out: Path | None,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from grpo_engine.config import load_run_config
-    from grpo_engine.suite import evaluate_suite, suite_files, tables
+    from grpo_engine.evaluate.suite import evaluate_suite, suite_files, tables
 
     if out is None:
         raise ValueError("--suite needs --out, the folder of its answers and tables")
@@ -165,8 +165,9 @@ def study_plan(
 
     Example: grpo-engine study plan paper --gpu h200 --usd-per-hour 3
     """
-    from grpo_engine.study.design import load_study, plan, plan_json, plan_view
+    from grpo_engine.study.design import load_study, plan
     from grpo_engine.study.forecast import gpu_here
+    from grpo_engine.study.plan_view import plan_json, plan_view
 
     assumed = {"estimate.gpu": gpu_here() if gpu == "here" else gpu, "estimate.usd_per_hour": usd_per_hour}
     settings = [f"{k}={v}" for k, v in assumed.items() if v is not None]
@@ -210,7 +211,7 @@ def study_run(
 @study_app.command("status")
 def study_status(study_dir: StudyDir) -> None:
     """Say which cells are done, running, failed, begun or missing; only records are read."""
-    from grpo_engine.study.run import study_status as status
+    from grpo_engine.study.status import study_status as status
 
     table = Table("cell", "state", "test loss", "seconds")
     found = status(study_dir)
@@ -330,7 +331,7 @@ def study_report(study_dir: StudyDir) -> None:
 
 
 def _report(study_dir: Path) -> None:
-    from grpo_engine.study.fit import read_fits
+    from grpo_engine.study.laws.fit import read_fits
     from grpo_engine.study.report import FITS_FILE, law_table, write_report
 
     page = write_report(study_dir)
@@ -339,9 +340,9 @@ def _report(study_dir: Path) -> None:
 
 
 def _print_run(folder: Path) -> None:
-    from grpo_engine import records
+    from grpo_engine.records import jsonl, records
 
-    evals = records.read_jsonl(folder / records.EVALS_FILE).records
+    evals = jsonl.read_jsonl(folder / records.EVALS_FILE).records
     if not evals:
         return
     table = Table("set", "mode", "pass@1 before", "after", "standard error")
@@ -351,7 +352,7 @@ def _print_run(folder: Path) -> None:
         error = "-" if e["stderr"] is None else f"{e['stderr']:.4f}"
         table.add_row(*key, f"{first[key]['pass1']:.4f}", f"{e['pass1']:.4f}", error)
     console.print(table)
-    steps = records.read_jsonl(folder / records.STEPS_FILE).records
+    steps = jsonl.read_jsonl(folder / records.STEPS_FILE).records
     equal = sum(s["equal_groups"] or 0 for s in steps)
     groups = sum(s["groups"] or 0 for s in steps)
     if groups and equal == groups:

@@ -16,7 +16,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from grpo_engine import plugins
+from grpo_engine.system import plugins
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -107,7 +107,7 @@ class RewardConfig(Config):
 
 
 class AdvantageConfig(Config):
-    """How rewards become advantages (`grpo_engine.advantages`)."""
+    """How rewards become advantages (`grpo_engine.train.advantages`)."""
 
     estimator: Annotated[str, Field(pattern=named_or_target("grpo", "dr_grpo", "rloo", "reinforce_pp"))] = "grpo"
     std: Literal["unbiased", "population", "none"] = "unbiased"  # estimator=grpo: see `ops.group_advantages`
@@ -123,7 +123,7 @@ class AdvantageConfig(Config):
 class LossConfig(Config):
     """The policy loss (`ops.policy_loss`)."""
 
-    objective: Annotated[str, Field(pattern=named_or_target("clip", "cispo"))] = "clip"  # or your own: `grpo_engine.loss`
+    objective: Annotated[str, Field(pattern=named_or_target("clip", "cispo"))] = "clip"  # or your own: `grpo_engine.train.loss`
     ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     clip_high: NonNegative = 0.2
@@ -184,7 +184,7 @@ class RunConfig(Config):
     name: str = "run"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     steps: Positive = 100
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU; see `grpo_engine.device`
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is a GPU; see `grpo_engine.system.device`
     method: Literal["grpo", "pretrain"] = "grpo"  # pretrain: the control, plain language modelling of the same length
     model: ModelSource = ModelSource(size="s")
     task: TaskConfig = TaskConfig()

@@ -31,7 +31,7 @@ if EXTENSION:
         raise FileNotFoundError(f"GRPO_ENGINE_EXTENSION={EXTENSION} has no extension")
     grpo_engine.__path__.insert(0, EXTENSION)
 EMULATED = Path(EXTENSION or "").name == "emulated"
-from grpo_engine.threads import count_threads, num_threads  # of that extension
+from grpo_engine.system.threads import count_threads, num_threads  # of that extension
 
 # for code that a test runs in a process of its own, in ROOT: the same extension there
 SAME_EXTENSION = "import sys; sys.path.insert(0, 'python_tests'); import conftest\n"

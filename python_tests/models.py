@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from grpo_engine import weights
-from grpo_engine.model import Model, ModelConfig
-from grpo_engine.tokenizer import train_bpe
+from grpo_engine.model import weights
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.decoder import Model
+from grpo_engine.model.tokenizer import train_bpe
 
 
 def small_config(*, heads: int = 4, kv_heads: int = 2, tied: bool = True, vocab: int = 97, head_dim: int = 8):

@@ -5,9 +5,9 @@ import types
 import pytest
 import torch
 
-from grpo_engine import advantages
-from grpo_engine.advantages import ESTIMATORS, estimate_advantages, estimator
 from grpo_engine.config import AdvantageConfig
+from grpo_engine.train import advantages
+from grpo_engine.train.advantages import ESTIMATORS, estimate_advantages, estimator
 from grpo_engine.types import Reward
 
 EPS = AdvantageConfig().eps

@@ -6,10 +6,10 @@ import models
 import pytest
 import torch
 
-from grpo_engine.batch import minibatches, pack
 from grpo_engine.config import LossConfig, RolloutConfig
-from grpo_engine.loss import logprobs, policy_loss
-from grpo_engine.rollout import derive_seeds, generate
+from grpo_engine.rollout.engine import derive_seeds, generate
+from grpo_engine.train.batch import minibatches, pack
+from grpo_engine.train.loss import logprobs, policy_loss
 from grpo_engine.types import RolloutBatch, RolloutStats
 
 NO_STATS = RolloutStats(

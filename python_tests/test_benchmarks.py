@@ -28,8 +28,8 @@ from benchmarks.bench_scaling import exponent  # noqa: E402
 from benchmarks.lengths import answer_lengths  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 from grpo_engine.config import RolloutConfig  # noqa: E402
-from grpo_engine.model import Model, Packed, packed_positions  # noqa: E402
-from grpo_engine.rollout import generate  # noqa: E402
+from grpo_engine.model.decoder import Model, Packed, packed_positions  # noqa: E402
+from grpo_engine.rollout.engine import generate  # noqa: E402
 
 ONES = torch.ones(3)
 

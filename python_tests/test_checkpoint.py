@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_engine import checkpoint, weights
-from grpo_engine.checkpoint import CURRENT, NEW, PREVIOUS, DamagedError
-from grpo_engine.model import Model, ModelConfig
+from grpo_engine.model import weights
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.decoder import Model
+from grpo_engine.train import checkpoint
+from grpo_engine.train.checkpoint import CURRENT, NEW, PREVIOUS, DamagedError
 
 CONFIG = ModelConfig(
     vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,

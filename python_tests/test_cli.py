@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from grpo_engine import doctor
+from grpo_engine.system import doctor
 
 
 def command(*arguments):

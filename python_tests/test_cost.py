@@ -2,8 +2,8 @@
 
 import pytest
 
-from grpo_engine.cost import COST_HEAD, cost_rows, mean_cost, total_cost
-from grpo_engine.records import PhaseCost, TimingRecord
+from grpo_engine.records.cost import COST_HEAD, cost_rows, mean_cost, total_cost
+from grpo_engine.records.records import PhaseCost, TimingRecord
 
 
 def step(number, wall, **phases):

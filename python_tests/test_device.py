@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from grpo_engine import device
-from grpo_engine.batch import pack
-from grpo_engine.ledger import Ledger
+from grpo_engine.records.ledger import Ledger
+from grpo_engine.system import device
+from grpo_engine.train.batch import pack
 from grpo_engine.types import TrainBatch
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_engine import ops, pretrain
+from grpo_engine import ops
+from grpo_engine.micro import facts, ladder
 from grpo_engine.study.design import load_study
-from grpo_engine.tasks import micro
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,9 +56,9 @@ def test_the_calibration_page_and_the_presets_follow_its_records():
         assert {s: rates[s] for s in load_study(preset).sizes} == {
             s: entry.run["optimizer.lr"] for s, entry in load_study(preset).sizes.items()
         }
-    assert (data["tasks"]["limit"], data["tasks"]["terms"]) == (micro.LIMIT, list(micro.TERMS))
+    assert (data["tasks"]["limit"], data["tasks"]["terms"]) == (facts.LIMIT, list(facts.TERMS))
     assert load_study("micro").run == data["run"]
     low, high = script["HEADROOM"]
     for b in data["bases"]:
-        assert b["tokens"] == pretrain.training_tokens(b["size"], b["kind"])
+        assert b["tokens"] == ladder.training_tokens(b["size"], b["kind"])
         assert b["kind"] != "base" or low <= b["greedy"] <= high

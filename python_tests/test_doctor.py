@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from grpo_engine import _C, doctor, ops, threads
+from grpo_engine import _C, ops
+from grpo_engine.system import doctor, threads
 
 
 def check(name):

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from grpo_engine.config import RunConfig
-from grpo_engine.evaluate import EVALUATION_STREAM, evaluate
-from grpo_engine.ledger import Ledger
+from grpo_engine.evaluate.evaluate import EVALUATION_STREAM, evaluate
+from grpo_engine.micro.task import micro_task
+from grpo_engine.micro.tokenizer import MicroTokenizer
+from grpo_engine.model.tokenizer import PromptTokens
+from grpo_engine.records.ledger import Ledger
 from grpo_engine.rewards.pool import RewardPool
-from grpo_engine.rollout import Engine, derive_seeds, generate
-from grpo_engine.tasks.micro import MicroTokenizer, micro_task
-from grpo_engine.tokenizer import PromptTokens
+from grpo_engine.rollout.engine import Engine, derive_seeds, generate
 from grpo_engine.types import EvalSet, Reward
 
 

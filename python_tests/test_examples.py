@@ -7,11 +7,13 @@ import models
 import pytest
 from conftest import ROOT
 
-from grpo_engine import plugins, records, weights
 from grpo_engine.config import RewardConfig, TaskConfig, load_run_config
-from grpo_engine.suite import evaluate_suite
-from grpo_engine.tasks.micro import MicroTokenizer
-from grpo_engine.train import load_task
+from grpo_engine.evaluate.suite import evaluate_suite
+from grpo_engine.load import load_task
+from grpo_engine.micro.tokenizer import MicroTokenizer
+from grpo_engine.model import weights
+from grpo_engine.records import jsonl, records
+from grpo_engine.system import plugins
 
 EXAMPLES = ROOT / "examples"
 TINY = ["steps=2", "batch.prompts=4", "batch.group_size=4", "task.eval_problems=8", "evaluation.count=2", "reward.workers=1"]
@@ -30,7 +32,7 @@ def run(monkeypatch, name, *arguments):
 
 
 def steps_of(folder):
-    return records.read_jsonl(folder / records.STEPS_FILE).records
+    return jsonl.read_jsonl(folder / records.STEPS_FILE).records
 
 
 def test_ops_alone():
@@ -68,7 +70,7 @@ def test_custom_task(monkeypatch, tmp_path):
     folder = models.save_qwen2(tmp_path / "model", ["1 2 3 :"], **shape)
     run(monkeypatch, "custom_task", "model.size=null", f"model.path={folder}", *TINY)
     assert [(s["step"], s["reward_failures"]) for s in steps_of(tmp_path / "runs/custom_task")] == [(1, 0), (2, 0)]
-    first = records.read_jsonl(tmp_path / "runs/custom_task" / records.EVALS_FILE).records[0]
+    first = jsonl.read_jsonl(tmp_path / "runs/custom_task" / records.EVALS_FILE).records[0]
     assert first["eval_set"] == "sort" and first["num_problems"] == 8
 
 

@@ -10,11 +10,11 @@ import torch
 from conftest import DEVICES
 from published import LLAMA3, PUBLISHED, published
 
-from grpo_engine import weights
 from grpo_engine.config import RolloutConfig
-from grpo_engine.footprint import count_params
-from grpo_engine.model import Model, Packed, packed_positions, rope_frequencies
-from grpo_engine.rollout import derive_seeds, generate
+from grpo_engine.model import hf_config, weights
+from grpo_engine.model.decoder import Model, Packed, packed_positions, rope_frequencies
+from grpo_engine.rollout.engine import derive_seeds, generate
+from grpo_engine.train.footprint import count_params
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_published_models_are_those_of_transformers(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published(name)))
-    config = weights.read_config(tmp_path)
+    config = hf_config.read_config(tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         model = Model(config)
@@ -66,7 +66,7 @@ def tiny(kind):
     return model
 
 
-@pytest.fixture(scope="module", params=weights.FAMILIES)
+@pytest.fixture(scope="module", params=hf_config.FAMILIES)
 def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "theirs"
     theirs = tiny(request.param)
@@ -147,7 +147,7 @@ def test_a_saved_model_is_the_same_in_transformers(both, tmp_path):
     model, theirs, _ = both
     weights.save_checkpoint(model, tmp_path / "m")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
-    assert type(again) is type(theirs) and weights.read_config(tmp_path / "m") == model.config
+    assert type(again) is type(theirs) and hf_config.read_config(tmp_path / "m") == model.config
     ours, wanted = again.state_dict(), theirs.state_dict()
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[k], wanted[k]) for k in ours)
     for name in ("rope_parameters", "rms_norm_eps", "tie_word_embeddings", "head_dim"):
@@ -170,7 +170,7 @@ def test_scaled_frequencies_are_those_of_transformers(name, tmp_path):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     (tmp_path / "config.json").write_text(json.dumps(published(name)))
-    c = weights.read_config(tmp_path)
+    c = hf_config.read_config(tmp_path)
     want, scale = ROPE_INIT_FUNCTIONS["llama3"](transformers.AutoConfig.from_pretrained(tmp_path))
     ours = rope_frequencies(c.rope_theta, c.head_dim, c.rope_scaling, torch.device("cpu"))
     assert scale == 1.0 and torch.equal(ours, want)

@@ -7,12 +7,13 @@ import models
 import pytest
 import torch
 
-from grpo_engine import footprint, weights
 from grpo_engine.config import apply_overrides, load_run_config
-from grpo_engine.memory import free_bytes
-from grpo_engine.model import Model
-from grpo_engine.tasks.micro import MicroTokenizer
-from grpo_engine.train import train
+from grpo_engine.micro.tokenizer import MicroTokenizer
+from grpo_engine.model import hf_config, weights
+from grpo_engine.model.decoder import Model
+from grpo_engine.run.run import train
+from grpo_engine.system.memory import free_bytes
+from grpo_engine.train import footprint
 
 FAMILIES = {"qwen2": {}, "llama": {"qkv_bias": False}, "qwen3": {"qkv_bias": False, "qk_norm": True}}
 
@@ -55,7 +56,7 @@ def config_of(folder, *settings):
 
 @pytest.mark.parametrize("share", [0.97, 0.7, 0.45])
 def test_a_run_that_does_not_fit_is_refused_with_settings_that_make_it_fit(folder, tmp_path, monkeypatch, share):
-    config, model = config_of(folder), weights.read_config(folder)
+    config, model = config_of(folder), hf_config.read_config(folder)
 
     def needs(c):
         shapes = footprint.Shapes(model, footprint.count_params(model)[0], footprint.BYTES[c.model.dtype])
@@ -82,16 +83,16 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_make_it_fit(folde
 def test_no_settings_help_where_the_weights_alone_are_too_large(folder, monkeypatch):
     monkeypatch.setattr(footprint, "free_bytes", lambda _: 1000)
     with pytest.raises(ValueError, match="no three settings would make it fit"):
-        footprint.require_room(config_of(folder), weights.read_config(folder), 10)
+        footprint.require_room(config_of(folder), hf_config.read_config(folder), 10)
     monkeypatch.setenv(footprint.SWITCH, "0")
-    assert footprint.require_room(config_of(folder), weights.read_config(folder), 10) is False
+    assert footprint.require_room(config_of(folder), hf_config.read_config(folder), 10) is False
     monkeypatch.setattr(footprint, "free_bytes", lambda _: None)  # a system that does not say
-    assert footprint.require_room(config_of(folder), weights.read_config(folder), 10)
+    assert footprint.require_room(config_of(folder), hf_config.read_config(folder), 10)
 
 
 def test_pages_that_do_not_fit_beside_training_are_given_back_and_change_no_bit(folder, tmp_path, monkeypatch):
-    from grpo_engine import records
-    from grpo_engine.train import Run
+    from grpo_engine.records import records
+    from grpo_engine.run.run import Run
 
     found = []
     for name, stay in (("stay", True), ("turns", False)):

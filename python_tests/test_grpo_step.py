@@ -9,12 +9,12 @@ import torch
 from conftest import DEVICES
 
 from grpo_engine.config import RunConfig
-from grpo_engine.ledger import Ledger
-from grpo_engine.model import ModelConfig
-from grpo_engine.optimizer import adamw
-from grpo_engine.rollout import Engine
-from grpo_engine.step import grpo_step
-from grpo_engine.tokenizer import PromptTokens
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.tokenizer import PromptTokens
+from grpo_engine.records.ledger import Ledger
+from grpo_engine.rollout.engine import Engine
+from grpo_engine.train.optimizer import adamw
+from grpo_engine.train.step import grpo_step
 from grpo_engine.types import Problem, Reward
 
 TINY = ModelConfig(

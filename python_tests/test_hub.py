@@ -6,11 +6,12 @@ import shutil
 import models
 import pytest
 
-from grpo_engine import hub, records, weights
 from grpo_engine.config import ModelSource, load_run_config
+from grpo_engine.micro.tokenizer import MicroTokenizer
+from grpo_engine.model import hub, weights
+from grpo_engine.records import records
+from grpo_engine.run.run import train
 from grpo_engine.study.forecast import num_params
-from grpo_engine.tasks.micro import MicroTokenizer
-from grpo_engine.train import train
 
 NAME, FIRST, SECOND = "Owner/Tiny-0.1B", "a" * 40, "b" * 40
 

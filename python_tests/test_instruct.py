@@ -7,11 +7,11 @@ import models
 import pytest
 import torch
 
-from grpo_engine import records
 from grpo_engine.config import RunConfig, validate
-from grpo_engine.rollout import Engine
-from grpo_engine.tokenizer import train_bpe
-from grpo_engine.train import train
+from grpo_engine.model.tokenizer import train_bpe
+from grpo_engine.records import jsonl, records
+from grpo_engine.rollout.engine import Engine
+from grpo_engine.run.run import train
 
 transformers = pytest.importorskip("transformers")
 
@@ -105,7 +105,7 @@ def test_training_from_template_to_template(checkpoint, problems, kind, tmp_path
     assert header == {"train_problems": 6, "left_out_too_long": 2, "evals_left_out_too_long": {"held_out": 1}}
     uids = (out / records.ORDER_FILE).read_text().split()
     assert len(uids) == 12 and uids[:6] == uids[6:] and len(set(uids)) == 6
-    assert [e["num_problems"] for e in records.read_jsonl(out / records.EVALS_FILE).records] == [3, 3]
+    assert [e["num_problems"] for e in jsonl.read_jsonl(out / records.EVALS_FILE).records] == [3, 3]
 
     stops = set(transformers.GenerationConfig.from_pretrained(checkpoint).eos_token_id)
     assert len(stops) == 3
@@ -121,7 +121,7 @@ def test_training_from_template_to_template(checkpoint, problems, kind, tmp_path
     assert saved.chat_template == theirs.chat_template == TEMPLATE
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "checkpoint")
     assert set(model.generation_config.eos_token_id) == stops
-    assert any(s["reward_mean"] > 0 for s in records.read_jsonl(out / records.STEPS_FILE).records)
+    assert any(s["reward_mean"] > 0 for s in jsonl.read_jsonl(out / records.STEPS_FILE).records)
     assert not torch.equal(model.model.norm.weight, torch.ones(32))  # as it began
     answer = model.generate(torch.tensor([prompt(0)]), max_new_tokens=4, do_sample=False)
     assert answer.shape[1] > len(prompt(0))

@@ -9,9 +9,9 @@ import lm_eval  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from grpo_engine import weights  # noqa: E402
 from grpo_engine.integrations import lm_eval as ours  # noqa: E402
-from grpo_engine.tokenizer import train_bpe  # noqa: E402
+from grpo_engine.model import weights  # noqa: E402
+from grpo_engine.model.tokenizer import train_bpe  # noqa: E402
 
 TEXTS = ["the cat sat on the mat and the dog ran after the cat .", "what is two and two ?\nfour", "a river runs to the sea"]
 CHOICES = [(TEXTS[1][:21], f" {word}") for word in ("four", "five", "the sea and the cat", "a")]

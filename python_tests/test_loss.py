@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from grpo_engine import ops
-from grpo_engine.batch import minibatches
 from grpo_engine.config import LossConfig, RolloutConfig
-from grpo_engine.loss import policy_loss, token_weights
-from grpo_engine.rollout import derive_seeds, generate
+from grpo_engine.rollout.engine import derive_seeds, generate
+from grpo_engine.train.batch import minibatches
+from grpo_engine.train.loss import policy_loss, token_weights
 
 FROM_THE_BATCH = {
     "logprob", "advantage", "cu_seqlens", "old_logprob", "ref_logprob", "mask", "num_tokens", "num_sequences",

@@ -5,10 +5,12 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from grpo_engine import ops, weights
+from grpo_engine import ops
 from grpo_engine.config import RolloutConfig
-from grpo_engine.model import Model, ModelConfig, Packed, packed_positions
-from grpo_engine.rollout import derive_seeds, generate
+from grpo_engine.model import weights
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.decoder import Model, Packed, packed_positions
+from grpo_engine.rollout.engine import derive_seeds, generate
 
 HEADS = [(4, 4), (4, 2), (7, 1)]  # query/key ratios 1, 2, 7
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from grpo_engine import checkpoint
-from grpo_engine.model import Model
-from grpo_engine.optimizer import adamw, update
+from grpo_engine.model.decoder import Model
+from grpo_engine.train import checkpoint
+from grpo_engine.train.optimizer import adamw, update
 
 
 def masters(model, optimizer):

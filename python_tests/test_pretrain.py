@@ -7,12 +7,16 @@ import os
 import pytest
 import torch
 
-from grpo_engine import pretrain, weights
 from grpo_engine.config import RunConfig
-from grpo_engine.ledger import Ledger
-from grpo_engine.model import Model
-from grpo_engine.pretrain import LADDER, Schedule
-from grpo_engine.tasks import micro
+from grpo_engine.micro import control, facts, pretrain, task
+from grpo_engine.micro import corpus as corpus_
+from grpo_engine.micro import ladder as ladder_
+from grpo_engine.micro.ladder import LADDER
+from grpo_engine.model import weights
+from grpo_engine.model.decoder import Model
+from grpo_engine.records.ledger import Ledger
+from grpo_engine.train import language
+from grpo_engine.train.schedule import Schedule
 
 
 @pytest.fixture
@@ -33,8 +37,8 @@ def control_config(**batch) -> RunConfig:
     )
 
 
-def batch_of(count: int, seed: str = "x") -> pretrain.DocumentBatch:
-    return pretrain.document_batch(micro.Corpus(seed), count)
+def batch_of(count: int, seed: str = "x") -> language.DocumentBatch:
+    return pretrain.document_batch(corpus_.Corpus(seed), count)
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -44,7 +48,7 @@ def test_ladder_sizes():
     counts = []
     for size in LADDER:
         with torch.device("meta"):
-            counts.append(Model(pretrain.architecture(size)).num_non_embedding)
+            counts.append(Model(ladder_.architecture(size)).num_non_embedding)
     assert counts == [6_288, 21_792, 74_304, 296_064, 985_376]
 
 
@@ -61,62 +65,62 @@ def test_schedule_warms_up_holds_and_anneals():
 @pytest.mark.parametrize("kind", ["base", "instruct"])
 def test_all_recipes_end_annealed(kind):
     for size in LADDER:
-        s = pretrain._schedule(pretrain.recipe(size), kind)
+        s = ladder_._schedule(ladder_.recipe(size), kind)
         assert s.rate(1.0) <= 0.05 * s.lr
-        assert pretrain.training_tokens(size, kind) == s.tokens
+        assert ladder_.training_tokens(size, kind) == s.tokens
 
 
 # ------------------------------------------------------------------------------------------ training
 
 
 def test_language_loss_is_weighted_cross_entropy():
-    model = Model(pretrain.architecture("xxs")).init_weights(0, std=None)
+    model = Model(ladder_.architecture("xxs")).init_weights(0, std=None)
     batch = batch_of(7)
-    loss = pretrain.language_loss(model, batch)
+    loss = language.language_loss(model, batch)
     total = 0.0
     for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
-        alone = pretrain.DocumentBatch(
+        alone = language.DocumentBatch(
             tokens=batch.tokens[a:b], cu_seqlens=torch.tensor([0, b - a], dtype=torch.int32),
             target=batch.target[a:b], weight=torch.ones(b - a),
         )  # fmt: skip
         for i in range(b - a):
             w = torch.zeros(b - a)
             w[i] = 1.0
-            one = pretrain.language_loss(model, dataclasses.replace(alone, weight=w))
+            one = language.language_loss(model, dataclasses.replace(alone, weight=w))
             total += one.item() * batch.weight[a + i].item()
     assert loss.item() == pytest.approx(total / batch.weight.sum().item(), rel=1e-5)
     # an untrained model knows nothing: close to the logarithm of the vocabulary
-    assert abs(loss.item() - math.log(len(micro.VOCABULARY))) < 1.0
+    assert abs(loss.item() - math.log(len(facts.VOCABULARY))) < 1.0
 
 
 def test_training_lowers_the_loss_on_other_documents():
-    model = Model(pretrain.architecture("xxs")).init_weights(0, std=None)
+    model = Model(ladder_.architecture("xxs")).init_weights(0, std=None)
     unseen = batch_of(200, "unseen")
     with torch.no_grad():
-        before = pretrain.language_loss(model, unseen).item()
+        before = language.language_loss(model, unseen).item()
     calls = []
-    seen = micro.Corpus("seen")
-    pretrain.train_language(
+    seen = corpus_.Corpus("seen")
+    language.train_language(
         model, Schedule(tokens=30_000, lr=1e-2), batches=iter(lambda: pretrain.document_batch(seen, 64), None),
         betas=(0.9, 0.98), progress=lambda *a: calls.append(a),
     )  # fmt: skip
     with torch.no_grad():
-        after = pretrain.language_loss(model, unseen).item()
+        after = language.language_loss(model, unseen).item()
     assert after < before - 1.0
     assert calls[-1][:2] == (30_000, 30_000)
     assert [c[0] for c in calls] == sorted(c[0] for c in calls)
 
 
 def test_a_leaking_corpus_stops_the_training():
-    problem = micro.eval_sets(1)["chain"].problems[0]
-    model = Model(pretrain.architecture("xxs")).init_weights(0, std=None)
+    problem = task.eval_sets(1)["chain"].problems[0]
+    model = Model(ladder_.architecture("xxs")).init_weights(0, std=None)
 
     def leaking():
-        micro.check_disjoint([problem.prompt], frozenset(), what="corpus")
+        task.check_disjoint([problem.prompt], frozenset(), what="corpus")
         yield
 
     with pytest.raises(RuntimeError, match="held out"):
-        pretrain.train_language(model, Schedule(tokens=100, lr=1e-2), batches=leaking(), betas=(0.9, 0.98))
+        language.train_language(model, Schedule(tokens=100, lr=1e-2), batches=leaking(), betas=(0.9, 0.98))
 
 
 # --------------------------------------------------------------------------------------------- cache
@@ -158,7 +162,7 @@ def test_key_follows_what_decides_the_weights(tiny, monkeypatch):
     other_sft = with_recipe(instruct=Schedule(tokens=4_000, lr=1e-3))
     assert other_sft[0] == base
     assert other_sft[1] != chat
-    noisier = with_recipe(corpus=micro.CorpusConfig(error=0.2))
+    noisier = with_recipe(corpus=facts.CorpusConfig(error=0.2))
     assert noisier[0] != base
     assert noisier[1] != chat
     assert with_recipe() == (base, chat)
@@ -181,7 +185,7 @@ def test_each_seed_makes_a_model_of_its_own(tiny, tmp_path):
 
 
 def _ensure(ladder, cache, queue):
-    pretrain.LADDER = ladder
+    ladder_.LADDER = ladder
     calls = []
     folder = pretrain.ensure_model("tiny", "base", cache_dir=cache, progress=lambda *a: calls.append(a))
     queue.put((str(folder), bool(calls)))
@@ -227,18 +231,18 @@ def test_cache_root_follows_xdg(monkeypatch, tmp_path):
 
 def test_control_reads_at_least_what_rl_trains_on(tiny):
     config = control_config()
-    corpus = pretrain.control_corpus(config)
+    corpus = control.control_corpus(config)
     answers = 8 * config.batch.group_size
     for step in (1, 2):
         batches = list(corpus.batches(step))
         total = sum(b.tokens.numel() for b in batches)
-        assert answers * micro.tokens_per_worked_answer(chat=False) <= total < corpus.tokens + 30
+        assert answers * facts.tokens_per_worked_answer(chat=False) <= total < corpus.tokens + 30
         assert all(b.cu_seqlens.numel() - 1 <= tiny.documents for b in batches)
 
 
 def test_control_documents_depend_on_seed_and_step_alone(tiny):
     def tokens(config, step):
-        return [b.tokens.tolist() for b in pretrain.control_corpus(config).batches(step)]
+        return [b.tokens.tolist() for b in control.control_corpus(config).batches(step)]
 
     a = control_config()
     assert tokens(a, 2) == tokens(a, 2)
@@ -251,19 +255,19 @@ def test_control_documents_depend_on_seed_and_step_alone(tiny):
 def test_control_of_an_instruct_model_reads_chat(tiny):
     config = control_config()
     config = config.model_copy(update={"model": config.model.model_copy(update={"kind": "instruct"})})
-    user = micro.VOCABULARY.index(micro.USER)
-    for batch in pretrain.control_corpus(config).batches(1):
+    user = facts.VOCABULARY.index(facts.USER)
+    for batch in control.control_corpus(config).batches(1):
         assert (batch.tokens[batch.cu_seqlens[:-1].long()] == user).all()
 
 
 def test_control_steps_train_anneal_and_book_their_cost(tiny):
     config = control_config()
-    model = Model(pretrain.architecture("tiny")).init_weights(0, std=None)
+    model = Model(ladder_.architecture("tiny")).init_weights(0, std=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
-    corpus, ledger = pretrain.control_corpus(config), Ledger()
+    corpus, ledger = control.control_corpus(config), Ledger()
     outcomes, rates = [], []
     for step in (1, 2, 3):
-        outcome = pretrain.control_step(model, optimizer, corpus, config=config, step=step, ledger=ledger)
+        outcome = control.control_step(model, optimizer, corpus, config=config, step=step, ledger=ledger)
         outcomes.append(outcome)
         rates.append(optimizer.param_groups[0]["lr"])
     assert outcomes[-1].loss < outcomes[0].loss
@@ -277,9 +281,9 @@ def test_control_steps_train_anneal_and_book_their_cost(tiny):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pretrain.recipe("xxl"), "no size 'xxl'; it has xxs, xs"),
+        (lambda: ladder_.recipe("xxl"), "no size 'xxl'; it has xxs, xs"),
         (lambda: pretrain.ensure_model("s", "chat"), "kind must be 'base' or 'instruct', got 'chat'"),
-        (lambda: pretrain.control_corpus(RunConfig.model_validate({"model": {"path": "x"}})), "needs model.size"),
+        (lambda: control.control_corpus(RunConfig.model_validate({"model": {"path": "x"}})), "needs model.size"),
     ],
 )
 def test_bad_input(call, message):

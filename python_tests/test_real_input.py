@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from grpo_engine import records
 from grpo_engine.cli import app
-from grpo_engine.suite import SUITES
+from grpo_engine.evaluate.suite import SUITES
+from grpo_engine.records import jsonl, records
 from grpo_engine.tasks.files import read_problems
 
 TRAIN = "math_curriculum_sampled/math__sampled_1_4_12800.parquet"
@@ -37,12 +37,12 @@ def test_three_steps_on_12800_real_problems(real_data, checkpoint, tmp_path):
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
-    steps = records.read_jsonl(out / records.STEPS_FILE).records
+    steps = jsonl.read_jsonl(out / records.STEPS_FILE).records
     assert [s["step"] for s in steps] == [1, 2, 3] and steps[-1]["prompts_seen"] == 48
     for s in steps:
         assert s["logprob_mismatch_max"] == 0.0 and "non_finite" not in s
         assert all(math.isfinite(s[k]) for k in ("loss", "kl", "entropy", "grad_norm", "reward_mean"))
-    evals = records.read_jsonl(out / records.EVALS_FILE).records
+    evals = jsonl.read_jsonl(out / records.EVALS_FILE).records
     assert {(e["step"], e["mode"]) for e in evals} == {(s, m) for s in (0, 3) for m in ("sample", "greedy")}
     assert all(e["num_problems"] <= 50 and 0 <= e["loss"] <= 1 for e in evals)
     assert json.loads((out / records.SUMMARY_FILE).read_text())["steps"] == 3

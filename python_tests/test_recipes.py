@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from grpo_engine import records
+from grpo_engine.records import jsonl, records
 
 RECIPES = {
     part.splitlines()[0]: part
@@ -27,7 +27,7 @@ def test_a_recipe_works_as_it_is_written(name, tmp_path):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     out = subprocess.run(["bash", "-ec", bash[0]], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    steps = records.read_jsonl(tmp_path / "runs/own" / records.STEPS_FILE).records
+    steps = jsonl.read_jsonl(tmp_path / "runs/own" / records.STEPS_FILE).records
     assert len(steps) == 5 and any(s["grad_norm"] > 0 for s in steps)
 
 

@@ -6,8 +6,11 @@ import subprocess
 import pytest
 import torch
 
-from grpo_engine import records
-from grpo_engine.records import EvalRecord, JsonlWriter, PhaseCost, StepRecord, TimingRecord
+from grpo_engine.records import jsonl, records
+from grpo_engine.records import table as table_
+from grpo_engine.records.jsonl import JsonlWriter
+from grpo_engine.records.records import EvalRecord, PhaseCost, StepRecord, TimingRecord
+from grpo_engine.system import machine
 
 STEP = StepRecord(step=1, prompts_seen=64, unique_prompts=60, trained_tokens=6000, compute_6nt=1e9, compute_ledger=2e9)
 EVAL = EvalRecord(
@@ -24,7 +27,7 @@ HEADER = {
 
 def make_run(folder, *, steps=2, done=True):
     folder.mkdir(parents=True)
-    records.write_json_atomic(folder / "run.json", HEADER)
+    jsonl.write_json_atomic(folder / "run.json", HEADER)
     with JsonlWriter(folder / "steps.jsonl") as out:
         for step in range(1, steps + 1):
             out.write(
@@ -38,7 +41,7 @@ def make_run(folder, *, steps=2, done=True):
     with JsonlWriter(folder / "timings.jsonl") as out:
         out.write(TimingRecord(step=1, phase={"decode": PhaseCost(seconds=0.5, tokens=10, flops=1e6)}))
     if done:
-        records.write_json_atomic(folder / "summary.json", {"run_id": "abc", "steps": steps})
+        jsonl.write_json_atomic(folder / "summary.json", {"run_id": "abc", "steps": steps})
     return folder
 
 
@@ -48,22 +51,22 @@ def make_run(folder, *, steps=2, done=True):
     ids=lambda r: type(r).__name__,
 )
 def test_a_record_survives_the_round_trip(record):
-    line = json.dumps(records.to_json(record))
+    line = json.dumps(jsonl.to_json(record))
     assert list(json.loads(line))[0] == "schema"
-    assert records.from_json(type(record), json.loads(line)) == record
+    assert jsonl.from_json(type(record), json.loads(line)) == record
 
 
 def test_a_record_of_the_first_schema_is_read():
-    line = records.to_json(EVAL)
+    line = jsonl.to_json(EVAL)
     old = {k: v for k, v in line.items() if k != "right"} | {"schema": 1}
-    assert records.from_json(EvalRecord, old) == EvalRecord(**(vars_of(EVAL) | {"right": None}))
-    assert records.from_json(EvalRecord, line | {"right": [4, 0, 1]}).right == [4, 0, 1]
+    assert jsonl.from_json(EvalRecord, old) == EvalRecord(**(vars_of(EVAL) | {"right": None}))
+    assert jsonl.from_json(EvalRecord, line | {"right": [4, 0, 1]}).right == [4, 0, 1]
 
 
 def test_a_non_finite_number_is_null_and_named(tmp_path):
     with JsonlWriter(tmp_path / "x.jsonl") as out:
         out.write({"step": 1, "loss": math.nan, "deep": {"kl": -math.inf}, "list": [1.0, math.inf]})
-    (obj,) = records.read_jsonl(tmp_path / "x.jsonl").records
+    (obj,) = jsonl.read_jsonl(tmp_path / "x.jsonl").records
     assert obj == {
         "schema": 2, "step": 1, "loss": None, "deep": {"kl": None}, "list": [1.0, None],
         "non_finite": {"loss": "nan", "deep.kl": "-inf", "list[1]": "inf"},
@@ -71,8 +74,8 @@ def test_a_non_finite_number_is_null_and_named(tmp_path):
 
 
 def test_a_non_finite_number_comes_back_as_itself():
-    obj = records.to_json(StepRecord(**{**vars_of(STEP), "loss": math.inf, "kl": None}))
-    back = records.from_json(StepRecord, obj)
+    obj = jsonl.to_json(StepRecord(**{**vars_of(STEP), "loss": math.inf, "kl": None}))
+    back = jsonl.from_json(StepRecord, obj)
     assert back.loss == math.inf and back.kl is None
 
 
@@ -81,9 +84,9 @@ def vars_of(record):
 
 
 def test_a_tensor_of_one_element_is_a_number_and_a_larger_one_an_error():
-    assert records.to_json({"x": torch.tensor(2.5)})["x"] == 2.5
+    assert jsonl.to_json({"x": torch.tensor(2.5)})["x"] == 2.5
     with pytest.raises(TypeError, match=r"to_json: a\.b is a set"):
-        records.to_json({"a": {"b": {1}}})
+        jsonl.to_json({"a": {"b": {1}}})
 
 
 @pytest.mark.parametrize(
@@ -98,14 +101,14 @@ def test_a_tensor_of_one_element_is_a_number_and_a_larger_one_an_error():
 )
 def test_from_json_names_the_field(change, error, message):
     with pytest.raises(error, match=message):
-        records.from_json(StepRecord, records.to_json(STEP) | change, where="f:3")
+        jsonl.from_json(StepRecord, jsonl.to_json(STEP) | change, where="f:3")
 
 
 def test_from_json_names_a_missing_field():
-    obj = records.to_json(STEP)
+    obj = jsonl.to_json(STEP)
     del obj["compute_6nt"]
     with pytest.raises(ValueError, match="StepRecord lacks compute_6nt"):
-        records.from_json(StepRecord, obj)
+        jsonl.from_json(StepRecord, obj)
 
 
 def test_truncating_puts_the_file_back_byte_for_byte(tmp_path):
@@ -138,7 +141,7 @@ def test_truncating_where_no_record_ends_is_an_error(tmp_path, length, message):
 def test_every_write_is_visible_at_once(tmp_path):
     with JsonlWriter(tmp_path / "x.jsonl") as out:
         out.write({"step": 1})
-        assert len(records.read_jsonl(tmp_path / "x.jsonl").records) == 1
+        assert len(jsonl.read_jsonl(tmp_path / "x.jsonl").records) == 1
 
 
 def test_a_record_that_cannot_be_written_leaves_the_file_unchanged(tmp_path):
@@ -155,29 +158,29 @@ def test_a_record_that_cannot_be_written_leaves_the_file_unchanged(tmp_path):
 def test_a_malformed_line_is_named_even_where_a_torn_one_is_allowed(tmp_path, text, line):
     (tmp_path / "x.jsonl").write_bytes(text)
     with pytest.raises(ValueError, match=rf"x\.jsonl:{line}: the record is not"):
-        records.read_jsonl(tmp_path / "x.jsonl", allow_torn=True)
+        jsonl.read_jsonl(tmp_path / "x.jsonl", allow_torn=True)
 
 
 def test_a_torn_last_line_is_reported_or_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"a":1}\n{"a":2}')  # whole, but the line end is what makes it whole
-    read = records.read_jsonl(tmp_path / "x.jsonl", allow_torn=True)
+    read = jsonl.read_jsonl(tmp_path / "x.jsonl", allow_torn=True)
     assert read.records == [{"a": 1}]
     assert "x.jsonl:2: the record is cut short" in read.torn
     with pytest.raises(ValueError, match=r"x\.jsonl:2: the record is cut short"):
-        records.read_jsonl(tmp_path / "x.jsonl")
+        jsonl.read_jsonl(tmp_path / "x.jsonl")
 
 
 def test_an_empty_file_has_no_records(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"")
-    assert records.read_jsonl(tmp_path / "x.jsonl") == records.JsonlFile(records=[])
+    assert jsonl.read_jsonl(tmp_path / "x.jsonl") == jsonl.JsonlFile(records=[])
 
 
 def test_an_atomic_write_replaces_or_leaves(tmp_path):
     path = tmp_path / "run.json"
-    records.write_json_atomic(path, {"a": 1})
+    jsonl.write_json_atomic(path, {"a": 1})
     with pytest.raises(TypeError):
-        records.write_json_atomic(path, {"a": object()})
-    assert records.read_json(path) == {"schema": 2, "a": 1}
+        jsonl.write_json_atomic(path, {"a": object()})
+    assert jsonl.read_json(path) == {"schema": 2, "a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -207,7 +210,7 @@ def test_a_complete_run_with_a_torn_line_is_an_error(tmp_path):
 
 def test_a_summary_that_the_steps_contradict_is_an_error(tmp_path):
     folder = make_run(tmp_path / "r")
-    records.write_json_atomic(folder / "summary.json", {"run_id": "abc", "steps": 5})
+    jsonl.write_json_atomic(folder / "summary.json", {"run_id": "abc", "steps": 5})
     with pytest.raises(ValueError, match=r"the last step must be 5 \(summary.json\), got 2"):
         records.read_run(folder)
 
@@ -221,8 +224,8 @@ def test_steps_must_rise(tmp_path):
 
 
 def test_the_table_has_the_declared_columns(tmp_path):
-    table = records.runs_table([make_run(tmp_path / "r")])
-    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "right")
+    table = table_.runs_table([make_run(tmp_path / "r")])
+    assert tuple(table.column_names) == (*table_.TABLE_COLUMNS, "right")
     row = table.to_pylist()[0]
     assert (row["study"], row["cell"], row["seed"], row["group_size"]) == (None, "r", 3, 8)
     assert row["tau"] == 4.0  # 128 prompts seen, 32 different ones
@@ -231,21 +234,21 @@ def test_the_table_has_the_declared_columns(tmp_path):
 
 def test_the_table_takes_study_cell_and_tau_from_the_cell_file(tmp_path):
     folder = make_run(tmp_path / "r")
-    records.write_json_atomic(folder / "cell.json", {"study": "demo", "cell": "c1", "tau": 2.0})
-    row = records.runs_table([folder]).to_pylist()[0]
+    jsonl.write_json_atomic(folder / "cell.json", {"study": "demo", "cell": "c1", "tau": 2.0})
+    row = table_.runs_table([folder]).to_pylist()[0]
     assert (row["study"], row["cell"], row["tau"]) == ("demo", "c1", 2.0)
 
 
 def test_the_table_names_what_a_header_lacks(tmp_path):
     folder = make_run(tmp_path / "r")
     header = {k: v for k, v in HEADER.items() if k != "method"}
-    records.write_json_atomic(folder / "run.json", header)
+    jsonl.write_json_atomic(folder / "run.json", header)
     with pytest.raises(KeyError, match="run.json: no 'method'"):
-        records.runs_table([folder])
+        table_.runs_table([folder])
 
 
 def test_an_empty_table_keeps_its_schema():
-    assert records.runs_table([]).schema.equals(records.table_schema())
+    assert table_.runs_table([]).schema.equals(table_.table_schema())
 
 
 def test_the_run_id_is_that_of_the_content():
@@ -258,17 +261,17 @@ def test_the_source_is_a_commit_or_a_wheel(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     package = tmp_path / "package"
     package.mkdir()
-    wheel = records.collect_source(package)
+    wheel = machine.collect_source(package)
     assert wheel["commit"] is None and re.fullmatch("[0-9a-f]{64}", wheel["wheel"])
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
         subprocess.run([*git, *command], check=True)
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert records.collect_source(package) == {"commit": commit, "wheel": None}
+    assert machine.collect_source(package) == {"commit": commit, "wheel": None}
     (package / "changed.py").write_text("")
     subprocess.run([*git, "add", "."], check=True)
-    assert records.collect_source(package)["commit"] == f"{commit}-dirty"
+    assert machine.collect_source(package)["commit"] == f"{commit}-dirty"
 
 
 def test_versions_and_hardware_can_be_written():
-    text = json.dumps(records.to_json(records.collect_versions() | records.collect_hardware()))
+    text = json.dumps(jsonl.to_json(machine.collect_versions() | machine.collect_hardware()))
     assert torch.__version__ in text and json.loads(text)["cores"] >= 1

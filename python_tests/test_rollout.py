@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import NO_CUDA
 
-from grpo_engine import model_runner
-from grpo_engine.batch import minibatches
 from grpo_engine.config import RolloutConfig
-from grpo_engine.ledger import Ledger, causal_pairs, forward_flops
-from grpo_engine.model_runner import padded_pages, padded_rows
-from grpo_engine.rollout import Engine, SamplingRequest, derive_seeds, generate
+from grpo_engine.model.flops import causal_pairs, forward_flops
+from grpo_engine.records.ledger import Ledger
+from grpo_engine.rollout import model_runner
+from grpo_engine.rollout.engine import Engine, SamplingRequest, derive_seeds, generate
+from grpo_engine.rollout.model_runner import padded_pages, padded_rows
+from grpo_engine.train.batch import minibatches
 
 pytestmark = pytest.mark.usefixtures("device")
 PLENTY = RolloutConfig(max_new_tokens=24)

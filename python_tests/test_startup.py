@@ -6,7 +6,7 @@ from pathlib import Path
 
 import models
 
-from grpo_engine import weights
+from grpo_engine.model import weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_engine.config import OptimizerConfig
-from grpo_engine.step import _on_policy_mismatch, learning_rate
+from grpo_engine.train.step import _on_policy_mismatch, learning_rate
 
 SAMPLED = torch.tensor([-1.0, -2.0, -3.0])
 MICRO = SimpleNamespace(old_logprob=SAMPLED, cu_answers=torch.tensor([0, 1, 3]))

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_engine import suite
 from grpo_engine.config import RunConfig, validate
+from grpo_engine.evaluate import suite
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from grpo_engine.tokenizer import PATTERN, HFTokenizer, load_tokenizer, train_bpe
+from grpo_engine.load import load_tokenizer
+from grpo_engine.model.tokenizer import PATTERN, HFTokenizer, train_bpe
 
 TEXTS = [
     "Let x and y be integers such that x + y = 12 and x - y = 4. Find the value of x * y.",
@@ -203,7 +204,7 @@ def test_a_bad_folder_is_named(copy, damage, kind, message):
 
 
 def test_micro_by_name():
-    from grpo_engine.tasks.micro import MicroTokenizer
+    from grpo_engine.micro.tokenizer import MicroTokenizer
 
     assert isinstance(load_tokenizer("micro"), MicroTokenizer)
 
@@ -213,7 +214,7 @@ def test_micro_by_name():
 
 def test_training_is_deterministic_on_any_number_of_threads(trained, tmp_path):
     code = (
-        "import sys; from grpo_engine.tokenizer import train_bpe; sys.path.insert(0, sys.argv[1]);"
+        "import sys; from grpo_engine.model.tokenizer import train_bpe; sys.path.insert(0, sys.argv[1]);"
         "from test_tokenizer import TEXTS; train_bpe(TEXTS, vocab_size=320, folder=sys.argv[2])"
     )
     here = os.path.dirname(__file__)

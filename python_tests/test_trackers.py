@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from grpo_engine import records, trackers
+from grpo_engine.records import jsonl, records, trackers
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def run_dir(tmp_path):
     folder.mkdir()
 
     def write(name, *rows):
-        (folder / name).write_text("".join(json.dumps({"schema": records.SCHEMA, **row}) + "\n" for row in rows))
+        (folder / name).write_text("".join(json.dumps({"schema": jsonl.SCHEMA, **row}) + "\n" for row in rows))
 
     seen = {"prompts_seen": 4, "unique_prompts": 4, "trained_tokens": 90, "compute_6nt": 1e6, "compute_ledger": 2e6}
     write(records.RUN_FILE, {"config": {"seed": 3}})

@@ -15,14 +15,18 @@ import torch
 from conftest import DEVICES, ROOT, SAME_EXTENSION
 from safetensors.torch import load_file
 
-from grpo_engine import device, pretrain, records, weights
 from grpo_engine.config import RunConfig
-from grpo_engine.cost import total_cost
-from grpo_engine.evaluate import eval_steps
-from grpo_engine.rollout import Engine
-from grpo_engine.tasks.micro import MicroTokenizer
-from grpo_engine.threads import count_threads, num_threads
-from grpo_engine.train import Run, problems_of_step, train
+from grpo_engine.evaluate.evaluate import eval_steps
+from grpo_engine.micro import ladder
+from grpo_engine.micro.tokenizer import MicroTokenizer
+from grpo_engine.model import weights
+from grpo_engine.records import jsonl, records
+from grpo_engine.records.cost import total_cost
+from grpo_engine.rollout.engine import Engine
+from grpo_engine.run.run import Run, train
+from grpo_engine.system import device
+from grpo_engine.system.threads import count_threads, num_threads
+from grpo_engine.tasks.order import problems_of_step
 
 DETERMINISTIC = (records.STEPS_FILE, records.EVALS_FILE)
 
@@ -66,7 +70,7 @@ def undisturbed(folder, tmp_path_factory) -> Path:
 
 
 def test_records_are_complete(undisturbed):
-    steps = records.read_jsonl(undisturbed / records.STEPS_FILE).records
+    steps = jsonl.read_jsonl(undisturbed / records.STEPS_FILE).records
     assert [s["step"] for s in steps] == list(range(1, 13))
     assert [s["prompts_seen"] for s in steps] == [8 * n for n in range(1, 13)]
     for s in steps:
@@ -75,13 +79,13 @@ def test_records_are_complete(undisturbed):
         assert s["grad_norm"] >= 0 and s["kl"] >= 0 and s["entropy"] > 0 and s["reward_failures"] == 0
         assert "non_finite" not in s
     assert all(a["trained_tokens"] < b["trained_tokens"] for a, b in zip(steps, steps[1:], strict=False))
-    evals = records.read_jsonl(undisturbed / records.EVALS_FILE).records
+    evals = jsonl.read_jsonl(undisturbed / records.EVALS_FILE).records
     assert sorted({e["step"] for e in evals}) == eval_steps(run_config(Path("x")))
     assert {e["mode"] for e in evals} == {"sample", "greedy"}
     assert {e["eval_set"] for e in evals if e["step"] == 12} == {e["eval_set"] for e in evals if e["step"] == 0}
     for e in evals:
         assert e["loss"] == pytest.approx(1 - e["pass1"]) and e["num_problems"] == 20
-    timings = records.read_jsonl(undisturbed / records.TIMINGS_FILE).records
+    timings = jsonl.read_jsonl(undisturbed / records.TIMINGS_FILE).records
     assert set(timings[1]["phase"]) >= {"prefill", "decode", "reference", "forward", "backward", "optimizer", "reward"}
     run = records.read_run(undisturbed)
     cost = total_cost(run.timings)
@@ -95,14 +99,14 @@ def test_records_are_complete(undisturbed):
 
 
 def test_the_ledger_counts_forward_backward_and_reference(undisturbed):
-    phase = records.read_jsonl(undisturbed / records.TIMINGS_FILE).records[2]["phase"]
+    phase = jsonl.read_jsonl(undisturbed / records.TIMINGS_FILE).records[2]["phase"]
     assert phase["backward"]["flops"] == 2 * phase["forward"]["flops"]
     assert phase["reference"]["flops"] == phase["forward"]["flops"]
     assert phase["reference"]["tokens"] == phase["forward"]["tokens"]
 
 
 def test_one_two_and_three_threads_give_the_same_records_and_weights(tmp_path):
-    weights.save_checkpoint(models.random_model(pretrain.architecture("m"), scale=3.0), tmp_path / "model")
+    weights.save_checkpoint(models.random_model(ladder.architecture("m"), scale=3.0), tmp_path / "model")
     config = run_config(tmp_path / "model", steps=2, evaluation={"count": 2}, batch={"prompts": 32})
     for number in (1, 2, 3):
         with num_threads(number), count_threads() as count:
@@ -111,17 +115,17 @@ def test_one_two_and_three_threads_give_the_same_records_and_weights(tmp_path):
     for other in ("2", "3"):
         for name in (*DETERMINISTIC, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / other / name).read_bytes(), name
-    steps = records.read_jsonl(tmp_path / "1" / records.STEPS_FILE).records
+    steps = jsonl.read_jsonl(tmp_path / "1" / records.STEPS_FILE).records
     assert [s["logprob_mismatch_max"] for s in steps] == [0.0, 0.0]
     assert all(s["grad_norm"] > 0 for s in steps)
 
 
 def test_the_commands_use_all_threads_of_torch_unless_told_otherwise(tmp_path):
-    weights.save_checkpoint(models.random_model(pretrain.architecture("m"), scale=3.0), tmp_path / "model")
+    weights.save_checkpoint(models.random_model(ladder.architecture("m"), scale=3.0), tmp_path / "model")
     settings = [f"model.path={tmp_path / 'model'}", "task.eval_problems=20", "rollout.max_new_tokens=8"]
     run = ["train", "--out", str(tmp_path / "run"), *settings, "steps=1", "batch.prompts=16", "batch.group_size=4"]
     code = (
-        f"{SAME_EXTENSION}import torch\nfrom grpo_engine.cli import main\nfrom grpo_engine.threads import count_threads\n"
+        f"{SAME_EXTENSION}import torch\nfrom grpo_engine.cli import main\nfrom grpo_engine.system.threads import count_threads\n"
         f"default = torch.get_num_threads()\n"
         f"for arguments in ({run!r}, {['evaluate', *settings]!r}):\n"
         "    sys.argv = ['grpo-engine', *arguments]\n"
@@ -148,7 +152,7 @@ def script(out: Path, folder: Path, *, pause: float = 0.0) -> str:
     """A program that runs the configuration; it waits `pause` seconds before each record that it writes."""
     return (
         "import time; from pathlib import Path; import test_train as t; from grpo_engine import records; "
-        "from grpo_engine.train import train; write = records.JsonlWriter.write; "
+        "from grpo_engine.run.run import train; write = records.JsonlWriter.write; "
         f"records.JsonlWriter.write = lambda self, record: (time.sleep({pause}), write(self, record)); "
         f"train(t.run_config(Path({str(folder)!r})), {str(out)!r}, quiet=True)"
     )
@@ -194,10 +198,10 @@ def test_a_bfloat16_run_repeats_itself_resumed_and_with_checkpointed_activations
 
     one = train(config(4), tmp_path / "one")
     assert json.loads((one / records.RUN_FILE).read_text())["config"]["device"] == place
-    assert all(s["logprob_mismatch_max"] == 0.0 for s in records.read_jsonl(one / records.STEPS_FILE).records)
+    assert all(s["logprob_mismatch_max"] == 0.0 for s in jsonl.read_jsonl(one / records.STEPS_FILE).records)
     checkpointed = train(config(4, activation_checkpointing=True), tmp_path / "checkpointed")
     assert deterministic_bytes(one) == deterministic_bytes(checkpointed) and same_weights(one, checkpointed)
-    phases = records.read_jsonl(one / records.TIMINGS_FILE).records[1]["phase"]
+    phases = jsonl.read_jsonl(one / records.TIMINGS_FILE).records[1]["phase"]
     assert all(phases[name]["seconds"] > 0 for name in ("reference", "forward", "backward", "optimizer"))
 
     # a run that was cut short after its first checkpoint: everything later is thrown away
@@ -257,8 +261,8 @@ def test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token(fo
 
 def test_without_a_kl_term_no_reference_is_kept(folder, tmp_path):
     out = train(run_config(folder, steps=2, loss={"kl_coef": 0.0}, evaluation={"count": 0}), tmp_path / "r")
-    assert all("reference" not in t["phase"] for t in records.read_jsonl(out / records.TIMINGS_FILE).records)
-    assert all(s["kl"] is None for s in records.read_jsonl(out / records.STEPS_FILE).records)
+    assert all("reference" not in t["phase"] for t in jsonl.read_jsonl(out / records.TIMINGS_FILE).records)
+    assert all(s["kl"] is None for s in jsonl.read_jsonl(out / records.STEPS_FILE).records)
 
 
 def test_each_pass_over_the_problems_has_its_own_order():

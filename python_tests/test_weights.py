@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_engine import weights
-from grpo_engine.model import Model, ModelConfig
+from grpo_engine.model import hf_config, weights
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.decoder import Model
 
 transformers = pytest.importorskip("transformers")
 
@@ -112,7 +113,7 @@ def test_our_own_round_trip_keeps_every_config_field(saved):
 def test_head_dim_that_is_not_the_quotient(tmp_path):
     model = Model(ModelConfig(**SIZES, head_dim=6)).init_weights(1)
     weights.save_checkpoint(model, tmp_path / "m")
-    assert weights.read_config(tmp_path / "m").head_dim == 6
+    assert hf_config.read_config(tmp_path / "m").head_dim == 6
     assert same(weights.load_model(tmp_path / "m").state_dict(), model.state_dict())
     assert transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "m").model.layers[0].self_attn.head_dim == 6
 
@@ -158,7 +159,7 @@ def test_a_tied_head_that_is_stored_must_equal_the_embedding(tmp_path):
 
 
 def set_fields(folder, **values):
-    path = folder / weights.CONFIG_FILE
+    path = folder / hf_config.CONFIG_FILE
     config = json.loads(path.read_text()) | values
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
@@ -214,17 +215,17 @@ def test_a_config_that_changes_the_arithmetic_is_refused(copy, values, message):
     set_fields(copy, **values)
     with pytest.raises(ValueError) as error:
         weights.load_model(copy)
-    assert str(error.value).startswith(f"{copy / weights.CONFIG_FILE}: ") and message in str(error.value)
+    assert str(error.value).startswith(f"{copy / hf_config.CONFIG_FILE}: ") and message in str(error.value)
 
 
 def test_config_as_transformers_4_wrote_it(copy):
     set_fields(copy, rope_parameters=..., rope_theta=5e5, rope_scaling=None, sliding_window=131072, max_window_layers=2)
-    assert weights.read_config(copy) == ours(tied=False).config
+    assert hf_config.read_config(copy) == ours(tied=False).config
 
 
 def test_absent_fields_take_the_defaults_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "qwen2"}))
-    got, wanted = weights.read_config(tmp_path), transformers.Qwen2Config(**SIZES)
+    got, wanted = hf_config.read_config(tmp_path), transformers.Qwen2Config(**SIZES)
     assert got.rope_theta == wanted.rope_parameters["rope_theta"]
     assert got.rms_norm_eps == wanted.rms_norm_eps
     assert got.tie_word_embeddings == wanted.tie_word_embeddings
@@ -391,7 +392,7 @@ def test_absent_things(tmp_path, copy):
     (copy / weights.SINGLE_FILE).rename(copy / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor .*; pytorch_model\.bin is not read"):
         weights.load_model(copy)
-    (copy / weights.CONFIG_FILE).write_text("[1]")
+    (copy / hf_config.CONFIG_FILE).write_text("[1]")
     with pytest.raises(ValueError, match=r"config\.json: must hold a JSON object, got list"):
         weights.load_model(copy)
     with pytest.raises(TypeError, match=r"dtype must be a floating type, got torch\.int32"):
@@ -455,7 +456,7 @@ def test_the_tokenizer_goes_along(tmp_path):
     weights.save_checkpoint(ours(), tmp_path / "m", tokenizer_folder=tmp_path / "t")
     names = {p.name for p in (tmp_path / "m").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
-    assert weights.read_config(tmp_path / "m") == ours().config
+    assert hf_config.read_config(tmp_path / "m") == ours().config
     # an end that stood in config.json alone, which the copy writes anew
     (tmp_path / "t" / "config.json").write_text('{"eos_token_id": [5, 7]}')
     weights.save_checkpoint(ours(), tmp_path / "n", tokenizer_folder=tmp_path / "t")

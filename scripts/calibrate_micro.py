@@ -25,15 +25,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from grpo_engine import pretrain, records
 from grpo_engine.config import ModelSource, RunConfig, validate
-from grpo_engine.cost import total_cost
-from grpo_engine.evaluate import EvalResult
+from grpo_engine.evaluate.evaluate import EvalResult
+from grpo_engine.micro import facts, ladder, pretrain
+from grpo_engine.records import jsonl, records
+from grpo_engine.records.cost import total_cost
 from grpo_engine.study.design import AxesConfig, StudyConfig, load_study, plan
-from grpo_engine.study.drawing import Figure, Key, Panel, Series, draw, size_colors
 from grpo_engine.study.forecast import num_params
+from grpo_engine.study.report.drawing import Figure, Key, Panel, Series, draw, size_colors
 from grpo_engine.study.run import run_study
-from grpo_engine.tasks import micro
+from grpo_engine.system import machine
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SWEEP_SEED = 100  # of the bases and runs that rates are tried on; the study's are 0 to 4
@@ -69,11 +70,11 @@ def measure(out: Path, jobs: int) -> dict[str, Any]:
     if result.failures or result.interrupted is not None:
         raise SystemExit("the sweep is not finished: run this again")
     return {
-        "hardware": records.collect_hardware(),
-        "versions": records.collect_versions(),
+        "hardware": machine.collect_hardware(),
+        "versions": machine.collect_versions(),
         "tasks": {
-            "limit": micro.LIMIT, "operand": micro.OPERAND, "corpus_terms": micro.CORPUS_TERMS, "terms": micro.TERMS,
-            "error": pretrain.LADDER["m"].corpus.error, "direct": pretrain.LADDER["m"].corpus.direct,
+            "limit": facts.LIMIT, "operand": facts.OPERAND, "corpus_terms": facts.CORPUS_TERMS, "terms": facts.TERMS,
+            "error": ladder.LADDER["m"].corpus.error, "direct": ladder.LADDER["m"].corpus.direct,
         },
         "run": study.run,
         "bases": bases,
@@ -93,7 +94,7 @@ def measured_bases(study: StudyConfig, out: Path, jobs: int) -> list[dict[str, A
         running = {pool.submit(measured_base, n.size, n.kind, n.seed, study.run): n for n in missing}
         for done, future in enumerate(as_completed(running), start=1):
             need, record = running[future], future.result()
-            records.write_json_atomic(files[need], record)
+            jsonl.write_json_atomic(files[need], record)
             print(
                 f"{need.name}: greedy {record['greedy']:.3f}, sampled {record['sample']:.3f} "
                 f"({done} of {len(missing)} models, {time.monotonic() - started:.0f} s)", flush=True,
@@ -103,7 +104,7 @@ def measured_bases(study: StudyConfig, out: Path, jobs: int) -> list[dict[str, A
 
 def measured_base(size: str, kind: str, seed: int, run: Mapping[str, Any]) -> dict[str, Any]:
     """One model: how well it answers, and what making it took (None: it was made before)."""
-    from grpo_engine.train import evaluate_only
+    from grpo_engine.evaluate.evaluate import evaluate_only
 
     started, made = time.process_time(), pretrain.cached_model(size, kind, seed=seed) is None
     pretrain.ensure_model(size, kind, seed=seed)
@@ -115,7 +116,7 @@ def measured_base(size: str, kind: str, seed: int, run: Mapping[str, Any]) -> di
     sample: EvalResult = results["sample"]
     return {
         "size": size, "kind": kind, "seed": seed, "params": num_params(ModelSource(size=size)),
-        "tokens": pretrain.training_tokens(size, kind), "cpu_s": round(seconds, 1) if made else None,
+        "tokens": ladder.training_tokens(size, kind), "cpu_s": round(seconds, 1) if made else None,
         "greedy": results["greedy"].pass1, "greedy_stderr": results["greedy"].stderr,
         "sample": sample.pass1, "sample_stderr": sample.stderr,
         "problems": sample.num_problems, "samples": sample.num_samples,
@@ -328,7 +329,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.page:
         os.environ["OMP_NUM_THREADS"] = "1"
-        records.write_json_atomic(DOCS / "calibration.json", measure(arguments.out, arguments.jobs))
+        jsonl.write_json_atomic(DOCS / "calibration.json", measure(arguments.out, arguments.jobs))
     data = json.loads((DOCS / "calibration.json").read_text())
     (DOCS / "calibration.md").write_text(page(data))
     picture(data, DOCS / "calibration.png")

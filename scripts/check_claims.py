@@ -381,9 +381,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def page(outcomes: Sequence[Outcome], seconds: float) -> str:
     """docs/claims.md: all faults, those that were not asked for as not run."""
-    from grpo_engine import _C, records
+    from grpo_engine import _C
+    from grpo_engine.system import machine
 
-    hardware, ran = records.collect_hardware(), {o.fault.name for o in outcomes}
+    hardware, ran = machine.collect_hardware(), {o.fault.name for o in outcomes}
     rest = [Outcome(fault=f, verdict="not run", why="", seconds=0.0) for f in FAULTS if f.name not in ran]
     caught = sum(o.verdict == "yes" for o in outcomes)
     return (

@@ -24,8 +24,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
 from published import PUBLISHED, published  # noqa: E402
 
-from grpo_engine import weights  # noqa: E402
-from grpo_engine.model import Model, Packed, packed_positions  # noqa: E402
+from grpo_engine.model import hf_config, weights  # noqa: E402
+from grpo_engine.model.decoder import Model, Packed, packed_positions  # noqa: E402
 
 WIDTHS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B")
 LENGTHS = [56, 200]  # tokens of two sequences
@@ -76,7 +76,7 @@ def parameters(folder: Path) -> bool:
     for name in PUBLISHED:
         config = config_of(name, folder)
         with torch.device("meta"):
-            ours, theirs = Model(weights.read_config(folder)), AutoModelForCausalLM.from_config(config)
+            ours, theirs = Model(hf_config.read_config(folder)), AutoModelForCausalLM.from_config(config)
         count = sum(p.numel() for p in theirs.parameters())
         same &= ours.num_parameters == count
         table.add_row(name, f"{ours.num_parameters:,}", f"{count:,}", f"{ours.num_non_embedding:,}")
@@ -123,7 +123,7 @@ def logits(name: str, folder: Path) -> tuple[list[str], bool]:
 
 def loading(folder: Path) -> bool:
     config_of(LOADED, folder)
-    model = Model(weights.read_config(folder), torch.bfloat16).init_weights(0)
+    model = Model(hf_config.read_config(folder), torch.bfloat16).init_weights(0)
     weights.save_checkpoint(model, folder / "saved")
     del model
     size = sum(path.stat().st_size for path in (folder / "saved").glob("*.safetensors"))

@@ -30,13 +30,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from grpo_engine import records, weights
-from grpo_engine.cost import COST_HEAD, cost_rows, total_cost
-from grpo_engine.model import Model, ModelConfig
-from grpo_engine.pretrain import DocumentBatch, Schedule, language_loss, train_language
-from grpo_engine.suite import SUITES
+from grpo_engine.evaluate.suite import SUITES
+from grpo_engine.load import load_tokenizer
+from grpo_engine.model import weights
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.decoder import Model
+from grpo_engine.model.tokenizer import Tokenizer, train_bpe
+from grpo_engine.records import jsonl, records
+from grpo_engine.records.cost import COST_HEAD, cost_rows, total_cost
+from grpo_engine.system import files
 from grpo_engine.tasks.files import read_problems
-from grpo_engine.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from grpo_engine.train.language import DocumentBatch, language_loss, train_language
+from grpo_engine.train.schedule import Schedule
 from grpo_engine.types import Problem
 
 TRAIN = "math_curriculum_sampled/math__sampled_1_4_12800.parquet"
@@ -72,7 +77,7 @@ def pretrained(data: Path, out: Path, tokens: int) -> tuple[Path, dict]:
     """The folder of the model, made unless it is there, and how its making went."""
     folder, notes = out / "model", out / "pretraining.json"
     if notes.exists():
-        return folder, records.read_object(notes)
+        return folder, jsonl.read_object(notes)
     for path in (folder, out / "tokenizer"):
         shutil.rmtree(path, ignore_errors=True)
     problems, held_out = read_problems(data / TRAIN), read_problems(data / HELD_OUT)
@@ -107,7 +112,7 @@ def pretrained(data: Path, out: Path, tokens: int) -> tuple[Path, dict]:
         "tokens_per_second": tokens / seconds, "loss_last_batch": last, "loss_unseen_before": before,
         "loss_unseen_after": after,
     }  # fmt: skip
-    records.write_bytes_atomic(notes, (json.dumps(found, indent=1) + "\n").encode())
+    files.write_bytes_atomic(notes, (json.dumps(found, indent=1) + "\n").encode())
     return folder, found
 
 
@@ -138,7 +143,7 @@ def killed_once(data: Path, folder: Path, out: Path, threads: int) -> int:
         process.wait()
         note.write_text(json.dumps({"after": path.read_bytes().count(b"\n")}))
     finish(run(data, folder, out, threads))
-    return records.read_object(note)["after"]
+    return jsonl.read_object(note)["after"]
 
 
 def faults(whole: Path, killed: Path) -> list[str]:
@@ -185,7 +190,7 @@ def main() -> None:
         "faults": wrong,
         "seconds": time.perf_counter() - start,
     }
-    records.write_bytes_atomic(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    files.write_bytes_atomic(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     table = Table(*COST_HEAD, "tokens/s")
     for row, c in zip(cost_rows(cost), [*cost.values(), None], strict=True):
         table.add_row(*row, f"{c.tokens / c.seconds:,.0f}" if c and c.tokens and c.seconds else "")

@@ -61,9 +61,9 @@ ROWS = {
 
 # Promises that the table has no row for: where they are made, and some words of them (white space does not count).
 ELSEWHERE = {
-    "GRPO step": ("grpo_engine/step.py", "moves the policy towards the better ones"),
+    "GRPO step": ("grpo_engine/train/step.py", "moves the policy towards the better ones"),
     "where answers stop": ("docs/study.md", "a response stops at the tokenizer's end"),
-    "chat prompts": ("grpo_engine/tokenizer.py", "followed by the head of the assistant's turn"),
+    "chat prompts": ("grpo_engine/model/tokenizer.py", "followed by the head of the assistant's turn"),
     "order of problems": ("docs/study.md", "is a curriculum: easy to hard by pass rate"),
     "fewer problems": ("grpo_engine/tasks/subset.py", "with the mix of difficulty of all of them"),
     "other trainers' logs": ("docs/study.md", "`study import` reads verl's metrics"),
@@ -301,7 +301,7 @@ FAULTS = (
         claim="sampler = trainer",
         says="queries and keys in pages are turned with another base than in training",
         edits=(Edit(
-            file="grpo_engine/model_runner.py",
+            file="grpo_engine/rollout/model_runner.py",
             old="s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,",
             new="s.page_table, s.cu_query, s.kv_len, theta=layer.theta / 2, eps=layer.eps,",
         ),),
@@ -312,7 +312,7 @@ FAULTS = (
         claim="sampler = trainer",
         says="a step does not compare the sampler's bits with the trainer's",
         edits=(Edit(
-            file="grpo_engine/step.py",
+            file="grpo_engine/train/step.py",
             old="if on_policy and not _same_bits(scored):",
             new="if on_policy is None and not _same_bits(scored):",
         ),),
@@ -324,7 +324,7 @@ FAULTS = (
         claim="GRPO step",
         says="a micro-batch is divided by its own tokens and not by the minibatch's",
         edits=(Edit(
-            file="grpo_engine/loss.py",
+            file="grpo_engine/train/loss.py",
             old="num_tokens=minibatch.num_tokens,",
             new="num_tokens=micro.num_answer_tokens,",
         ),),
@@ -335,7 +335,7 @@ FAULTS = (
         claim="GRPO step",
         says="the reference of the KL term is the policy itself",
         edits=(Edit(
-            file="grpo_engine/step.py",
+            file="grpo_engine/train/step.py",
             old="ref_logprob=score(reference, micro)",
             new="ref_logprob=score(policy, micro)",
         ),),
@@ -346,7 +346,7 @@ FAULTS = (
         claim="GRPO step",
         says="the warm-up of the learning rate begins one step late, with a rate of 0",
         edits=(Edit(
-            file="grpo_engine/step.py",
+            file="grpo_engine/train/step.py",
             old="config.lr * min(1.0, step / config.warmup_steps)",
             new="config.lr * min(1.0, (step - 1) / config.warmup_steps)",
         ),),
@@ -356,14 +356,14 @@ FAULTS = (
         name="rloo-with-itself",
         claim="own advantage or loss",
         says="RLOO's baseline holds the response itself",
-        edits=(Edit(file="grpo_engine/advantages.py", old=" * (G / (G - 1))", new=""),),
+        edits=(Edit(file="grpo_engine/train/advantages.py", old=" * (G / (G - 1))", new=""),),
         tests=("python_tests/test_advantages.py::test_an_estimator_is_its_formula",),
     ),
     Fault(
         name="own-loss-without-penalty",
         claim="own advantage or loss",
         says="an objective of one's own is trained without the KL penalty",
-        edits=(Edit(file="grpo_engine/loss.py", old="    if config.kl_coef > 0:  #", new="    if config.kl_coef > 99:  #"),),
+        edits=(Edit(file="grpo_engine/train/loss.py", old="    if config.kl_coef > 0:  #", new="    if config.kl_coef > 99:  #"),),
         tests=("python_tests/test_loss.py::test_an_objective_in_torch_gives_the_loss_and_gradient_of_the_op",),
     ),
     Fault(
@@ -394,7 +394,7 @@ FAULTS = (
         claim="threads of a run",
         says="the last bits of the learning rate depend on the number of threads",
         edits=(Edit(
-            file="grpo_engine/optimizer.py",
+            file="grpo_engine/train/optimizer.py",
             old='        lr=lr,\n        betas=group["betas"],',
             new='        lr=lr * (1 + 1e-6 * torch.get_num_threads()),\n        betas=group["betas"],',
         ),),
@@ -406,7 +406,7 @@ FAULTS = (
         claim="killed run",
         says="a checkpoint holds no moments: they are zero after it is loaded",
         edits=(Edit(
-            file="grpo_engine/checkpoint.py",
+            file="grpo_engine/train/checkpoint.py",
             old='yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
             new='yield f"{names[p]}:{kind}", torch.as_tensor(0 * value if "exp" in kind else value).detach().contiguous()',
         ),),
@@ -417,7 +417,7 @@ FAULTS = (
         claim="killed run",
         says="a resumed run keeps one record that was written after its checkpoint",
         edits=(Edit(
-            file="grpo_engine/records.py",
+            file="grpo_engine/records/records.py",
             old="            self._file.truncate(truncate_to)\n",
             new='            with open(self.path, "rb") as read:\n                read.seek(truncate_to)\n'
                 "                truncate_to += len(read.readline())\n            self._file.truncate(truncate_to)\n",
@@ -433,12 +433,12 @@ FAULTS = (
         says="a resumed run trains once more on the prompts of the step before it",
         edits=(
             Edit(
-                file="grpo_engine/train.py",
+                file="grpo_engine/run/run.py",
                 old="            state.restore(self.model, self.optimizer)\n",
                 new="            state.restore(self.model, self.optimizer)\n            self.behind = 1\n",
             ),
             Edit(
-                file="grpo_engine/train.py",
+                file="grpo_engine/run/run.py",
                 old="self.task.train, step=step, count=c.batch.prompts,",
                 new='self.task.train, step=step - getattr(self, "behind", 0), count=c.batch.prompts,',
             ),
@@ -476,7 +476,7 @@ FAULTS = (
         claim="killed study",
         says="a cell that was begun counts as finished when the study is started again",
         edits=(Edit(
-            file="grpo_engine/records.py",
+            file="grpo_engine/records/records.py",
             old="return (Path(run_dir) / SUMMARY_FILE).is_file() and (Path(run_dir) / RUN_FILE).is_file()",
             new="return (Path(run_dir) / RUN_FILE).is_file()",
         ),),
@@ -487,7 +487,7 @@ FAULTS = (
         name="natural-logs",
         claim="the paper's law",
         says="the level of the law that is shown with decimal logs is that with natural ones",
-        edits=(Edit(file="grpo_engine/study/laws.py", old="return e / LN10", new="return e"),),
+        edits=(Edit(file="grpo_engine/study/laws/forms.py", old="return e / LN10", new="return e"),),
         tests=("python_tests/study/test_fit.py::test_published_fit_of_base_models",),
     ),
     Fault(
@@ -506,7 +506,7 @@ FAULTS = (
         claim="intervals",
         says="the intervals of the bootstrap are a fifth too narrow",
         edits=(Edit(
-            file="grpo_engine/study/bootstrap.py",
+            file="grpo_engine/study/laws/bootstrap.py",
             old="    return low, high\n\n\ndef resample(",
             new="    return low + 0.1 * (high - low), high - 0.1 * (high - low)\n\n\ndef resample(",
         ),),
@@ -517,7 +517,7 @@ FAULTS = (
         claim="intervals",
         says="the profile intervals of a curve's law are a fifth too narrow",
         edits=(Edit(
-            file="grpo_engine/study/bootstrap.py",
+            file="grpo_engine/study/laws/bootstrap.py",
             old="return factor * float(stdtrit(freedom, (1 + level) / 2))",
             new="return 0.8 * factor * float(stdtrit(freedom, (1 + level) / 2))",
         ),),
@@ -528,7 +528,7 @@ FAULTS = (
         claim="held-out tests",
         says="the largest size, which is to be predicted, is among the sizes that the law is fitted to",
         edits=(Edit(
-            file="grpo_engine/study/holdout.py",
+            file="grpo_engine/study/laws/holdout.py",
             old="below = keep(curves, [c.kind == target.kind and c.params < top for c in curves])",
             new="below = keep(curves, [c.kind == target.kind and c.params <= top for c in curves])",
         ),),
@@ -539,7 +539,7 @@ FAULTS = (
         claim="held-out tests",
         says="the late steps of a curve, which are to be predicted, are among the points that its law is fitted to",
         edits=(Edit(
-            file="grpo_engine/study/holdout.py",
+            file="grpo_engine/study/laws/holdout.py",
             old="head, tail = round(first * n), max(1, round(last * n))",
             new="head, tail = n, max(1, round(last * n))",
         ),),
@@ -618,7 +618,7 @@ FAULTS = (
         claim="real problems",
         says="a suite that was killed takes a problem with some of its answers for a finished one",
         edits=(Edit(
-            file="grpo_engine/suite.py",
+            file="grpo_engine/evaluate/suite.py",
             old="for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
             new="for place, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
         ),),
@@ -629,7 +629,7 @@ FAULTS = (
         claim="real problems",
         says="a suite that was killed answers what is left with the seeds of the first problems",
         edits=(Edit(
-            file="grpo_engine/suite.py",
+            file="grpo_engine/evaluate/suite.py",
             old="seeds=seeds[chosen].flatten()",
             new="seeds=(seeds[: len(chosen)] if done else seeds[chosen]).flatten()",
         ),),
@@ -669,7 +669,7 @@ FAULTS = (
         name="gate-and-up-swapped",
         claim="families",
         says="gate and up of a checkpoint are read in each other's place",
-        edits=(Edit(file="grpo_engine/weights.py", old='for x in ("gate", "up")', new='for x in ("up", "gate")'),),
+        edits=(Edit(file="grpo_engine/model/weights.py", old='for x in ("gate", "up")', new='for x in ("up", "gate")'),),
         tests=("python_tests/test_families.py::test_logits_equal_transformers",),
     ),
     Fault(
@@ -677,7 +677,7 @@ FAULTS = (
         claim="families",
         says="Qwen3's norm of queries and keys is left out",
         edits=(Edit(
-            file="grpo_engine/model.py",
+            file="grpo_engine/model/decoder.py",
             old="        if norm is not None:\n",
             new="        if norm is not None and norm.dim() > 1:\n",
         ),),
@@ -688,7 +688,7 @@ FAULTS = (
         claim="families",
         says="a tied head is counted once more",
         edits=(Edit(
-            file="grpo_engine/footprint.py", old="(1 if model.tie_word_embeddings else 2)", new="2",
+            file="grpo_engine/train/footprint.py", old="(1 if model.tie_word_embeddings else 2)", new="2",
         ),),
         tests=("python_tests/test_families.py::test_parameters_of_published_models_are_those_of_transformers",),
     ),
@@ -696,7 +696,7 @@ FAULTS = (
         name="no-optimizer-in-memory",
         claim="memory",
         says="the prediction of memory forgets the optimizer's moments",
-        edits=(Edit(file="grpo_engine/footprint.py", old='"optimizer": 2 * wide + master}', new='"optimizer": master}'),),
+        edits=(Edit(file="grpo_engine/train/footprint.py", old='"optimizer": 2 * wide + master}', new='"optimizer": master}'),),
         tests=("python_tests/study/test_forecast.py::test_memory_at_the_7b_shape_is_what_the_documents_count",),
     ),
     Fault(
@@ -704,7 +704,7 @@ FAULTS = (
         claim="memory",
         says="the prediction of memory counts gate or up, but not both",
         edits=(Edit(
-            file="grpo_engine/footprint.py",
+            file="grpo_engine/train/footprint.py",
             old="(2 * D + (2 * H + 2 * K) * E + 2 * F)",
             new="(2 * D + (2 * H + 2 * K) * E + F)",
         ),),
@@ -716,7 +716,7 @@ FAULTS = (
         claim="where answers stop",
         says="of several tokens to stop at only the first is taken",
         edits=(Edit(
-            file="grpo_engine/tokenizer.py",
+            file="grpo_engine/model/tokenizer.py",
             old="for i in ids if isinstance(ids, list) else [ids]:",
             new="for i in ids[:1] if isinstance(ids, list) else [ids]:",
         ),),
@@ -726,7 +726,7 @@ FAULTS = (
         name="no-generation-prompt",
         claim="chat prompts",
         says="a chat prompt ends with the user's turn",
-        edits=(Edit(file="grpo_engine/tokenizer.py", old="add_generation_prompt=True", new="add_generation_prompt=False"),),
+        edits=(Edit(file="grpo_engine/model/tokenizer.py", old="add_generation_prompt=True", new="add_generation_prompt=False"),),
         tests=("python_tests/test_tokenizer.py::test_prompts",),
     ),
     Fault(
@@ -734,7 +734,7 @@ FAULTS = (
         claim="order of problems",
         says="a curriculum takes its problems in the order of their file",
         edits=(Edit(
-            file="grpo_engine/train.py",
+            file="grpo_engine/run/run.py",
             old="train=train if config.shuffle else sorted(train, key=difficulty)",
             new="train=train if config.shuffle else sorted(train, key=lambda p: 0.0)",
         ),),

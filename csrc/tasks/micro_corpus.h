@@ -1,6 +1,6 @@
 // micro_corpus.h -- the embedded tasks: random problems, and the documents that models are pretrained on.
 //
-// What the families are and why is told in grpo_engine/tasks/micro.py, which owns the vocabulary and
+// What the families are and why is told in grpo_engine/micro/task.py, which owns the vocabulary and
 // every constant; this file owns how a problem is drawn. A corpus is two million tokens, so drawing
 // it word by word in Python takes longer than training a small model on it.
 //

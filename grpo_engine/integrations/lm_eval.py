@@ -21,13 +21,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
-from grpo_engine import device as devices
-from grpo_engine import hub, ops, weights
+from grpo_engine import ops
 from grpo_engine.config import RolloutConfig
-from grpo_engine.model import Packed
-from grpo_engine.rollout import Engine, SamplingRequest, derive_seeds
-from grpo_engine.tokenizer import HFTokenizer
-from grpo_engine.train import DTYPES
+from grpo_engine.load import DTYPES
+from grpo_engine.model import hub, weights
+from grpo_engine.model.decoder import Packed
+from grpo_engine.model.tokenizer import HFTokenizer
+from grpo_engine.rollout.engine import Engine, SamplingRequest, derive_seeds
+from grpo_engine.system import device as devices
 
 HEAD_ROWS = 256  # rows whose logits exist at once
 FIRST_TOKENS = 32  # of an answer before it is looked at for stop strings; twice as many each further time

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from grpo_engine import plugins
+from grpo_engine.system import plugins
 
 
 class Question(Protocol):

@@ -21,9 +21,9 @@ from concurrent.futures.process import BrokenProcessPool
 import pebble
 
 from grpo_engine.config import RewardConfig
-from grpo_engine.processes import SpawnContext
 from grpo_engine.rewards import HARMLESS, import_scorer, scorer_target
 from grpo_engine.rewards.worker import Outcome, checked, prepare, run
+from grpo_engine.system.processes import SpawnContext
 from grpo_engine.types import Problem, Reward
 
 Progress = Callable[[int, int], None]  # (answers scored, answers to score)

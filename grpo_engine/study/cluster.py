@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from ..processes import end_with_parent
+from grpo_engine.system.processes import end_with_parent
 
 if TYPE_CHECKING:
-    from .run import Job
+    from grpo_engine.study.job import Job
 
 _ROOT = str(Path(__file__).resolve().parents[2])  # where grpo_engine is imported from
 _LOST = -signal.SIGKILL  # the exit code of a job whose worker is gone
@@ -82,7 +82,7 @@ class _Handle:
 
 @dataclass(slots=True)
 class RayExecutor:
-    """Jobs as Ray tasks; see `grpo_engine.study.run.Executor`.
+    """Jobs as Ray tasks; see `grpo_engine.study.executors.Executor`.
 
     Without an address, and with no RAY_ADDRESS in the environment, a cluster of this machine alone is started.
 
@@ -164,7 +164,7 @@ _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLET
 
 @dataclass(slots=True)
 class SlurmExecutor:
-    """Jobs submitted to Slurm by submitit; see `grpo_engine.study.run.Executor`.
+    """Jobs submitted to Slurm by submitit; see `grpo_engine.study.executors.Executor`.
 
     A job outlives the study that submitted it. Its id is kept, so the same study, started again, waits for the job that
     is still there and does not submit another.

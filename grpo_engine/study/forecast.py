@@ -1,7 +1,7 @@
 """What a run takes, before it runs: tokens, FLOPs by phase, memory, and time on a machine.
 
 Tokens, FLOPs and memory follow from shapes and from how long prompts and answers are assumed to be (`EstimateConfig`);
-they count what `grpo_engine.ledger` counts. Time is FLOPs over the rate that a `Machine` is assumed to reach and, where
+they count what `grpo_engine.records.ledger` counts. Time is FLOPs over the rate that a `Machine` is assumed to reach and, where
 its memory is the limit, bytes over its bandwidth. None of it reads weights or data.
 """
 
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from .. import footprint
-from ..config import Config, ModelSource, RunConfig
-from ..footprint import BYTES, Shapes, count_params
-from .gpus import GPUS
+from grpo_engine.config import Config, ModelSource, RunConfig
+from grpo_engine.study.gpus import GPUS
+from grpo_engine.train import footprint
+from grpo_engine.train.footprint import BYTES, Shapes, count_params
 
 if TYPE_CHECKING:
-    from ..model import ModelConfig
+    from grpo_engine.model.config import ModelConfig
 
 GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "l4", "mi300x"]
 
@@ -86,20 +86,20 @@ def architecture(source: ModelSource) -> ModelConfig | None:
         ValueError: the ladder has no such size, or a config.json of another kind of model.
     """
     if source.path is None:
-        from ..pretrain import architecture as embedded
+        from grpo_engine.micro.ladder import architecture as embedded
 
         return embedded(source.size)
-    from ..hub import find_config
+    from grpo_engine.model.hub import find_config
 
     if folder := find_config(source.path):
-        from ..weights import read_config
+        from grpo_engine.model.hf_config import read_config
 
         return read_config(folder)
     family, _, size = Path(source.path).name.partition("-")
     sizes = _QWEN25.get(size.partition("-")[0])
     if family != "Qwen2.5" or sizes is None:
         return None
-    from ..model import ModelConfig
+    from grpo_engine.model.config import ModelConfig
 
     layers, width, ffn, heads, kv_heads, tied = sizes
     return ModelConfig(
@@ -134,10 +134,10 @@ class _Work(Shapes):
     """Shapes of an architecture as FLOPs besides."""
 
     def flops(self, tokens: float, pairs: float, head_rows: float) -> float:
-        """See `grpo_engine.ledger.forward_flops`."""
+        """See `grpo_engine.model.flops.forward_flops`."""
         if self.model is None:
             return 2.0 * self.params * tokens
-        from ..ledger import shape_flops
+        from grpo_engine.model.flops import shape_flops
 
         return shape_flops(self.model, self.params, tokens=tokens, pairs=pairs, head_rows=head_rows)
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import gpus
-from .bootstrap import interval
-from .holdout import prediction
-from .results import AxisFit, CurveLevel, Estimate, JointFit, draws_of
+from grpo_engine.study import gpus
+from grpo_engine.study.laws.bootstrap import interval
+from grpo_engine.study.laws.holdout import prediction
+from grpo_engine.study.laws.results import AxisFit, CurveLevel, Estimate, JointFit, draws_of
 
 MOST_LOG_X = 200.0  # of an x that would reach a target: beyond it, never
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_engine import records
+from grpo_engine.records import jsonl
 
 Row = dict[str, Any]
 FORMATS = ".parquet, .jsonl, or a folder that datasets' save_to_disk made"
@@ -77,11 +77,11 @@ def _folder(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row]]:
     import pyarrow
 
     if (path / SPLITS_FILE).is_file():
-        splits = records.read_object(path / SPLITS_FILE).get("splits")
+        splits = jsonl.read_object(path / SPLITS_FILE).get("splits")
         raise ValueError(f"{path}: holds the splits {splits}; name the folder of one of them")
     if not (path / STATE_FILE).is_file():
         raise ValueError(f"{path}: no {STATE_FILE} there: problems are read from {FORMATS}")
-    files = records.read_object(path / STATE_FILE).get("_data_files")
+    files = jsonl.read_object(path / STATE_FILE).get("_data_files")
     if not isinstance(files, list) or not all(isinstance(f, dict) and isinstance(f.get("filename"), str) for f in files):
         raise ValueError(f"{path / STATE_FILE}: _data_files must list file names, got {files!r}")
     tables = []

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from grpo_engine import records
+from grpo_engine.records import table
 
 SIZES = {"xs": 2e5, "s": 6e5, "m": 2e6, "l": 6e6, "xl": 2e7}
 K_MAX, N0 = 0.15, 1e6
@@ -31,11 +31,11 @@ def law_table(*, sizes=SIZES, steps=STEPS, runs=1, noise=0.0, drift=0.0, seed=0,
                     level = start - 0.1 * i - (0.05 if kind == "instruct" else 0.0)
                     loss = level * float(max(step, 1)) ** -k(n)
                     loss += slow * np.log(max(step, 1)) / np.log(steps[-1]) + (rng.normal(0, noise) if noise else 0.0)
-                    row = dict.fromkeys(records.TABLE_COLUMNS) | {
+                    row = dict.fromkeys(table.TABLE_COLUMNS) | {
                         "run_id": f"{size}-{kind}-{run}", "method": "grpo", "kind": kind, "size": size, "tau": 1.0,
                         "params_non_embedding": int(n), "group_size": 8, "step": step, "prompts_seen": seen,
                         "trained_tokens": TOKENS * seen, "compute_6nt": 6.0 * n * TOKENS * seen, "eval_set": "chain",
                         "in_domain": True, "mode": "sample", "temperature": 0.7, "pass1": 1 - loss, "loss": loss,
                     }  # fmt: skip
                     rows.append(row | columns)
-    return pa.Table.from_pylist(rows, schema=records.table_schema())
+    return pa.Table.from_pylist(rows, schema=table.table_schema())

@@ -3,8 +3,9 @@
 import math
 import random
 
-from grpo_engine import records
-from grpo_engine.records import EvalRecord, JsonlWriter, PhaseCost, StepRecord, TimingRecord
+from grpo_engine.records import jsonl
+from grpo_engine.records.jsonl import JsonlWriter
+from grpo_engine.records.records import EvalRecord, PhaseCost, StepRecord, TimingRecord
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan
 from grpo_engine.study.run import _write_plan
 
@@ -48,7 +49,7 @@ def _run(path, cell, rng, noise, done, counted=False, spread=0.0):
     shift = rng.gauss(0, spread) if spread else 0.0
     params, steps = PARAMS[cell.size], cell.config.steps
     tokens = 64 * cell.group_size * 12
-    records.write_json_atomic(
+    jsonl.write_json_atomic(
         path / "run.json",
         {
             "run_id": cell.id, "method": cell.method, "config": cell.config.model_dump(mode="json"),
@@ -97,7 +98,7 @@ def _run(path, cell, rng, noise, done, counted=False, spread=0.0):
             }
             out.write(TimingRecord(step=step, phase=cost))
     if done:
-        records.write_json_atomic(path / "summary.json", {"run_id": cell.id, "steps": steps})
+        jsonl.write_json_atomic(path / "summary.json", {"run_id": cell.id, "steps": steps})
 
 
 def _evaluation(cell, params, step, counters, name, inside, share, mode, rng, noise, counted=False, shift=0.0):

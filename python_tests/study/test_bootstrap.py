@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from scipy.special import ndtri, stdtrit
 
-from grpo_engine.study import bootstrap, laws
-from grpo_engine.study.bootstrap import LEVEL, interval, resample
-from grpo_engine.study.curves import Curve
-from grpo_engine.study.law_fit import fit_curve
+from grpo_engine.study.laws import bootstrap
+from grpo_engine.study.laws import forms as laws
+from grpo_engine.study.laws.bootstrap import LEVEL, interval, resample
+from grpo_engine.study.laws.curves import Curve
+from grpo_engine.study.laws.law_fit import fit_curve
 
 X = np.geomspace(64, 6400, 60)
 UPPER = (1 + LEVEL) / 2

@@ -14,11 +14,13 @@ import models
 import pytest
 from rich.console import Console
 
-from grpo_engine import records, weights
+from grpo_engine.micro.tokenizer import MicroTokenizer
+from grpo_engine.model import weights
+from grpo_engine.records import records
 from grpo_engine.study import cluster
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan
-from grpo_engine.study.run import Job, run_study
-from grpo_engine.tasks.micro import MicroTokenizer
+from grpo_engine.study.job import Job
+from grpo_engine.study.run import run_study
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are found in /proc")
 

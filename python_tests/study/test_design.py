@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from grpo_engine.cli import app
 from grpo_engine.config import RunConfig, load_run_config
-from grpo_engine.study import design, forecast
+from grpo_engine.study import forecast, plan_view
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, load_study, plan, save_study
 
 RUN = {"steps": 10, "batch": {"prompts": 8, "group_size": 4}, "loss": {"kl_coef": 0.0}}
@@ -199,7 +199,7 @@ PAPER_COMPUTE = {
 
 
 def test_the_papers_runs_are_predicted_to_take_what_the_paper_shows():
-    rows = {r["name"]: r for r in design.plan_json(plan(load_study("paper-v3")))["cells"]}
+    rows = {r["name"]: r for r in plan_view.plan_json(plan(load_study("paper-v3")))["cells"]}
     assert len(rows) == 66
     for kind, figures in PAPER_COMPUTE.items():
         for size, compute in figures.items():
@@ -273,17 +273,17 @@ def test_order_unique_prompts_and_switches_are_axes():
 
 def test_the_plan_can_be_read():
     the_plan = plan(study())
-    rows = design.plan_rows(the_plan)
-    total = design.plan_json(the_plan)["total"]
+    rows = plan_view.plan_rows(the_plan)
+    total = plan_view.plan_json(the_plan)["total"]
     assert total["flops"] == pytest.approx(sum(r["flops"] for r in rows))
-    json.dumps(design.plan_json(the_plan), allow_nan=False)
-    text = shown(design.plan_view(the_plan, jobs=2))
+    json.dumps(plan_view.plan_json(the_plan), allow_nan=False)
+    text = shown(plan_view.plan_view(the_plan, jobs=2))
     assert "s-base-control-seed1" in text and "12 cells and 8 models to prepare" in text and "with 2 at once" in text
     (line,) = [x for x in text.splitlines() if x.startswith("s-base-seed0 ")]
     assert "~" in line
     priced = study(estimate={"gpu": "h200", "usd_per_hour": 2.0})
-    text = shown(design.plan_view(plan(priced)))
-    total = design.plan_json(plan(priced))["total"]
+    text = shown(plan_view.plan_view(plan(priced)))
+    total = plan_view.plan_json(plan(priced))["total"]
     assert f"{total['usd']:,.0f} USD" in text and "h200 hours" in text
     assert total["usd"] == pytest.approx(2 * total["seconds"] / 3600)
 
@@ -300,11 +300,11 @@ def shown(view):
      (7321, "2h02m"), (4 * 86400, "4.0d")],
 )  # fmt: skip
 def test_durations(seconds, text):
-    assert design.duration(seconds) == text
+    assert plan_view.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     "number, text", [(0, "0"), (999, "999"), (1234567, "1.23M"), (2e9, "2G"), (5e13, "50T"), (2e15, "2P")]
 )
 def test_numbers_for_people(number, text):
-    assert design.human(number) == text
+    assert plan_view.human(number) == text

@@ -9,9 +9,11 @@ import pytest
 from law_tables import BATCH, K_MAX, N0, SIZES, STEPS, TOKENS, k_saturating, law_table
 from scipy.optimize import least_squares
 
-from grpo_engine import records
-from grpo_engine.study import fit, importers, laws
-from grpo_engine.study.curves import select_curves
+from grpo_engine.records import jsonl
+from grpo_engine.study import importers
+from grpo_engine.study.laws import fit
+from grpo_engine.study.laws import forms as laws
+from grpo_engine.study.laws.curves import select_curves
 
 THREE = {n: SIZES[n] for n in ("s", "m", "l")}
 
@@ -398,7 +400,7 @@ def test_fits_json_round_trip(tmp_path):
     fit.write_fits(path, fits)
     assert fit.read_fits(path) == fits
     obj = json.loads(path.read_text())
-    assert obj["schema"] == records.SCHEMA
+    assert obj["schema"] == jsonl.SCHEMA
     assert obj["fits"][0]["joint"]["verdict"]["ok"] in (True, False)
     assert obj["fits"][0]["verdict"].keys() == {"ok", "why", "cautions"}
 

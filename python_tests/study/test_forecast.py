@@ -2,15 +2,16 @@
 
 import pytest
 
-from grpo_engine import records
 from grpo_engine.config import ModelSource, load_run_config
-from grpo_engine.cost import total_cost
-from grpo_engine.footprint import count_params
-from grpo_engine.model import Model, ModelConfig
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.decoder import Model
+from grpo_engine.model.weights import save_checkpoint
+from grpo_engine.records import records
+from grpo_engine.records.cost import total_cost
+from grpo_engine.run.run import train
 from grpo_engine.study.forecast import EstimateConfig, architecture, forecast, gpu_here, num_params
 from grpo_engine.study.gpus import GPUS
-from grpo_engine.train import train
-from grpo_engine.weights import save_checkpoint
+from grpo_engine.train.footprint import count_params
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
     """A run with the lengths that it turned out to have: tokens to the last one, FLOPs to what their spread costs."""
     import models
 
-    from grpo_engine.tasks.micro import MicroTokenizer
+    from grpo_engine.micro.tokenizer import MicroTokenizer
 
     tiny = models.small_config(vocab=MicroTokenizer().vocab_size)
     save_checkpoint(models.random_model(tiny, scale=3.0), tmp_path / "tiny")
@@ -51,7 +52,7 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
                 "evaluation={count: 2, samples: 3, others_every: 1}", f"model={{path: {tmp_path / 'tiny'}}}"]  # fmt: skip
     if method == "pretrain":
         settings += ["method=pretrain", "model={size: xs}", "evaluation.count=0"]
-        monkeypatch.setattr("grpo_engine.train.tokenizer_and_model", _untrained)
+        monkeypatch.setattr("grpo_engine.load.tokenizer_and_model", _untrained)
     config = load_run_config(None, settings)
     run = records.read_run(train(config, tmp_path / "run", quiet=True))
     cost = total_cost(run.timings)
@@ -68,10 +69,10 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
 
 
 def _untrained(config, _folder, _task):
-    from grpo_engine import pretrain
-    from grpo_engine.tokenizer import load_tokenizer
+    from grpo_engine.load import load_tokenizer
+    from grpo_engine.micro import ladder
 
-    return load_tokenizer("micro"), Model(pretrain.architecture(config.model.size)).init_weights(0), True
+    return load_tokenizer("micro"), Model(ladder.architecture(config.model.size)).init_weights(0), True
 
 
 def test_a_gpu_is_bounded_by_products_or_by_bandwidth():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from law_tables import law_table
 
-from grpo_engine.study import holdout, laws
-from grpo_engine.study.curves import Curve, select_curves
+from grpo_engine.study.laws import forms as laws
+from grpo_engine.study.laws import holdout
+from grpo_engine.study.laws.curves import Curve, select_curves
 
 SEVEN = {f"z{i}": 1e5 * 3.0**i for i in range(7)}
 

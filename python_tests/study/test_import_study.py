@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from grpo_engine.cli import app
 from grpo_engine.study.claims import study_claims
-from grpo_engine.study.fit import read_fits
 from grpo_engine.study.forecast import num_params
 from grpo_engine.study.importers import RunInfo, import_logs, read_table
+from grpo_engine.study.laws.fit import read_fits
 from grpo_engine.study.report import fit_study, load_data
 from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import render_page, sections_of

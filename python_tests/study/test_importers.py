@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 from law_tables import SIZES, law_table
 
-from grpo_engine import records
-from grpo_engine.study import fit, importers
+from grpo_engine.records import table as table_
+from grpo_engine.study import importers
 from grpo_engine.study.importers import RunInfo
+from grpo_engine.study.laws import fit
 
 RUN = RunInfo(size="7B", params_non_embedding=6_530_000_000, prompts_per_step=512, group_size=8, temperature=0.7)
 
@@ -35,7 +36,7 @@ def test_csv_round_trip_gives_the_same_fit(tmp_path):
     columns = dict(zip(names, ("N_label", "N", "global_step", "D", "T", "err", "run", "seed"), strict=True))
     constants = {"group_size": 8, "temperature": 0.7, "eval_set": "chain"}
     got = importers.read_csv(path, columns=columns, constants=constants)
-    assert got.schema.equals(records.table_schema())
+    assert got.schema.equals(table_.table_schema())
     for axis in ("data", "compute"):
         a, b = (fit.fit_axis(t, axis=axis, n_boot=20, shapes=False) for t in (table, got))
         assert a.joint.parameters["K_max"].value == pytest.approx(b.joint.parameters["K_max"].value, rel=1e-9)

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 from law_tables import SIZES, law_table
 
-from grpo_engine.study import fit, laws
-from grpo_engine.study.curves import Curve, curves_by, select_curves
-from grpo_engine.study.law_fit import fit_curve, fit_levels, fit_reuse, fit_surface
+from grpo_engine.study.laws import fit
+from grpo_engine.study.laws import forms as laws
+from grpo_engine.study.laws.curves import Curve, curves_by, select_curves
+from grpo_engine.study.laws.law_fit import fit_curve, fit_levels, fit_reuse, fit_surface
 
 
 def make_curve(law, x, noise=0.0, before=None, seed=0):

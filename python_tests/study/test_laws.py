@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from grpo_engine.study import laws
+from grpo_engine.study.laws import forms as laws
 
 
 def test_saturating_slope_is_half_at_n0_and_linear_far_below_it():

@@ -5,9 +5,9 @@ import pytest
 from law_tables import k_saturating, law_table
 from scipy.optimize import least_squares, minimize
 
-from grpo_engine.study import laws
-from grpo_engine.study.curves import select_curves
-from grpo_engine.study.least_squares import Data, Joint, Problem, Space
+from grpo_engine.study.laws import forms as laws
+from grpo_engine.study.laws.curves import select_curves
+from grpo_engine.study.laws.least_squares import Data, Joint, Problem, Space
 
 X = np.geomspace(64, 6400, 30)
 N = np.repeat([2e5, 2e6, 2e7], 10)

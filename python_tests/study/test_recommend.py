@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from law_tables import BATCH, SIZES, TOKENS, k_saturating, law_table
 
-from grpo_engine.study import fit
+from grpo_engine.study.laws import fit
 from grpo_engine.study.recommend import frontier, recommend
 
 LAST = 6400.0  # prompts at the last step

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_engine.study import recovery
+from grpo_engine.study.laws import recovery
 
 SETS = 24
 

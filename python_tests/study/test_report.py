@@ -10,11 +10,14 @@ import pytest
 from rich.console import Console
 from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
-from grpo_engine import records
+from grpo_engine.records import table as table_
 from grpo_engine.study.claims import _Drawer, study_claims
-from grpo_engine.study.curves import select_curves
 from grpo_engine.study.design import AxesConfig, load_study, plan
-from grpo_engine.study.drawing import (
+from grpo_engine.study.laws.curves import select_curves
+from grpo_engine.study.laws.fit import read_fits
+from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
+from grpo_engine.study.report.data import StudyData
+from grpo_engine.study.report.drawing import (
     BarPanel,
     Figure,
     Panel,
@@ -26,9 +29,6 @@ from grpo_engine.study.drawing import (
     size_colors,
     tick_text,
 )
-from grpo_engine.study.fit import read_fits
-from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
-from grpo_engine.study.report.data import StudyData
 from grpo_engine.study.report.fits import plain_table, study_laws
 from grpo_engine.study.report.page import Section, render_page, sections_of
 from grpo_engine.study.report.tables import Table
@@ -75,7 +75,7 @@ def panels_of(page):
 
 def test_the_table_holds_every_evaluation(study):
     table = pq.read_table(study / "runs.parquet")
-    assert tuple(table.column_names) == (*records.TABLE_COLUMNS, "right")
+    assert tuple(table.column_names) == (*table_.TABLE_COLUMNS, "right")
     data = load_data(study)
     assert table.num_rows == sum(len(r.evals) for r in data.runs.values())
     assert set(table["study"].to_pylist()) == {"synthetic"} and set(table["tau"].to_pylist()) == {1.0, 5.0, 25.0}
@@ -234,7 +234,7 @@ def test_laws_figures_and_claims_take_the_same_points(study, uneven):
     runs = data.main("s", "base")
     if uneven:
         runs[1].evals = [e for e in runs[1].evals if e.step != runs[0].evals[4].step or e.eval_set != "chain"]
-        data = dataclasses.replace(data, table=records.runs_table(data.runs.values()))
+        data = dataclasses.replace(data, table=table_.runs_table(data.runs.values()))
     curves, _, _ = select_curves(plain_table(data), axis="data", kind="base", eval_set="chain", group_size=8)
     (law,) = (c for c in curves if c.size == "s")
     figure = [p for p in data.curve(runs) if p.step > 0]

@@ -18,11 +18,19 @@ import models
 import pytest
 from rich.console import Console
 
-from grpo_engine import records, weights
-from grpo_engine.study import run
-from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, num_cores, plan, save_study
-from grpo_engine.study.run import Job, LocalExecutor, StudyLocked, main, run_study, study_status
-from grpo_engine.tasks.micro import MicroTokenizer
+from grpo_engine.micro.tokenizer import MicroTokenizer
+from grpo_engine.model import weights
+from grpo_engine.records import jsonl, records
+from grpo_engine.study import job as job_
+from grpo_engine.study import locks, status
+from grpo_engine.study import run as run_
+from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan, save_study
+from grpo_engine.study.executors import LocalExecutor
+from grpo_engine.study.job import Job, main
+from grpo_engine.study.locks import StudyLocked
+from grpo_engine.study.plan_view import num_cores
+from grpo_engine.study.run import run_study
+from grpo_engine.study.status import study_status
 
 STUDY = StudyConfig(
     name="demo",
@@ -35,8 +43,8 @@ IDS = [c.id for c in plan(STUDY).cells]
 
 
 def finish(cell, folder):
-    records.write_json_atomic(folder / "run.json", {"run_id": cell.id, "config": {}, "model": {}})
-    with records.JsonlWriter(folder / "steps.jsonl") as out:
+    jsonl.write_json_atomic(folder / "run.json", {"run_id": cell.id, "config": {}, "model": {}})
+    with jsonl.JsonlWriter(folder / "steps.jsonl") as out:
         out.write(
             records.StepRecord(
                 step=cell.config.steps, prompts_seen=0, unique_prompts=0, trained_tokens=7, compute_6nt=1.0,
@@ -44,10 +52,10 @@ def finish(cell, folder):
             )
         )  # fmt: skip
     (folder / "evals.jsonl").touch()
-    with records.JsonlWriter(folder / "timings.jsonl") as out:
+    with jsonl.JsonlWriter(folder / "timings.jsonl") as out:
         cost = records.PhaseCost(seconds=2 * cell.cost.seconds)
         out.write(records.TimingRecord(step=cell.config.steps, phase={"forward": cost}))
-    records.write_json_atomic(folder / "summary.json", {"steps": cell.config.steps})
+    jsonl.write_json_atomic(folder / "summary.json", {"steps": cell.config.steps})
 
 
 class FakeExecutor:
@@ -201,10 +209,10 @@ def test_two_runs_in_one_folder_refuse(tmp_path):
 
 def test_a_folder_describes_its_study(tmp_path):
     run_it(tmp_path, FakeExecutor(tmp_path))
-    rows = records.read_json(tmp_path / "plan.json")["cells"]
+    rows = jsonl.read_json(tmp_path / "plan.json")["cells"]
     assert [r["name"] for r in rows] == NAMES
     for cell in plan(STUDY).cells:
-        described = records.read_json(tmp_path / cell.folder / "cell.json")
+        described = jsonl.read_json(tmp_path / cell.folder / "cell.json")
         assert (described["study"], described["cell"], described["tau"]) == ("demo", cell.id, 1.0)
     without_argument = run_study(tmp_path, jobs=1, console=Console(file=io.StringIO()), executor=FakeExecutor(tmp_path))
     assert sorted(without_argument.skipped) == sorted(NAMES)
@@ -212,11 +220,11 @@ def test_a_folder_describes_its_study(tmp_path):
 
 def test_measured_costs_replace_and_scale_the_estimates(tmp_path):
     before = plan(STUDY)
-    assert run.measured_plan(tmp_path, before) == before
+    assert run_.measured_plan(tmp_path, before) == before
     first = before.cells[0]
     (tmp_path / first.folder).mkdir(parents=True)
     finish(first, tmp_path / first.folder)
-    after = run.measured_plan(tmp_path, before)
+    after = run_.measured_plan(tmp_path, before)
     cost = after.cells[0].cost
     assert (cost.trained_tokens, cost.flops, cost.seconds, cost.measured) == (7, 2.0, 2 * first.cost.seconds, True)
     for old, new in zip(before.cells[1:], after.cells[1:], strict=True):
@@ -232,7 +240,7 @@ def test_a_folder_without_a_study_is_an_error(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo_engine.device.has_cuda_kernels", lambda: False)
+    monkeypatch.setattr("grpo_engine.system.device.has_cuda_kernels", lambda: False)
     on_gpus = STUDY.model_copy(update={"run": STUDY.run | {"device": "cuda"}})
     with pytest.raises(ValueError, match="device=cuda: this build has no CUDA kernels"):
         run_study(tmp_path / "gpu", study=on_gpus)
@@ -254,26 +262,26 @@ def test_status_tells_done_running_partial_and_missing(tmp_path):
     for cell in cells[2:4]:
         (tmp_path / cell.folder / "log.failed.json").unlink()
     for cell in cells[1:3]:
-        with records.JsonlWriter(tmp_path / cell.folder / "steps.jsonl") as out:
+        with jsonl.JsonlWriter(tmp_path / cell.folder / "steps.jsonl") as out:
             out.write({"step": 2, "reward_mean": 0.25})
-    with run._locked(tmp_path / cells[1].folder / run.LOCK_FILE, "held"):
+    with locks._locked(tmp_path / cells[1].folder / job_.LOCK_FILE, "held"):
         states = [str(s) for s in study_status(tmp_path)]
     assert states[:4] == ["done", "running 2 of 4", "partial 2 of 4", "missing"]
     assert str(study_status(tmp_path)[1]) == "failed at 2 of 4 (exit code 3)"
 
 
 def test_progress_is_read_from_a_file_that_is_being_written(tmp_path):
-    assert run.read_progress(tmp_path) == {}
-    with records.JsonlWriter(tmp_path / "steps.jsonl") as out:
+    assert status.read_progress(tmp_path) == {}
+    with jsonl.JsonlWriter(tmp_path / "steps.jsonl") as out:
         for step in range(1, 400):
             out.write({"step": step, "reward_mean": step / 400, "padding": "x" * 100})
     with open(tmp_path / "steps.jsonl", "ab") as out:
         out.write(b'{"schema":1,"step":40')
-    with records.JsonlWriter(tmp_path / "evals.jsonl") as out:
+    with jsonl.JsonlWriter(tmp_path / "evals.jsonl") as out:
         for name, inside, mode, loss in (("chain", True, "sample", 0.5), ("chain", True, "greedy", 0.1),
                                          ("word", True, "sample", 0.6), ("code", False, "sample", 0.9)):  # fmt: skip
             out.write({"eval_set": name, "in_domain": inside, "mode": mode, "loss": loss})
-    progress = run.read_progress(tmp_path)
+    progress = status.read_progress(tmp_path)
     assert (progress["step"], progress["reward"], progress["loss"]) == (399, 399 / 400, 0.5)
 
 
@@ -361,8 +369,8 @@ def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
 
 
 def test_each_cell_has_a_gpu_of_its_own(tmp_path, executor, monkeypatch):
-    monkeypatch.setattr("grpo_engine.device.resolve", lambda asked: "cuda" if asked == "auto" else asked)
-    monkeypatch.setattr("grpo_engine.device.visible_gpus", lambda: ["5", "GPU-8f6d"])
+    monkeypatch.setattr("grpo_engine.system.device.resolve", lambda asked: "cuda" if asked == "auto" else asked)
+    monkeypatch.setattr("grpo_engine.system.device.visible_gpus", lambda: ["5", "GPU-8f6d"])
     assert [c.id for c in plan(STUDY).cells] == IDS  # not the planning machine's business
     assert executor(devices=["cpu"], threads=num_cores()).slots == 1
     local = executor(devices=["cpu", "auto"])
@@ -451,7 +459,7 @@ def test_a_forked_process_has_the_imports_and_computes_on_the_threads_it_was_giv
     local = executor(threads=2)
     code = """
         import os, sys
-        assert "grpo_engine.train" in sys.modules  # imported before the fork
+        assert "grpo_engine.run.run" in sys.modules  # imported before the fork
         import torch
         x = torch.randn(400, 400, requires_grad=True)
         (x @ x).relu().sum().backward()
@@ -610,12 +618,12 @@ def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_p
     cell = folder / plan(study).cells[1].folder
     alone = tmp_path / "alone"
     alone.mkdir()
-    shutil.copy(cell / run.CONFIG_FILE, alone)
+    shutil.copy(cell / job_.CONFIG_FILE, alone)
     subprocess.run([sys.executable, "-m", "grpo_engine.study.run", "cell", str(alone)], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     for name in (records.STEPS_FILE, records.EVALS_FILE, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
         assert (cell / name).read_bytes() == (alone / name).read_bytes(), name
-    header, other = (records.read_json(path / records.RUN_FILE) for path in (cell, alone))
+    header, other = (jsonl.read_json(path / records.RUN_FILE) for path in (cell, alone))
     header["hardware"]["threads"] = other["hardware"]["threads"]  # as many as were free
     assert header == other
 
@@ -626,11 +634,11 @@ def test_main_refuses_other_words():
 
 
 def test_a_cell_waits_for_its_predecessor_to_be_gone(tmp_path):
-    lock = tmp_path / run.LOCK_FILE
+    lock = tmp_path / job_.LOCK_FILE
     holding = threading.Event()
 
     def hold():
-        with run._locked(lock, "held"):
+        with locks._locked(lock, "held"):
             holding.set()
             time.sleep(0.3)
 
@@ -638,8 +646,8 @@ def test_a_cell_waits_for_its_predecessor_to_be_gone(tmp_path):
     thread.start()
     holding.wait()
     with pytest.raises(StudyLocked, match="cell is busy"):
-        with run._locked(lock, "cell is busy"):
+        with locks._locked(lock, "cell is busy"):
             pass
-    with run._locked(lock, "cell is busy", wait_s=5.0):
+    with locks._locked(lock, "cell is busy", wait_s=5.0):
         pass
     thread.join()

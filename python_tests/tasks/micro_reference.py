@@ -3,7 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from grpo_engine.tasks.micro import (
+from grpo_engine.micro.corpus import Document  # fmt: skip
+from grpo_engine.micro.facts import (  # fmt: skip
     CORPUS_TERMS,
     DOMAINS,
     FUNCTIONS,
@@ -15,11 +16,9 @@ from grpo_engine.tasks.micro import (
     OPERAND,
     PEOPLE,
     CorpusConfig,
-    Document,
-    MicroTokenizer,
-    is_fact,
-    is_test,
-)  # fmt: skip
+)
+from grpo_engine.micro.task import is_fact, is_test  # fmt: skip
+from grpo_engine.micro.tokenizer import MicroTokenizer  # fmt: skip
 
 GRADES = {"chain": CORPUS_TERMS, "word": CORPUS_TERMS, "code": LIST_LENGTHS, "logic": NAME_COUNTS}
 

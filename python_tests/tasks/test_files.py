@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from grpo_engine.config import TaskConfig
+from grpo_engine.load import load_task
 from grpo_engine.rewards import SCORERS
 from grpo_engine.tasks.files import FAMILIES, family_of, files_task, read_problems
-from grpo_engine.train import load_task
 
 EVALS = {  # file below guru_verl/online_eval: rows, domain, scorer
     "aime2024": (30, "math", "math"),

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ... import records
-from ...cost import mean_cost, total_cost
-from ...records import EvalRecord, PhaseCost, Run
-from ..curves import PARAMS, points_of
-from ..design import STUDY_FILE, Cell, Plan, load_study, plan
-from ..importers import read_table
+from grpo_engine.records import records
+from grpo_engine.records import table as table_
+from grpo_engine.records.cost import mean_cost, total_cost
+from grpo_engine.records.records import EvalRecord, PhaseCost, Run
+from grpo_engine.study.design import STUDY_FILE, Cell, Plan, load_study, plan
+from grpo_engine.study.importers import read_table
+from grpo_engine.study.laws.curves import PARAMS, points_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -172,7 +173,7 @@ def load_data(study_dir: str | os.PathLike[str]) -> StudyData:
         headline=_headline(folder, runs),
         group_size=_usual_group(c for c in the_plan.cells if not c.variant),
         params={cells[n].size: r.header["model"]["params_non_embedding"] for n, r in runs.items()},
-        table=records.runs_table(runs.values()),
+        table=table_.runs_table(runs.values()),
         cells=cells,
     )
 

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...cost import OTHER
-from ...records import PHASES
-from ..bootstrap import interval
-from ..claims import Claim
-from ..design import duration, human
-from ..drawing import (
+from grpo_engine.records.cost import OTHER
+from grpo_engine.records.records import PHASES
+from grpo_engine.study.claims import Claim
+from grpo_engine.study.laws.bootstrap import interval
+from grpo_engine.study.laws.fit import residuals
+from grpo_engine.study.laws.forms import LEVELS, ReuseLaw
+from grpo_engine.study.laws.results import Fits, draws_of
+from grpo_engine.study.plan_view import duration, human
+from grpo_engine.study.report.data import Point, StudyData, costs_of, mean_steps, transfer_rows
+from grpo_engine.study.report.drawing import (
     BLUE,
     GREY,
     INK,
@@ -28,12 +32,8 @@ from ..drawing import (
     size_colors,
     tick_text,
 )
-from ..fit import residuals
-from ..laws import LEVELS, ReuseLaw
-from ..results import Fits, draws_of
-from .data import Point, StudyData, costs_of, mean_steps, transfer_rows
-from .fits import Laws, axes_of, levels_of
-from .words import listed
+from grpo_engine.study.report.fits import Laws, axes_of, levels_of
+from grpo_engine.study.report.words import listed
 
 CONTINUED = 3.0  # times its last point, to which a fitted law is drawn beyond it
 LOSS_AXES = {"compute": "training compute, 6NT (FLOPs)", "data": "prompts seen"}

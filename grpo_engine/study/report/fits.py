@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..curves import AXES, Curve, curves_by, select_curves
-from ..drawing import tick_text
-from ..fit import fit_table
-from ..holdout import other_set
-from ..importers import write_table
-from ..law_fit import fit_reuse, fit_surface
-from ..laws import AdditiveLaw, LossDecomposition
-from ..recommend import FrontierPoint, Recommendation, frontier, recommend
-from ..results import AxisFit, Estimate, Fits, HeldOut, LawFit, read_fits, write_fits
-from .data import StudyData, load_data, params_of
+from grpo_engine.study.importers import write_table
+from grpo_engine.study.laws.curves import AXES, Curve, curves_by, select_curves
+from grpo_engine.study.laws.fit import fit_table
+from grpo_engine.study.laws.forms import AdditiveLaw, LossDecomposition
+from grpo_engine.study.laws.holdout import other_set
+from grpo_engine.study.laws.law_fit import fit_reuse, fit_surface
+from grpo_engine.study.laws.results import AxisFit, Estimate, Fits, HeldOut, LawFit, read_fits, write_fits
+from grpo_engine.study.recommend import FrontierPoint, Recommendation, frontier, recommend
+from grpo_engine.study.report.data import StudyData, load_data, params_of
+from grpo_engine.study.report.drawing import tick_text
 
 if TYPE_CHECKING:
     import pyarrow

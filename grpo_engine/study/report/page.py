@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ... import records
-from ...processes import SpawnContext
-from ..claims import Claim, study_claims
-from ..design import Cell, human, num_cores
-from ..drawing import Figure, draw, import_matplotlib, plotly_spec
-from ..importers import TABLE_FILE
-from .data import StudyData, load_data
-from .figures import (
+from grpo_engine.study.claims import Claim, study_claims
+from grpo_engine.study.design import Cell
+from grpo_engine.study.importers import TABLE_FILE
+from grpo_engine.study.plan_view import human, num_cores
+from grpo_engine.study.report.data import StudyData, load_data
+from grpo_engine.study.report.drawing import Figure, draw, import_matplotlib, plotly_spec
+from grpo_engine.study.report.figures import (
     claims_figure,
     control_figure,
     cost_figure,
@@ -38,8 +37,8 @@ from .figures import (
     transfer_figure,
     transfer_grid_figure,
 )
-from .fits import Laws, axes_of, fit_data, study_laws
-from .tables import (
+from grpo_engine.study.report.fits import Laws, axes_of, fit_data, study_laws
+from grpo_engine.study.report.tables import (
     Table,
     claims_table,
     comparisons_table,
@@ -55,7 +54,9 @@ from .tables import (
     transfer_table,
     versions_table,
 )
-from .words import cautions, findings, limits, listed, method_points, verdicts
+from grpo_engine.study.report.words import cautions, findings, limits, listed, method_points, verdicts
+from grpo_engine.system import files
+from grpo_engine.system.processes import SpawnContext
 
 REPORT = "report"
 BEST_LAWS = 3  # of each test that are shown before the table is unfolded
@@ -305,7 +306,7 @@ def write_report(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Pat
         (tables / f"{table.name}.tex").write_text(table.latex())
     page = folder / REPORT / "index.html"
     images = {png.stem: png.read_bytes() for png, _ in drawn}
-    records.write_bytes_atomic(page, render_page(data, sections, findings(data, laws, claims), images).encode())
+    files.write_bytes_atomic(page, render_page(data, sections, findings(data, laws, claims), images).encode())
     return page
 
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...cost import COST_HEAD, cost_rows
-from ..claims import Claim
-from ..design import duration, human, plan_rows
-from ..recommend import FrontierPoint, Recommendation
-from ..results import Estimate, Fits, Verdict
-from .data import StudyData, costs_of, transfer_rows
-from .fits import AXIS_NAMES, Laws
-from .words import cautions, change_text, interval_text, listed, loss_text, rate_text, verdicts
+from grpo_engine.records.cost import COST_HEAD, cost_rows
+from grpo_engine.study.claims import Claim
+from grpo_engine.study.laws.results import Estimate, Fits, Verdict
+from grpo_engine.study.plan_view import duration, human, plan_rows
+from grpo_engine.study.recommend import FrontierPoint, Recommendation
+from grpo_engine.study.report.data import StudyData, costs_of, transfer_rows
+from grpo_engine.study.report.fits import AXIS_NAMES, Laws
+from grpo_engine.study.report.words import cautions, change_text, interval_text, listed, loss_text, rate_text, verdicts
 
 if TYPE_CHECKING:
     from rich.console import Group

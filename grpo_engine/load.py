@@ -1,0 +1,167 @@
+"""What a configuration names: its problems, its tokenizer, its weights."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from grpo_engine.config import RewardConfig, RunConfig, TaskConfig
+from grpo_engine.micro import pretrain
+from grpo_engine.model import hf_config, weights
+from grpo_engine.model.decoder import Model
+from grpo_engine.model.tokenizer import HFTokenizer, PromptTokens, Tokenizer
+from grpo_engine.system import device, plugins
+from grpo_engine.tasks.subset import difficulty, subset
+from grpo_engine.train import footprint
+from grpo_engine.types import Problem, Task
+
+
+def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        name_or_folder: "micro" for the embedded models, else a folder in Hugging Face's format.
+
+    Returns:
+        A `Tokenizer`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `HFTokenizer`.
+    """
+    if name_or_folder == "micro":
+        from grpo_engine.micro.tokenizer import MicroTokenizer
+
+        return MicroTokenizer()
+    return HFTokenizer(name_or_folder)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def tokenizer_and_model(
+    config: RunConfig, folder: Path | None, train_on: Task | None = None
+) -> tuple[Tokenizer, PromptTokens, Model, bool]:
+    """What a run starts from.
+
+    Args:
+        config: model and task are read; its device is resolved.
+        folder: of the weights; None: a model of the embedded ladder.
+        train_on: what the model is to be trained on, for which there must be room; None: it only answers.
+
+    Returns:
+        The tokenizer, prompts in its tokens, the model on the device, and whether pages may stay beside training.
+
+    Raises:
+        ValueError: more tokens than the model has, a prompt without room for an answer, a bad folder, or no room.
+    """
+    if config.device == "cuda":
+        device.require_capability()
+    m = config.model
+    folder = folder or pretrain.ensure_model(m.size, m.kind, seed=m.seed)
+    tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
+    encode = PromptTokens(tokenizer, chat=m.kind == "instruct")
+    pages_stay = True
+    if train_on is not None:
+        sizes, longest = hf_config.read_config(folder), _longest(train_on, encode, config.rollout.max_prompt_tokens)
+        _require_positions(sizes.max_position_embeddings, longest, config)
+        pages_stay = footprint.require_room(config, sizes, longest)
+    model = weights.load_model(
+        folder, dtype=DTYPES[m.dtype], device=config.device, batch_invariant=m.batch_invariant
+    )
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
+        )
+    return tokenizer, encode, model, pages_stay
+
+
+def _require_positions(positions: int, longest: int, config: RunConfig) -> None:
+    """Refuses a prompt that would end the run at the step that draws it."""
+    answer = config.rollout.max_new_tokens
+    if longest + answer > positions:
+        mend = f"; rollout.max_prompt_tokens={positions - answer} leaves the longer ones out" if answer < positions else ""
+        raise ValueError(
+            f"prompts of up to {longest} tokens with rollout.max_new_tokens={answer} exceed the model's {positions} "
+            f"positions{mend}"
+        )
+
+
+def _longest(task: Task, encode: PromptTokens, limit: int | None) -> int:
+    """Tokens of the longest prompt, of those that are not left out."""
+    problems = [*task.train, *(p for s in task.evals.values() for p in s.problems)]
+    # only the longest texts are read: a text of half their length has hardly more tokens
+    longest = sorted(problems, key=lambda p: len(p.prompt))[-64:]
+    tokens = max(len(encode(p)) for p in longest)
+    return min(tokens, limit or tokens)
+
+
+def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfig | None = None) -> Task:
+    """The problems of a run.
+
+    Args:
+        config: which.
+        seed: of the run; generated training problems depend on it, test problems do not.
+        needed: training problems that the run draws; a generator makes that many, or config.train_problems if that
+            is more.
+        reward: whose behaviour the scorers of files have, and whose function, if it names one, scores all problems;
+            None: the defaults.
+
+    Returns:
+        A `Task` with config.train_problems training problems (see `subset`), where there are as many, from easy to hard
+        unless they are to be shuffled, and at most config.eval_problems problems in each evaluation set.
+
+    Raises:
+        ValueError: a bad file, or a function of the user's that is not there or returns no task; the fault is named.
+    """
+    reward = reward or RewardConfig()
+    if plugins.is_target(config.name):
+        task = _own_task(config, seed=seed, needed=needed)
+    elif config.name == "files":
+        from grpo_engine.tasks.files import files_task
+
+        task = files_task(
+            train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=reward.behaviour
+        )
+    else:
+        from grpo_engine.micro.task import micro_task
+
+        count = max(needed, config.train_problems or 0)
+        task = micro_task(
+            train_problems=count, eval_problems=config.eval_problems, seed=seed, selection=config.eval_draw == "selection"
+        )
+    train = task.train
+    if config.train_problems is not None:
+        train = subset(train, config.train_problems, seed=seed, how=config.subset)
+    task = dataclasses.replace(task, train=train if config.shuffle else sorted(train, key=difficulty))
+    return _scored_by(task, reward.function)
+
+
+def _own_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
+    task = plugins.load(config.name, "task.name")(config, seed=seed, needed=needed)
+    if not isinstance(task, Task) or not task.train:
+        raise ValueError(f"task.name={config.name}: must return a grpo_engine.types.Task with problems, got {task!r:.200}")
+    uids = [p.uid for problems in (task.train, *(s.problems for s in task.evals.values())) for p in problems]
+    if len(set(uids)) < len(uids):
+        twice = collections.Counter(uids).most_common(1)[0][0]
+        raise ValueError(f"task.name={config.name}: no two problems, trained on or not, may share a uid: {twice!r}")
+    return task
+
+
+def _scored_by(task: Task, function: str | None) -> Task:
+    """The task with one scorer for all, if one is given; a scorer that is not there is found now and not in a worker."""
+
+    def changed(problems: Sequence[Problem]) -> list[Problem]:
+        return [dataclasses.replace(p, reward=function) for p in problems]
+
+    if function is not None:
+        evals = {name: dataclasses.replace(s, problems=changed(s.problems)) for name, s in task.evals.items()}
+        task = dataclasses.replace(task, train=changed(task.train), evals=evals)
+    for name in {p.reward for problems in (task.train, *(s.problems for s in task.evals.values())) for p in problems}:
+        if plugins.is_target(name):
+            plugins.load(name, "Problem.reward" if function is None else "reward.function")
+    return task

@@ -1,0 +1,79 @@
+"""The tokenizer of the embedded models: one token a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from grpo_engine.micro.facts import ASSISTANT, EOS, SPECIAL, USER, VOCABULARY
+
+
+class MicroTokenizer:
+    """One token a word; words are separated by single spaces.
+
+    Example: encode("7 +8 =") gives three ids, and decode of them gives the text back. Special tokens are never
+    decoded: decode of an answer with its stop token is the answer's text.
+    """
+
+    name = "micro"
+    folder = None
+
+    def __init__(self) -> None:
+        self._ids = {word: i for i, word in enumerate(VOCABULARY)}
+        self.eos_id = self._ids[EOS]
+        self.stop_ids = (self.eos_id,)
+        self.vocab_size = len(VOCABULARY)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text's words.
+
+        Args:
+            text: words of `VOCABULARY`, separated by spaces; "" gives [].
+
+        Returns:
+            One id a word.
+
+        Raises:
+            ValueError: a word outside the vocabulary, named.
+        """
+        try:
+            return [self._ids[word] for word in text.split()]
+        except KeyError as e:
+            raise ValueError(
+                f"MicroTokenizer.encode: {e.args[0]!r} in {text!r} is no word of the micro tasks"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words of some ids, special tokens left out.
+
+        Args:
+            ids: each in [0, vocab_size).
+
+        Returns:
+            The words joined by single spaces.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        words = []
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"MicroTokenizer.decode: ids must be in [0, {self.vocab_size}), got {i}")
+            if i >= len(SPECIAL):
+                words.append(VOCABULARY[i])
+        return " ".join(words)
+
+    def encode_prompt(self, text: str, chat: bool) -> list[int]:
+        """What a model is given to answer a problem.
+
+        Args:
+            text: the problem's prompt.
+            chat: as a user's turn, for instruct models, instead of the bare text.
+
+        Returns:
+            Ids; with `chat` two special tokens more.
+
+        Raises:
+            ValueError: as for `encode`.
+        """
+        ids = self.encode(text)
+        return [self._ids[USER], *ids, self._ids[ASSISTANT]] if chat else ids

@@ -1,0 +1,235 @@
+"""One GRPO step, top to bottom: sample, score, estimate advantages, update the policy.
+
+How this differs from the GRPO of a textbook:
+
+- Responses are scored while others are still being sampled.
+- The responses of a group share their prompt: its keys and values are kept once in sampling, and its tokens are computed
+  once in training.
+- A minibatch is one optimizer step. A micro-batch is what goes through the model at once. The loss divides by the
+  minibatch's totals, so the cut into micro-batches changes memory and rounding only.
+- In the first minibatch the weights are still those that sampled. The trainer must then compute the sampler's log-probs
+  bit for bit, and a step in which it does not is an error.
+
+P prompts, G responses each, N = P*G sequences, R response tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_engine import ops
+from grpo_engine.config import OptimizerConfig, RunConfig
+from grpo_engine.model.decoder import Model
+from grpo_engine.model.flops import forward_flops
+from grpo_engine.model.tokenizer import Tokenizer
+from grpo_engine.records.ledger import Ledger
+from grpo_engine.rewards.pool import RewardPool
+from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest, derive_seeds
+from grpo_engine.system.device import move
+from grpo_engine.train.advantages import estimate_advantages, reward_matrix
+from grpo_engine.train.batch import Minibatch, minibatches
+from grpo_engine.train.loss import logprobs, policy_loss
+from grpo_engine.train.optimizer import update
+from grpo_engine.types import Problem, Reward, RolloutBatch, TrainBatch
+
+ROLLOUT_STREAM = 1  # keeps the random numbers of training apart from those of evaluation
+
+
+def grpo_step(
+    engine: Engine,
+    reference: Model | None,
+    optimizer: torch.optim.Optimizer,
+    problems: Sequence[Problem],
+    *,
+    tokenizer: Tokenizer,
+    encode: Callable[[Problem], Sequence[int]],
+    pool: RewardPool,
+    config: RunConfig,
+    step: int,
+    ledger: Ledger,
+    progress: Progress | None = None,
+) -> StepOutcome:
+    """Samples G responses to each problem, scores them, and moves the policy towards the better ones.
+
+    Args:
+        engine: samples; its model is the policy, which is trained in place.
+        reference: frozen; None exactly when config.loss.kl_coef is 0.
+        optimizer: over the policy's parameters.
+        problems: P of them.
+        tokenizer: decodes responses, and has the tokens that end them.
+        encode: a problem's prompt in tokens.
+        pool: scores responses.
+        config: of the run.
+        step: number of this step, 1 is the first; part of the random seeds.
+        ledger: books the cost by phase.
+        progress: of the rollout.
+
+    Returns:
+        A `StepOutcome`.
+
+    Raises:
+        RuntimeError: the sampler's and the trainer's log-probs differ before any update (the sequence and
+            position are named) although the policy is batch-invariant, or the weights have diverged.
+        ValueError: an estimator or objective of the user's returned another shape than asked for.
+    """
+    policy, G = engine.model, config.batch.group_size
+
+    # 1. Sample G responses to each prompt, and score each as soon as it ends.
+    request = SamplingRequest(
+        prompts=[encode(p) for p in problems],
+        group_size=G,
+        seeds=derive_seeds(config.seed, ROLLOUT_STREAM, step, count=len(problems) * G),
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    with pool.begin([p for p in problems for _ in range(G)]) as scoring:
+        sampling = engine.stream(
+            [request], stop_ids=tokenizer.stop_ids, config=config.rollout, ledger=ledger, progress=progress
+        )
+        for sequences, responses in sampling:
+            with ledger.timed("reward"):
+                scoring.add(sequences, map(tokenizer.decode, responses))
+        with ledger.timed("reward"):
+            rewards = scoring.finish()
+    (rollout,) = sampling.batches
+
+    # 2. One advantage for each response.
+    advantage_N = estimate_advantages(rewards, rollout, config.advantage)
+
+    # 3. One optimizer step for each minibatch.
+    batch = config.batch
+    cut = minibatches(
+        rollout, advantage_N, count=batch.minibatches, tokens_per_micro_batch=batch.tokens_per_micro_batch
+    )
+    updates = [
+        train_minibatch(policy, reference, optimizer, minibatch, config, step=step, on_policy=i == 0, ledger=ledger)
+        for i, minibatch in enumerate(cut)
+    ]
+    return StepOutcome.of(rollout, rewards, updates)
+
+
+def train_minibatch(
+    policy: Model,
+    reference: Model | None,
+    optimizer: torch.optim.Optimizer,
+    minibatch: Minibatch,
+    config: RunConfig,
+    *,
+    step: int,
+    on_policy: bool,
+    ledger: Ledger,
+) -> Update:
+    """One optimizer step. With on_policy the weights are those that sampled, and the log-probs must have the same bits."""
+    score = functools.partial(logprobs, activation_checkpointing=config.batch.activation_checkpointing)
+    results, scored, trained_tokens = [], [], 0
+    for micro in minibatch.micro_batches:
+        T, flops = micro.tokens.numel(), training_flops(policy, micro)  # T < micro.num_inputs: prompts are shared
+        trained_tokens += micro.num_inputs
+        micro = move(micro, policy.device)
+        if reference is not None:
+            with ledger.timed("reference", tokens=T, flops=flops), torch.no_grad():
+                micro = dataclasses.replace(micro, ref_logprob=score(reference, micro))
+        with ledger.timed("forward", tokens=T, flops=flops):
+            logprob = score(policy, micro)
+            loss, stats = policy_loss(logprob, micro, minibatch, config.loss)
+        with ledger.timed("backward", tokens=T, flops=2 * flops):
+            loss.backward()
+        results.append((loss.detach(), stats))
+        scored.append((logprob.detach(), micro))
+    # Only from here on does the host wait for the device.
+    mismatch = 0.0
+    if on_policy and not _same_bits(scored):
+        mismatch = max(_on_policy_mismatch(logprob, micro, policy.batch_invariant) for logprob, micro in scored)
+    with ledger.timed("optimizer"):
+        lr = learning_rate(config.optimizer, step)
+        grad_norm = update(optimizer, lr=lr, clip_norm=config.optimizer.clip_norm)
+    losses, stats = (torch.stack(parts).tolist() for parts in zip(*results, strict=True))
+    return Update(
+        loss=functools.reduce(operator.add, losses),
+        grad_norm=grad_norm,
+        stats=tuple(ops.PolicyStats(*part) for part in stats),
+        trained_tokens=trained_tokens,
+        mismatch_max=mismatch,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What one optimizer step did."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    stats: tuple[ops.PolicyStats, ...]  # of each micro-batch
+    trained_tokens: int
+    mismatch_max: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """What one step sampled, was rewarded with and did to the weights."""
+
+    rollout: RolloutBatch
+    rewards: tuple[Reward, ...]  # N
+    equal_groups: int  # groups whose responses all got one reward: zero variance, and advantage exactly 0
+    trained_tokens: int  # inputs of the training pass, each sequence counted whole
+    stats: ops.PolicyStats  # over the step's minibatches
+    loss: float  # mean over minibatches
+    grad_norm: float  # before clipping, mean over minibatches
+    mismatch_max: float  # max |sampler's - trainer's log-prob| in the first minibatch
+
+    @classmethod
+    def of(cls, rollout: RolloutBatch, rewards: Sequence[Reward], updates: Sequence[Update]) -> StepOutcome:
+        """From what the stages of a step returned."""
+        rewards_PG = reward_matrix(rewards, rollout.group_size)
+        return cls(
+            rollout=rollout,
+            rewards=tuple(rewards),
+            equal_groups=int((rewards_PG == rewards_PG[:, :1]).all(dim=1).sum()),
+            trained_tokens=sum(u.trained_tokens for u in updates),
+            stats=functools.reduce(ops.PolicyStats.merge, (s for u in updates for s in u.stats)),
+            loss=sum(u.loss for u in updates) / len(updates),
+            grad_norm=sum(u.grad_norm for u in updates) / len(updates),
+            mismatch_max=max(u.mismatch_max for u in updates),
+        )
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """The rate at a step (1 is the first): linear over the warm-up steps, then constant."""
+    return config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
+
+
+def training_flops(model: Model, micro: TrainBatch) -> float:
+    """FLOPs of the forward pass of a micro-batch on the CPU; backward takes twice that.
+
+    What backward computes again, with activation checkpointing, is not counted.
+    """
+    pairs = int((micro.positions + 1).sum())  # each token sees itself and all before it
+    return forward_flops(model, tokens=micro.tokens.numel(), pairs=pairs, head_rows=micro.num_answer_tokens)
+
+
+def _same_bits(scored: Sequence[tuple[Tensor, TrainBatch]]) -> bool:
+    trained, sampled = zip(*((logprob, micro.old_logprob) for logprob, micro in scored), strict=True)
+    return torch.equal(torch.cat(trained), torch.cat(sampled))  # one comparison, hence one wait, for all micro-batches
+
+
+def _on_policy_mismatch(logprob: Tensor, micro: TrainBatch, batch_invariant: bool) -> float:
+    """The weights have not moved since the rollout, so batch-invariant matmuls must have given the same bits."""
+    if torch.equal(logprob, micro.old_logprob):
+        return 0.0
+    difference = (logprob - micro.old_logprob).abs().nan_to_num(nan=float("inf"))
+    if not batch_invariant:
+        return float(difference.max())
+    row = int(difference.argmax())
+    sequence = int(torch.searchsorted(micro.cu_answers, row, right=True)) - 1
+    raise RuntimeError(
+        f"rollout and trainer disagree: sequence {sequence} of a micro-batch, answer token "
+        f"{row - int(micro.cu_answers[sequence])}: sampled with log-prob {float(micro.old_logprob[row])!r}, recomputed "
+        f"as {float(logprob[row])!r}"
+    )
