@@ -123,7 +123,7 @@ class AdvantageConfig(Config):
 class LossConfig(Config):
     """The policy loss (`ops.policy_loss`)."""
 
-    objective: Annotated[str, Field(pattern=named_or_target("clip", "cispo"))] = "clip"  # or your own: `grpo_engine.train.loss`
+    objective: Annotated[str, Field(pattern=named_or_target("clip", "cispo"))] = "clip"  # your own: `train.loss`
     ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     clip_high: NonNegative = 0.2

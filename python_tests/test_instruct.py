@@ -69,14 +69,15 @@ def problems(tmp_path_factory):
 def run(checkpoint, problems, out, kind, monkeypatch, **rollout):
     """A run of three steps; what the engine was asked and what it answered in each."""
     seen = []
-    generate = Engine.generate
+    stream = Engine.stream
 
-    def watched(self, prompts, **asked):
-        rollout = generate(self, prompts, **asked)
-        seen.append((prompts, asked["stop_ids"], rollout))
+    def watched(self, requests, **options):
+        rollout = stream(self, requests, **options)
+        if options.get("phase") is None:  # not an evaluation
+            seen.append((requests[0].prompts, options["stop_ids"], rollout))
         return rollout
 
-    monkeypatch.setattr(Engine, "generate", watched)
+    monkeypatch.setattr(Engine, "stream", watched)
     config = validate(RunConfig, {
         "model": {"path": str(checkpoint), "kind": kind}, "steps": 3,
         "task": {"name": "files", "train": str(problems[0]), "evals": {"held_out": str(problems[1])}, "shuffle": False},
@@ -84,7 +85,8 @@ def run(checkpoint, problems, out, kind, monkeypatch, **rollout):
         "evaluation": {"count": 1, "samples": 1}, "optimizer": {"lr": 1e-3},
         "reward": {"behaviour": "paper"},  # draws letters, so that random text is right now and then
     })  # fmt: skip
-    return train(config, out, quiet=True), seen
+    folder = train(config, out, quiet=True)
+    return folder, [([list(p) for p in prompts], stops, *rollout.batches) for prompts, stops, rollout in seen]
 
 
 @pytest.mark.parametrize("kind", ["instruct", "base"])

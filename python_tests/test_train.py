@@ -22,7 +22,7 @@ from grpo_engine.micro.tokenizer import MicroTokenizer
 from grpo_engine.model import weights
 from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
-from grpo_engine.rollout.engine import Engine
+from grpo_engine.rollout.engine import Rollout
 from grpo_engine.run.run import Run, train
 from grpo_engine.system import device
 from grpo_engine.system.threads import count_threads, num_threads
@@ -125,7 +125,8 @@ def test_the_commands_use_all_threads_of_torch_unless_told_otherwise(tmp_path):
     settings = [f"model.path={tmp_path / 'model'}", "task.eval_problems=20", "rollout.max_new_tokens=8"]
     run = ["train", "--out", str(tmp_path / "run"), *settings, "steps=1", "batch.prompts=16", "batch.group_size=4"]
     code = (
-        f"{SAME_EXTENSION}import torch\nfrom grpo_engine.cli import main\nfrom grpo_engine.system.threads import count_threads\n"
+        f"{SAME_EXTENSION}import torch\nfrom grpo_engine.cli import main\n"
+        "from grpo_engine.system.threads import count_threads\n"
         f"default = torch.get_num_threads()\n"
         f"for arguments in ({run!r}, {['evaluate', *settings]!r}):\n"
         "    sys.argv = ['grpo-engine', *arguments]\n"
@@ -247,14 +248,14 @@ def test_a_run_stays_on_the_device_where_it_was_begun(folder, tmp_path, monkeypa
 
 
 def test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token(folder, tmp_path, monkeypatch):
-    generate = Engine.generate
+    batches = Rollout.batches
 
-    def another_model_sampled(*args, **kwargs):
-        rollout = generate(*args, **kwargs)
+    def another_model_sampled(self):
+        (rollout,) = batches.fget(self)
         rollout.logprob[rollout.cu_seqlens[3] - 1] += 2.0**-20  # the last token of the third sequence
-        return rollout
+        return [rollout]
 
-    monkeypatch.setattr(Engine, "generate", another_model_sampled)
+    monkeypatch.setattr(Rollout, "batches", property(another_model_sampled))
     with pytest.raises(RuntimeError, match="rollout and trainer disagree: sequence 2 of a micro-batch, answer token"):
         train(run_config(folder, steps=1, evaluation={"count": 0}, batch={"tokens_per_micro_batch": 10**6}), tmp_path / "r")
 

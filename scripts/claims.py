@@ -363,7 +363,11 @@ FAULTS = (
         name="own-loss-without-penalty",
         claim="own advantage or loss",
         says="an objective of one's own is trained without the KL penalty",
-        edits=(Edit(file="grpo_engine/train/loss.py", old="    if config.kl_coef > 0:  #", new="    if config.kl_coef > 99:  #"),),
+        edits=(Edit(
+            file="grpo_engine/train/loss.py",
+            old="    if config.kl_coef > 0:  #",
+            new="    if config.kl_coef > 99:  #",
+        ),),
         tests=("python_tests/test_loss.py::test_an_objective_in_torch_gives_the_loss_and_gradient_of_the_op",),
     ),
     Fault(
@@ -696,7 +700,11 @@ FAULTS = (
         name="no-optimizer-in-memory",
         claim="memory",
         says="the prediction of memory forgets the optimizer's moments",
-        edits=(Edit(file="grpo_engine/train/footprint.py", old='"optimizer": 2 * wide + master}', new='"optimizer": master}'),),
+        edits=(Edit(
+            file="grpo_engine/train/footprint.py",
+            old='"optimizer": 2 * wide + master}',
+            new='"optimizer": master}',
+        ),),
         tests=("python_tests/study/test_forecast.py::test_memory_at_the_7b_shape_is_what_the_documents_count",),
     ),
     Fault(
@@ -726,7 +734,11 @@ FAULTS = (
         name="no-generation-prompt",
         claim="chat prompts",
         says="a chat prompt ends with the user's turn",
-        edits=(Edit(file="grpo_engine/model/tokenizer.py", old="add_generation_prompt=True", new="add_generation_prompt=False"),),
+        edits=(Edit(
+            file="grpo_engine/model/tokenizer.py",
+            old="add_generation_prompt=True",
+            new="add_generation_prompt=False",
+        ),),
         tests=("python_tests/test_tokenizer.py::test_prompts",),
     ),
     Fault(

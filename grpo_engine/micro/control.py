@@ -12,7 +12,7 @@ from grpo_engine.config import RunConfig
 from grpo_engine.micro import facts
 from grpo_engine.micro.corpus import Corpus
 from grpo_engine.micro.ladder import MicroRecipe, recipe
-from grpo_engine.micro.pretrain import _held_out, document_batch
+from grpo_engine.micro.pretrain import document_batch, tested_keys
 from grpo_engine.model.decoder import Model
 from grpo_engine.model.flops import causal_pairs, forward_flops
 from grpo_engine.records.ledger import Ledger
@@ -48,7 +48,7 @@ class ControlCorpus:
             `DocumentBatch`es of `recipe.documents` documents each, until `tokens` are reached; the last holds
             as many documents as it still takes.
         """
-        corpus = Corpus(f"{self._name}/{step}", config=self._config, held_out=_held_out())
+        corpus = Corpus(f"{self._name}/{step}", config=self._config, held_out=tested_keys())
         left = self.tokens
         while left > 0:
             batch = document_batch(corpus, self.recipe.documents, max_tokens=left)

@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_engine import _C
 from grpo_engine.micro.facts import CORPUS_TERMS, LIST_LENGTHS, NAME_COUNTS, CorpusConfig
-from grpo_engine.micro.task import _source
+from grpo_engine.micro.task import native_source
 from grpo_engine.micro.tokenizer import MicroTokenizer
 
 
@@ -39,7 +39,7 @@ class Corpus:
         self._config = c = config or CorpusConfig()
         self._tokenizer = MicroTokenizer()
         self._native = _C.MicroCorpus(
-            _source(seed),
+            native_source(seed),
             domains=(c.chain, c.word, c.code, c.logic),
             direct=c.direct,
             error=c.error,

@@ -83,10 +83,10 @@ def architecture(size: str) -> ModelConfig:
     Raises:
         ValueError: no such size.
     """
-    return _architecture(recipe(size))
+    return architecture_of(recipe(size))
 
 
-def _architecture(r: MicroRecipe) -> ModelConfig:
+def architecture_of(r: MicroRecipe) -> ModelConfig:
     return ModelConfig(
         vocab_size=len(facts.VOCABULARY),
         hidden_size=r.width,
@@ -113,10 +113,10 @@ def training_tokens(size: str, kind: Kind) -> int:
     Raises:
         ValueError: no such size or kind.
     """
-    return _schedule(recipe(size), kind).tokens
+    return schedule_of(recipe(size), kind).tokens
 
 
-def _schedule(r: MicroRecipe, kind: str) -> Schedule:
+def schedule_of(r: MicroRecipe, kind: str) -> Schedule:
     if kind not in ("base", "instruct"):
         raise ValueError(f"kind must be 'base' or 'instruct', got {kind!r}")
     return r.base if kind == "base" else r.instruct

@@ -28,7 +28,7 @@ import torch
 from grpo_engine.micro import facts as facts_
 from grpo_engine.micro import task
 from grpo_engine.micro.corpus import Corpus
-from grpo_engine.micro.ladder import Kind, MicroRecipe, _architecture, _schedule, recipe
+from grpo_engine.micro.ladder import Kind, MicroRecipe, architecture_of, recipe, schedule_of
 from grpo_engine.model.decoder import Model
 from grpo_engine.train.language import DocumentBatch, Progress, train_language
 
@@ -61,7 +61,7 @@ def model_key(size: str, kind: Kind, *, seed: int = 0) -> str:
         ValueError: no such size or kind.
     """
     r = recipe(size, seed=seed)
-    _schedule(r, kind)
+    schedule_of(r, kind)
     facts = {"version": VERSION, "recipe": dataclasses.asdict(r), "tasks": _task_facts()}
     if kind == "base":
         del facts["recipe"]["instruct"]
@@ -141,12 +141,12 @@ def ensure_model(
             return folder
         r = recipe(size, seed=seed)
         if base is None:
-            model = Model(_architecture(r)).init_weights(r.seed, std=None)
+            model = Model(architecture_of(r)).init_weights(r.seed, std=None)
         else:
             model = weights.load_model(base, dtype=torch.float32)
         train_language(
             model,
-            _schedule(r, kind),
+            schedule_of(r, kind),
             batches=_batches(r, f"{kind}/{r.seed}", chat_only=kind == "instruct"),
             betas=r.betas,
             progress=progress,
@@ -163,13 +163,13 @@ def ensure_model(
 
 def _batches(r: MicroRecipe, seed: str, *, chat_only: bool) -> Iterator[DocumentBatch]:
     config = dataclasses.replace(r.corpus, chat=1.0) if chat_only else r.corpus
-    corpus = Corpus(seed, config=config, held_out=_held_out())
+    corpus = Corpus(seed, config=config, held_out=tested_keys())
     while True:
         yield document_batch(corpus, r.documents)
 
 
 @functools.cache
-def _held_out() -> frozenset[str]:
+def tested_keys() -> frozenset[str]:
     return task.held_out_keys([*task.eval_sets().values(), *task.eval_sets(selection=True).values()])
 
 

@@ -98,7 +98,7 @@ def check_disjoint(prompts: Iterable[str], held_out: Collection[str], *, what: s
             raise RuntimeError(f"{what}: problem {prompt!r} is held out for testing and must not be trained on")
 
 
-def _source(seed: str) -> _C.MicroSource:
+def native_source(seed: str) -> _C.MicroSource:
     """The native generator, its draws those of `random.Random(seed)`."""
     return _C.MicroSource(
         random.Random(seed).getstate()[1],
@@ -136,7 +136,7 @@ def problems(
     """
     if domain not in DOMAINS:
         raise ValueError(f"problems: domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
-    source = _source(f"{domain}/{seed}/{test}")
+    source = native_source(f"{domain}/{seed}/{test}")
     family = getattr(_C.Domain, domain)
     grades = list(_grades(domain))
     found: dict[str, Problem] = {}

@@ -20,7 +20,7 @@ from grpo_engine.system.files import write_bytes_atomic
 
 SCHEMA = 2
 READABLE = (1, 2)  # schemas that are read; a field that the older lacks has a default
-_Record = TypeVar("_Record")
+Record = TypeVar("Record")
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _plain(value: Any, where: str, non_finite: dict[str, str]) -> Any:
     raise TypeError(f"to_json: {where or 'the record'} is a {type(value).__name__}, which has no JSON form")
 
 
-def from_json(cls: type[_Record], obj: Mapping[str, Any], *, where: str = "record") -> _Record:
+def from_json(cls: type[Record], obj: Mapping[str, Any], *, where: str = "record") -> Record:
     """A typed record from a JSON object that was read.
 
     Args:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.records.jsonl import _Record, from_json, read_json, read_jsonl
+from grpo_engine.records.jsonl import Record, from_json, read_json, read_jsonl
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
@@ -194,7 +194,7 @@ def read_run(run_dir: str | os.PathLike[str], *, allow_incomplete: bool = False)
         raise ValueError(f"{path}: the run is not complete (no {SUMMARY_FILE})")
     notes: list[str] = []
 
-    def load(name: str, cls: type[_Record]) -> list[_Record]:
+    def load(name: str, cls: type[Record]) -> list[Record]:
         file = path / name
         if summary is None and not file.is_file():
             return []

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_engine.study.design import CELLS, Plan
-from grpo_engine.study.jobs import StudyResult, _failure, _Tracked
+from grpo_engine.study.jobs import StudyResult, Tracked, failure_of
 from grpo_engine.study.plan_view import duration
-from grpo_engine.study.status import _last_line
+from grpo_engine.study.status import last_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-class _Display:
+class Display:
     """A live table on a terminal, plain lines elsewhere (one when a job starts or ends, and one a minute)."""
 
     EVERY_S = 60.0
@@ -25,7 +25,7 @@ class _Display:
         self,
         folder: Path,
         the_plan: Plan,
-        tracked: Mapping[str, _Tracked],
+        tracked: Mapping[str, Tracked],
         num_skipped: int,
         jobs: int,
         console: Console | None,
@@ -45,7 +45,7 @@ class _Display:
         self.live: Any = None
         self.last = time.monotonic()
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> Display:
         self._say(
             f"study {self.study} in {self.folder}: {self.num_cells} cells, {self.num_skipped} done before, "
             f"{len(self.tracked) - (self.num_cells - self.num_skipped)} models to prepare, {self.jobs} at once"
@@ -72,15 +72,15 @@ class _Display:
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def started(self, t: _Tracked) -> None:
+    def started(self, t: Tracked) -> None:
         if not self.live:
             self._say(f"{t.job.name}: started")
 
-    def ended(self, t: _Tracked) -> None:
+    def ended(self, t: Tracked) -> None:
         if t.state == "failed":
-            self._say(str(_failure(t)))
+            self._say(str(failure_of(t)))
         elif t.state == "waiting":
-            self._say(f"{t.job.name}: {_failure(t).reason}; it is started again ({t.job.log})")
+            self._say(f"{t.job.name}: {failure_of(t).reason}; it is started again ({t.job.log})")
         elif not self.live:
             loss = t.progress.get("loss")
             end = f", test loss {loss:.3f}" if loss is not None else ""
@@ -146,9 +146,9 @@ class _Display:
             return None
         return max(left / self.jobs, longest) * spent / planned
 
-    def _step(self, t: _Tracked) -> str:
+    def _step(self, t: Tracked) -> str:
         if t.job.cell is None:
-            return _last_line(t.job.log)
+            return last_line(t.job.log)
         return f"step {t.progress.get('step', 0)} of {t.job.cell.config.steps}"
 
     def _table(self) -> RenderableType:

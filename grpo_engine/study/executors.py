@@ -40,7 +40,8 @@ class LocalExecutor:
     Args:
         threads: that each process computes on. None: the cores over the running jobs, and a job takes more or fewer as
             others end and start (`core_share.py`).
-        devices: that jobs ask for (`grpo_engine.system.device.resolve`). Where one of them is cuda each cell sees one GPU alone.
+        devices: that jobs ask for (`grpo_engine.system.device.resolve`). Where one of them is cuda each cell sees one GPU
+            alone.
         grace_s: seconds between SIGTERM and SIGKILL when stopping.
         run: what a job does: a function of a module, given the job's arguments, that returns the exit code.
             None: `main`.

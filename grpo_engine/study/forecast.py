@@ -1,8 +1,8 @@
 """What a run takes, before it runs: tokens, FLOPs by phase, memory, and time on a machine.
 
 Tokens, FLOPs and memory follow from shapes and from how long prompts and answers are assumed to be (`EstimateConfig`);
-they count what `grpo_engine.records.ledger` counts. Time is FLOPs over the rate that a `Machine` is assumed to reach and, where
-its memory is the limit, bytes over its bandwidth. None of it reads weights or data.
+they count what `grpo_engine.records.ledger` counts. Time is FLOPs over the rate that a `Machine` is assumed to reach
+and, where its memory is the limit, bytes over its bandwidth. None of it reads weights or data.
 """
 
 from __future__ import annotations

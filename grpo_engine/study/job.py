@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_engine.study.design import Cell
-from grpo_engine.study.locks import _locked
+from grpo_engine.study.locks import locked
 from grpo_engine.study.plan_view import human
 
 LOCK_FILE = ".lock"
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
             from grpo_engine.run.run import train
 
             path = Path(folder)
-            with _locked(path / LOCK_FILE, f"{path}: another process runs this cell", wait_s=10.0):
+            with locked(path / LOCK_FILE, f"{path}: another process runs this cell", wait_s=10.0):
                 train(load_run_config(path / CONFIG_FILE), path)
         case _:
             raise ValueError(f"expected 'model SIZE KIND SEED' or 'cell FOLDER', got {' '.join(arguments)!r}")

@@ -52,7 +52,7 @@ class StudyResult:
 
 
 @dataclass(slots=True)
-class _Tracked:
+class Tracked:
     job: Job
     state: State = "waiting"
     handle: Any = None
@@ -62,7 +62,7 @@ class _Tracked:
     progress: dict[str, Any] = field(default_factory=dict)
 
 
-def _jobs(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, _Tracked]:
+def jobs_of(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, Tracked]:
     """Models that are missing and cells that are not done, longest chain first."""
     wanted = [c for c in the_plan.cells if c.name not in skipped]
     needed = {c.needs for c in wanted if c.needs}
@@ -97,7 +97,7 @@ def _jobs(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, _Tracked
         return chain[name]
 
     ranks = {name: position for position, name in enumerate(found)}
-    return {n: _Tracked(found[n]) for n in sorted(found, key=lambda n: (-length(n), ranks[n]))}
+    return {n: Tracked(found[n]) for n in sorted(found, key=lambda n: (-length(n), ranks[n]))}
 
 
 def model_ready(need: ModelNeed) -> bool:
@@ -114,12 +114,12 @@ def model_ready(need: ModelNeed) -> bool:
     return cached_model(need.size, need.kind, seed=need.seed) is not None
 
 
-def _failure_file(job: Job) -> Path:
+def failure_file(job: Job) -> Path:
     """Beside the job's log; there while its last attempt has failed."""
     return job.log.with_suffix(".failed.json")
 
 
-def _failure(t: _Tracked) -> Failure:
+def failure_of(t: Tracked) -> Failure:
     code = t.progress.get("code")
     if code is not None and code < 0:
         reason = f"killed by {signal.Signals(-code).name}"

@@ -15,7 +15,7 @@ class StudyLocked(RuntimeError):
 
 
 @contextlib.contextmanager
-def _locked(path: Path, message: str, *, wait_s: float = 0.0) -> Iterator[None]:
+def locked(path: Path, message: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Holds a file lock, which the kernel releases with the process however it ends."""
     deadline = time.monotonic() + wait_s
     with open(path, "a+") as file:
@@ -35,7 +35,7 @@ def _locked(path: Path, message: str, *, wait_s: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     if not path.exists():
         return False
     with open(path) as file:

@@ -28,12 +28,12 @@ from grpo_engine.model.hub import find_model
 from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.study.design import PLAN_FILE, STUDY_FILE, Plan, StudyConfig, load_study, plan, save_study
-from grpo_engine.study.display import _Display
+from grpo_engine.study.display import Display
 from grpo_engine.study.executors import Executor, LocalExecutor
 from grpo_engine.study.forecast import Cost, dollars
 from grpo_engine.study.job import CONFIG_FILE, LOCK_FILE, main
-from grpo_engine.study.jobs import MODELS, StudyResult, _failure, _failure_file, _jobs, _Tracked
-from grpo_engine.study.locks import _locked
+from grpo_engine.study.jobs import MODELS, StudyResult, Tracked, failure_file, failure_of, jobs_of
+from grpo_engine.study.locks import locked
 from grpo_engine.study.plan_view import plan_json
 from grpo_engine.study.status import read_progress
 
@@ -86,7 +86,7 @@ def run_study(
     if study is None:
         study = load_study(folder / STUDY_FILE)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCK_FILE, f"{folder}: another process runs this study"):
+    with locked(folder / LOCK_FILE, f"{folder}: another process runs this study"):
         # before the plan: it imports while this process does
         executor = executor or LocalExecutor(threads=threads, devices=_devices(study))
         jobs = executor.slots if jobs is None else jobs
@@ -94,8 +94,8 @@ def run_study(
         _check_folders(the_plan)
         _write_plan(folder, the_plan)
         skipped = [c.name for c in the_plan.cells if records.is_complete(folder / c.folder)]
-        tracked = _jobs(folder, the_plan, set(skipped))
-        display = _Display(folder, the_plan, tracked, len(skipped), jobs, console)
+        tracked = jobs_of(folder, the_plan, set(skipped))
+        display = Display(folder, the_plan, tracked, len(skipped), jobs, console)
         started = time.monotonic()
         with _Interrupt() as interrupt, display:
             try:
@@ -106,7 +106,7 @@ def run_study(
         result = StudyResult(
             done=tuple(t.job.name for t in cells if t.state == "done"),
             skipped=tuple(skipped),
-            failures=tuple(_failure(t) for t in tracked.values() if t.state == "failed"),
+            failures=tuple(failure_of(t) for t in tracked.values() if t.state == "failed"),
             blocked=tuple(t.job.name for t in cells if t.state == "blocked"),
             missing=tuple(t.job.name for t in cells if t.state in ("waiting", "running")),
             interrupted=interrupt.signal,
@@ -195,11 +195,11 @@ def _write_plan(folder: Path, the_plan: Plan) -> None:
 
 def _loop(
     folder: Path,
-    tracked: dict[str, _Tracked],
+    tracked: dict[str, Tracked],
     jobs: int,
     attempts: int,
     executor: Executor,
-    display: _Display,
+    display: Display,
     interrupt: _Interrupt,
     poll_s: float,
 ) -> None:
@@ -219,7 +219,7 @@ def _loop(
             t.progress = read_progress(folder / t.job.cell.folder) if t.job.cell else {}
             t.progress["code"] = code
             if t.state == "failed":
-                jsonl.write_json_atomic(_failure_file(t.job), {"reason": _failure(t).reason, "attempts": t.attempts})
+                jsonl.write_json_atomic(failure_file(t.job), {"reason": failure_of(t).reason, "attempts": t.attempts})
             display.ended(t)
         for t in tracked.values():
             if t.state == "waiting" and any(tracked[n].state in ("failed", "blocked") for n in t.job.after):
@@ -229,7 +229,7 @@ def _loop(
             if running >= jobs:
                 break
             if t.state == "waiting" and all(tracked[n].state == "done" for n in t.job.after):
-                _failure_file(t.job).unlink(missing_ok=True)
+                failure_file(t.job).unlink(missing_ok=True)
                 t.handle = executor.start(t.job)
                 t.state, t.started = "running", time.monotonic()
                 t.attempts += 1

@@ -13,7 +13,7 @@ from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.study.design import STUDY_FILE, Cell, load_study, plan
 from grpo_engine.study.job import LOCK_FILE, LOG_FILE
-from grpo_engine.study.locks import _is_locked
+from grpo_engine.study.locks import is_locked
 
 
 def read_progress(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _tail(path: Path, num_bytes: int = 16384) -> list[dict[str, Any]]:
     return out
 
 
-def _last_line(path: Path) -> str:
+def last_line(path: Path) -> str:
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
@@ -103,7 +103,7 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
         failed = (path / LOG_FILE).with_suffix(".failed.json")
         if records.is_complete(path):
             state = "done"
-        elif _is_locked(path / LOCK_FILE):
+        elif is_locked(path / LOCK_FILE):
             state = "running"
         elif failed.is_file():
             state, reason = "failed", jsonl.read_json(failed)["reason"]

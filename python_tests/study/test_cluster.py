@@ -69,7 +69,7 @@ def cell_processes(folder):
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            if b"grpo_engine.study.run" in words and any(w.startswith(str(folder).encode()) for w in words):
+            if b"grpo_engine.study.job" in words and any(w.startswith(str(folder).encode()) for w in words):
                 out.append(int(entry.name))
         except OSError:
             continue

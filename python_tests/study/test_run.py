@@ -21,8 +21,9 @@ from rich.console import Console
 from grpo_engine.micro.tokenizer import MicroTokenizer
 from grpo_engine.model import weights
 from grpo_engine.records import jsonl, records
+from grpo_engine.study import executors, locks, status
 from grpo_engine.study import job as job_
-from grpo_engine.study import locks, status
+from grpo_engine.study import jobs as jobs_module
 from grpo_engine.study import run as run_
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan, save_study
 from grpo_engine.study.executors import LocalExecutor
@@ -96,7 +97,7 @@ class FakeExecutor:
 
 @pytest.fixture(autouse=True)
 def no_cached_models(monkeypatch):
-    monkeypatch.setattr(run, "model_ready", lambda need: False)
+    monkeypatch.setattr(jobs_module, "model_ready", lambda need: False)
 
 
 def run_it(folder, executor, **more):
@@ -362,7 +363,7 @@ def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
     code = "import os, sys, torch; print(torch.get_num_threads(), os.getpid() == os.getsid(0)); sys.exit('to stderr')"
     assert exit_code(local, local.start(job(tmp_path, code))) == 1
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert lines[0] == "an earlier line" and "-m grpo_engine.study.run import os" in lines[1]
+    assert lines[0] == "an earlier line" and "-m grpo_engine.study.job import os" in lines[1]
     assert lines[-2:] == ["3 True", "to stderr"]
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         LocalExecutor(threads=0)
@@ -410,7 +411,8 @@ def test_processes_end_with_a_study_that_is_killed(tmp_path):
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import jobs
-        from grpo_engine.study.run import Job, LocalExecutor
+        from grpo_engine.study.executors import LocalExecutor
+        from grpo_engine.study.job import Job
         child = "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(60)"
         LocalExecutor(run=jobs.run).start(Job(name="x", arguments=(child,), log=Path({str(log)!r}), after=(), seconds=1.0))
         time.sleep(60)
@@ -518,7 +520,7 @@ def counting(tmp_path, executor):
 
 
 def test_a_job_takes_the_cores_that_others_leave_and_gives_them_back(counting, monkeypatch):
-    monkeypatch.setattr(run, "num_cores", lambda: 4)
+    monkeypatch.setattr(executors, "num_cores", lambda: 4)
     counting = counting()
     assert counting.local.slots == 4  # jobs side by side are one a core all the same
     counting.start("first")
@@ -547,7 +549,8 @@ def test_threads_of_jobs_sleep_while_they_wait_unless_the_user_says_otherwise(tm
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import jobs
-        from grpo_engine.study.run import Job, LocalExecutor
+        from grpo_engine.study.executors import LocalExecutor
+        from grpo_engine.study.job import Job
         before = dict(os.environ)
         local = LocalExecutor(run=jobs.run)
         child = "import os; print(os.environ['OMP_WAIT_POLICY'], os.environ['OPENBLAS_NUM_THREADS'])"
@@ -619,7 +622,7 @@ def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_p
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(cell / job_.CONFIG_FILE, alone)
-    subprocess.run([sys.executable, "-m", "grpo_engine.study.run", "cell", str(alone)], check=True,
+    subprocess.run([sys.executable, "-m", "grpo_engine.study.job", "cell", str(alone)], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     for name in (records.STEPS_FILE, records.EVALS_FILE, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
         assert (cell / name).read_bytes() == (alone / name).read_bytes(), name

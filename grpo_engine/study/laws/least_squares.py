@@ -32,7 +32,7 @@ import numpy as np
 
 from grpo_engine.study.laws.curves import Curve
 from grpo_engine.study.laws.forms import Law
-from grpo_engine.study.laws.levenberg_marquardt import Residual, _levenberg_marquardt
+from grpo_engine.study.laws.levenberg_marquardt import Residual, levenberg_marquardt
 
 OBJECTIVES = ("linear", "log", "huber", "binomial")
 LOGARITHMIC = ("log", "huber")  # objectives of errors of log L
@@ -212,13 +212,13 @@ def solve(
     """
     weight = np.broadcast_to(data.weight, y.shape)
     if data.objective in ("linear", "log"):
-        return _levenberg_marquardt(residual, y, weight, theta, low, high)
+        return levenberg_marquardt(residual, y, weight, theta, low, high)
     theta, low, high = theta.copy(), np.broadcast_to(low, theta.shape), np.broadcast_to(high, theta.shape)
     live, weight = np.arange(len(theta)), weight.copy()
     for _ in range(40):
         before = theta[live]
         weight[live] = data.reweighted(residual(before, y[live], weight[live])[0], y[live])
-        theta[live] = _levenberg_marquardt(residual, y[live], weight[live], before, low[live], high[live], steps=4)
+        theta[live] = levenberg_marquardt(residual, y[live], weight[live], before, low[live], high[live], steps=4)
         live = live[np.max(np.abs(theta[live] - before) / (1e-3 + np.abs(before)), axis=1) > 1e-6]
         if not len(live):
             break

@@ -9,7 +9,7 @@ import numpy as np
 Residual = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def _levenberg_marquardt(
+def levenberg_marquardt(
     residual: Residual, y: np.ndarray, weight: np.ndarray, theta: np.ndarray, low: np.ndarray, high: np.ndarray,
     steps: int = 80,
 ) -> np.ndarray:  # fmt: skip
