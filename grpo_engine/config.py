@@ -25,9 +25,16 @@ Behaviour = Literal["ours", "paper"]  # of scorers
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def named_or_target(*names: str) -> str:
-    """The pattern of a setting that is one of some names, or "module:function" of the user's own."""
-    return f"^({'|'.join(names)})$|{plugins.TARGET}"
+def named_or_target(*names: str) -> pydantic.AfterValidator:
+    """Of a setting that is one of some names, or "module:function" of the user's own."""
+
+    def check(name: str) -> str:
+        if name not in names and not plugins.is_target(name):
+            known = ", ".join(map(repr, names[:-1]))
+            raise ValueError(f"must be {known} or {names[-1]!r}, got {name!r}; 'module:function' names your own")
+        return name
+
+    return pydantic.AfterValidator(check)
 
 
 class Config(pydantic.BaseModel):
@@ -109,7 +116,7 @@ class RewardConfig(Config):
 class AdvantageConfig(Config):
     """How rewards become advantages (`grpo_engine.train.advantages`)."""
 
-    estimator: Annotated[str, Field(pattern=named_or_target("grpo", "dr_grpo", "rloo", "reinforce_pp"))] = "grpo"
+    estimator: Annotated[str, named_or_target("grpo", "dr_grpo", "rloo", "reinforce_pp")] = "grpo"
     std: Literal["unbiased", "population", "none"] = "unbiased"  # estimator=grpo: see `ops.group_advantages`
     eps: NonNegative = 1e-6  # estimator=grpo and reinforce_pp: added to the standard deviation
 
@@ -123,7 +130,7 @@ class AdvantageConfig(Config):
 class LossConfig(Config):
     """The policy loss (`ops.policy_loss`)."""
 
-    objective: Annotated[str, Field(pattern=named_or_target("clip", "cispo"))] = "clip"  # your own: `train.loss`
+    objective: Annotated[str, named_or_target("clip", "cispo")] = "clip"  # your own: `grpo_engine.train.loss`
     ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     clip_high: NonNegative = 0.2

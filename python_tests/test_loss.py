@@ -49,7 +49,7 @@ def sampled():
 def moved(micro, seed):
     """Log-probs of a policy that has moved away from the one that sampled."""
     noise = torch.randn(micro.old_logprob.shape, generator=torch.Generator().manual_seed(seed))
-    return (micro.old_logprob + 0.4 * noise).requires_grad_()
+    return (micro.old_logprob + 0.9 * noise).requires_grad_()
 
 
 def whole(minibatch, config):
@@ -60,7 +60,7 @@ def whole(minibatch, config):
         object.__setattr__(micro, "ref_logprob", micro.old_logprob + 0.1 * torch.cos(micro.target.float()))
         loss, found = policy_loss(logprob, micro, minibatch, config)
         gradients += torch.autograd.grad(loss, logprob)
-        losses.append(float(loss))
+        losses.append(loss.item())
         stats.append(found)
     return losses, gradients, stats
 

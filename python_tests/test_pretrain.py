@@ -27,7 +27,7 @@ def tiny(monkeypatch):
         base=Schedule(tokens=12_000, lr=1e-2),
         instruct=Schedule(tokens=3_000, lr=3e-3, warmup=0.1, anneal=0.9),
     )
-    monkeypatch.setattr(pretrain, "LADDER", {"tiny": small})
+    monkeypatch.setattr(ladder_, "LADDER", {"tiny": small})
     return small
 
 
@@ -65,7 +65,7 @@ def test_schedule_warms_up_holds_and_anneals():
 @pytest.mark.parametrize("kind", ["base", "instruct"])
 def test_all_recipes_end_annealed(kind):
     for size in LADDER:
-        s = ladder_._schedule(ladder_.recipe(size), kind)
+        s = ladder_.schedule_of(ladder_.recipe(size), kind)
         assert s.rate(1.0) <= 0.05 * s.lr
         assert ladder_.training_tokens(size, kind) == s.tokens
 
@@ -156,7 +156,7 @@ def test_key_follows_what_decides_the_weights(tiny, monkeypatch):
     assert base != chat
 
     def with_recipe(**changes):
-        monkeypatch.setattr(pretrain, "LADDER", {"tiny": dataclasses.replace(tiny, **changes)})
+        monkeypatch.setattr(ladder_, "LADDER", {"tiny": dataclasses.replace(tiny, **changes)})
         return pretrain.model_key("tiny", "base"), pretrain.model_key("tiny", "instruct")
 
     other_sft = with_recipe(instruct=Schedule(tokens=4_000, lr=1e-3))

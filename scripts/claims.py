@@ -458,7 +458,7 @@ FAULTS = (
         claim="killed study",
         says="a study runs its finished cells again",
         edits=(Edit(
-            file="grpo_engine/study/run.py",
+            file="grpo_engine/study/jobs.py",
             old="wanted = [c for c in the_plan.cells if c.name not in skipped]",
             new="wanted = list(the_plan.cells)",
         ),),
@@ -746,7 +746,7 @@ FAULTS = (
         claim="order of problems",
         says="a curriculum takes its problems in the order of their file",
         edits=(Edit(
-            file="grpo_engine/run/run.py",
+            file="grpo_engine/load.py",
             old="train=train if config.shuffle else sorted(train, key=difficulty)",
             new="train=train if config.shuffle else sorted(train, key=lambda p: 0.0)",
         ),),

@@ -3,7 +3,8 @@
 A run directory holds
 
     checkpoint/            the newest: a Hugging Face folder (`grpo_engine.model.weights`: load it as a model anywhere),
-                           with its tokenizer and chat template, optimizer.safetensors (or numbered shards of it) and meta.json
+                           with its tokenizer and chat template, optimizer.safetensors (or numbered shards of it)
+                           and meta.json
     checkpoint.previous/   the one before it, used when the newest turns out to be damaged
     checkpoint.new/        one that is being written; whatever a killed process left of it is thrown away
 

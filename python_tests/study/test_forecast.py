@@ -52,7 +52,7 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
                 "evaluation={count: 2, samples: 3, others_every: 1}", f"model={{path: {tmp_path / 'tiny'}}}"]  # fmt: skip
     if method == "pretrain":
         settings += ["method=pretrain", "model={size: xs}", "evaluation.count=0"]
-        monkeypatch.setattr("grpo_engine.load.tokenizer_and_model", _untrained)
+        monkeypatch.setattr("grpo_engine.run.run.tokenizer_and_model", _untrained)
     config = load_run_config(None, settings)
     run = records.read_run(train(config, tmp_path / "run", quiet=True))
     cost = total_cost(run.timings)
@@ -71,8 +71,11 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
 def _untrained(config, _folder, _task):
     from grpo_engine.load import load_tokenizer
     from grpo_engine.micro import ladder
+    from grpo_engine.model.tokenizer import PromptTokens
 
-    return load_tokenizer("micro"), Model(ladder.architecture(config.model.size)).init_weights(0), True
+    tokenizer = load_tokenizer("micro")
+    model = Model(ladder.architecture(config.model.size)).init_weights(0)
+    return tokenizer, PromptTokens(tokenizer, chat=False), model, True
 
 
 def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
