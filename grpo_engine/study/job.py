@@ -80,3 +80,7 @@ def _print_progress() -> Callable[[int, int, float], None]:
             print(f"{read / total:.0%} of {human(total)} tokens, loss {loss:.3f}", flush=True)
 
     return progress
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -31,7 +30,7 @@ from grpo_engine.study.design import PLAN_FILE, STUDY_FILE, Plan, StudyConfig, l
 from grpo_engine.study.display import Display
 from grpo_engine.study.executors import Executor, LocalExecutor
 from grpo_engine.study.forecast import Cost, dollars
-from grpo_engine.study.job import CONFIG_FILE, LOCK_FILE, main
+from grpo_engine.study.job import CONFIG_FILE, LOCK_FILE
 from grpo_engine.study.jobs import MODELS, StudyResult, Tracked, failure_file, failure_of, jobs_of
 from grpo_engine.study.locks import locked
 from grpo_engine.study.plan_view import plan_json
@@ -268,7 +267,3 @@ class _Interrupt:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

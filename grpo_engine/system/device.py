@@ -2,9 +2,9 @@
 
 A process that has initialised CUDA cannot be forked, and the cells of a study are forks
 (`grpo_engine.system.processes`). So GPUs are counted by `torch.cuda.device_count`, which asks the driver's management
-library (NVML); `torch.cuda.is_available` would initialise CUDA. A run uses one GPU, the first that it sees: CUDA_VISIBLE_DEVICES says
-which one that is, for torch and for every library beside it, and so a setting like cuda:1 would only be a second word
-for it.
+library (NVML); `torch.cuda.is_available` would initialise CUDA. A run uses one GPU, the first that it sees:
+CUDA_VISIBLE_DEVICES says which one that is, for torch and for every library beside it, and so a setting like cuda:1
+would only be a second word for it.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def test_status_tells_done_running_partial_and_missing(tmp_path):
     for cell in cells[1:3]:
         with jsonl.JsonlWriter(tmp_path / cell.folder / "steps.jsonl") as out:
             out.write({"step": 2, "reward_mean": 0.25})
-    with locks._locked(tmp_path / cells[1].folder / job_.LOCK_FILE, "held"):
+    with locks.locked(tmp_path / cells[1].folder / job_.LOCK_FILE, "held"):
         states = [str(s) for s in study_status(tmp_path)]
     assert states[:4] == ["done", "running 2 of 4", "partial 2 of 4", "missing"]
     assert str(study_status(tmp_path)[1]) == "failed at 2 of 4 (exit code 3)"
@@ -641,7 +641,7 @@ def test_a_cell_waits_for_its_predecessor_to_be_gone(tmp_path):
     holding = threading.Event()
 
     def hold():
-        with locks._locked(lock, "held"):
+        with locks.locked(lock, "held"):
             holding.set()
             time.sleep(0.3)
 
@@ -649,8 +649,8 @@ def test_a_cell_waits_for_its_predecessor_to_be_gone(tmp_path):
     thread.start()
     holding.wait()
     with pytest.raises(StudyLocked, match="cell is busy"):
-        with locks._locked(lock, "cell is busy"):
+        with locks.locked(lock, "cell is busy"):
             pass
-    with locks._locked(lock, "cell is busy", wait_s=5.0):
+    with locks.locked(lock, "cell is busy", wait_s=5.0):
         pass
     thread.join()
