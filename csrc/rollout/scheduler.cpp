@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
-#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -116,61 +115,13 @@ int64_t Scheduler::add_group(std::span<const int64_t> prompt, int64_t group_size
   return id;
 }
 
-const std::vector<Sequence>& Scheduler::group(int64_t id, const char* caller) const {
-  const auto found = groups_.find(id);
-  if (found == groups_.end()) {
-    throw std::invalid_argument(std::string(caller) +
-                                ": group must be an id that add_group returned and that was not "
-                                "dropped, got " + text(id));
-  }
-  return found->second;
-}
-
-int64_t Scheduler::group_size(int64_t id) const {
-  return static_cast<int64_t>(group(id, "group_size").size());
-}
-
 const Sequence& Scheduler::sequence(int64_t id) const {
   auto next = groups_.upper_bound(id);
   if (next != groups_.begin()) {
     const auto& [first, sequences] = *std::prev(next);
     if (id - first < static_cast<int64_t>(sequences.size())) return sequences[id - first];
   }
-  throw std::invalid_argument("Scheduler: no sequence has id " + text(id) +
-                              "; it was never given out, or its group was dropped");
-}
-
-int64_t Scheduler::cancel(int64_t id) {
-  group(id, "cancel");
-  require(!step_open(), "cancel() between schedule() and commit(); commit the step first");
-  int64_t cancelled = 0;
-  for (Sequence& sequence : groups_.at(id)) {
-    if (sequence.finished()) continue;
-    sequence.cancel();
-    sequence.release_pages(allocator_);
-    running_.erase(sequence.id());
-    waiting_.erase(sequence.id());
-    ++cancelled;
-  }
-  return cancelled;
-}
-
-void Scheduler::drop(int64_t id) {
-  for (const Sequence& sequence : group(id, "drop")) {
-    if (!sequence.finished()) {
-      throw std::invalid_argument("drop: every answer of group " + text(id) +
-                                  " must be finished, got " + text(sequence) +
-                                  " unfinished; cancel the group first");
-    }
-  }
-  for (const Step& step : open_) {
-    for (const Sequence* sequence : step.samples) {
-      if (sequence->request().id != id) continue;
-      throw std::invalid_argument("drop: an open step has a row of " + text(*sequence) +
-                                  "; commit it first");
-    }
-  }
-  groups_.erase(id);
+  throw std::invalid_argument("Scheduler: no sequence has id " + text(id) + ", it was never given out");
 }
 
 // ---- queues ---------------------------------------------------------------------------------
@@ -193,23 +144,12 @@ void Scheduler::preempt(Queue::iterator entry) {
   ++totals_.preemptions;
 }
 
-void Scheduler::preempt_all() {
-  while (!running_.empty()) preempt(last_entry(running_));
-  totals_.preemptions += static_cast<int64_t>(ending_.size());
-  waiting_.merge(ending_);
-  for (const Step& step : open_) {
-    for (Sequence* sequence : step.samples) sequence->expect_none();
-  }
-  open_.clear();
-}
-
 // ---- schedule -------------------------------------------------------------------------------
 
 StepPlan Scheduler::schedule() {
   require(open_.size() < max_open_,
-          "schedule() was called twice; commit() the tokens of the first plan, or call "
-          "preempt_all() to give its step up");
-  require(has_work(), "schedule() without work; ask has_work() first");
+          "schedule() was called twice; commit() the tokens of the first plan");
+  require(has_work(), "schedule() without work; call has_work() first");
   StepPlan plan;
   Step step;
   reserve_step(plan, step);
@@ -308,10 +248,10 @@ void Scheduler::prepare_pages(Sequence& sequence, StepPlan& plan) {
   }
 }
 
-// Pages that the answers of an admitted entry will ask for within kLookaheadTokens tokens.
+// Pages that the answers of an admitted entry will need within kLookaheadTokens tokens.
 int64_t Scheduler::growth(const Sequence& sequence) const {
   const Request& request = sequence.request();
-  // The last token of an answer is drawn but never computed.
+  // The last token of an answer is sampled but never computed.
   const int64_t last = request.prompt_length() + request.max_new_tokens - 1;
   const int64_t soon = pages_for(std::min(sequence.length() + kLookaheadTokens, last));
   const int64_t own = soon - pages_for(sequence.length());
@@ -380,15 +320,15 @@ void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
     plan.page_table_width =
         std::max(plan.page_table_width, static_cast<int64_t>(work.sequence->pages().size()));
   }
-  // Expected tokens are drawn by the plan before, and both plans are in the order of ids.
-  size_t drawn = 0;
+  // Expected tokens are sampled by the plan before, and both plans are in the order of ids.
+  size_t sample = 0;
   const auto token = [&](const Sequence& sequence, int64_t position) {
     if (position < sequence.known()) return sequence.token(position);
     const auto& before = open_.back().samples;
-    while (before.at(drawn) != &sequence) ++drawn;
-    return -1 - static_cast<int64_t>(drawn);
+    while (before.at(sample) != &sequence) ++sample;
+    return -1 - static_cast<int64_t>(sample);
   };
-  plan.one_each = step.work.size() == step.samples.size();
+  plan.decode_only = step.work.size() == step.samples.size();
   plan.cu_query.push_back(0);
   for (const Work& work : step.work) {
     const Sequence& sequence = *work.sequence;
@@ -404,7 +344,7 @@ void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
                            sequence.pages().end());
     plan.page_table.resize(plan.kv_len.size() * plan.page_table_width, -1);
     plan.counts += sequence.classify(work.begin, work.count);
-    plan.one_each = plan.one_each && work.count == 1 && work.samples == 1;
+    plan.decode_only = plan.decode_only && work.count == 1 && work.samples == 1;
     for (int64_t g = 0; g < work.samples; ++g) {
       plan.sample_row.push_back(static_cast<int64_t>(plan.tokens.size()) - 1);
       plan.sample_seq.push_back(sequence.id() + g);
@@ -429,7 +369,7 @@ void Scheduler::begin(Step&& step) {
   for (Sequence* sequence : step.samples) {
     if (!sequence->complete()) continue;
     sequence->release_pages(allocator_);
-    ending_.insert(running_.extract(sequence->id()));
+    running_.erase(sequence->id());
   }
   open_.push_back(std::move(step));
 }
@@ -449,7 +389,7 @@ std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
       throw std::invalid_argument(
           "commit: tokens must be >= 0, got " + text(tokens[s]) + " for " +
           text(*samples[s]) + " at position " + text(samples[s]->known()) +
-          ": its logits held nothing to draw from (NaN, or every token excluded)");
+          ": its logits held nothing to sample from (NaN, or every token excluded)");
     }
   }
   std::vector<int64_t> finished;
@@ -464,7 +404,8 @@ std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
     sequence.append(tokens[s]);
     if (!sequence.finished()) continue;
     sequence.release_pages(allocator_);
-    for (Queue* queue : {&running_, &waiting_, &ending_}) queue->erase(sequence.id());
+    running_.erase(sequence.id());
+    waiting_.erase(sequence.id());
     finished.push_back(sequence.id());
   }
   ++totals_.steps;
@@ -507,30 +448,24 @@ void Scheduler::check_queues() const {
     const Request& request = sequences.front().request();
     require(request.id == id && request.group_size() == static_cast<int64_t>(sequences.size()),
             "group ", id, " does not hold its answers");
-    // Unless cancelled, either no answer of a group has begun, or all have.
+    // Either no answer of a group has begun, or all have.
     const bool begun = sequences.front().begun();
     for (const Sequence& sequence : sequences) {
       const auto runs = running_.find(sequence.id());
       const auto waits = waiting_.find(sequence.id());
-      const auto ends = ending_.find(sequence.id());
-      const int places =
-          (runs != running_.end()) + (waits != waiting_.end()) + (ends != ending_.end());
-      require(places == (sequence.finished() ? 0 : 1),
-              sequence, " stands in ", places, " queues");
-      queued += places;
+      const int queues = (runs != running_.end()) + (waits != waiting_.end());
+      require(queues == (sequence.finished() || sequence.complete() ? 0 : 1), sequence, " is in ", queues, " queues");
+      queued += queues;
       require((runs == running_.end() || runs->second == &sequence) &&
-                  (waits == waiting_.end() || waits->second == &sequence) &&
-                  (ends == ending_.end() || ends->second == &sequence),
+                  (waits == waiting_.end() || waits->second == &sequence),
               sequence, " is queued as another");
-      require((ends != ending_.end()) == (!sequence.finished() && sequence.complete()), sequence,
-              " is ending, or should be");
       require(begun == sequence.begun(), sequence, " began apart from its group");
       if (sequence.finished() || begun) continue;
       require((runs == running_.end()) == !running_.contains(id),
               sequence, " left its group before the prompt was computed");
     }
   }
-  require(queued == running_.size() + waiting_.size() + ending_.size(), "a queue holds a forgotten sequence");
+  require(queued == running_.size() + waiting_.size(), "a queue holds a forgotten sequence");
 }
 
 void Scheduler::check_pages() const {
