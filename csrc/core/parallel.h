@@ -1,10 +1,14 @@
 // parallel.h -- spreads work items over Torch's thread pool.
 //
-// Kernels never see threads: each takes a range of work items (rows, tiles, sequences), and what it
-// writes for one item depends on that item alone, so the split changes no bit.
+// Kernels never see threads. Each takes a range of work items (rows, tiles, sequences). What it writes for one item depends
+// on that item alone, so the split changes no bit.
 //
-// at::parallel_for is a template of Torch's headers and a plain loop where OpenMP is off in the file that includes it.
-// CMakeLists.txt turns it on for these files; tests count the threads that took part (ThreadCount).
+// at::parallel_for is a template of Torch's headers. It is a plain loop in a file that is compiled without OpenMP.
+// CMakeLists.txt turns OpenMP on for these files, and tests count the threads that took part (ThreadCount).
+//
+// What a body throws reaches the caller. at::parallel_for catches it in the thread that threw, lets the others finish and
+// rethrows the first exception. The results are then undefined. An exception must not leave a parallel region in any other
+// way, so every kernel of the extension runs through this file (scratch.h).
 #pragma once
 #include <ATen/Parallel.h>
 
