@@ -9,9 +9,9 @@
 //     o_e = o_e exp(m_before - m), then a chain of fma of p_j v_je over j ascending
 //   the l_x of a stretch join by the tree of warp_reduce, the stretches in their order
 //
-// The arithmetic of a key depends on its position alone. So the bits of a row do not depend on the batch, the page layout,
-// the chunks of a prompt, or which warp has which stretch. For decoding each stretch is a warp of its own, and a second
-// launch of this kernel joins the stretches.
+// The arithmetic of a key depends on its position alone. So the batch, the page layout, the chunks of a prompt and the warp
+// of a stretch change no bit of a row. For decoding each stretch is a warp of its own, and a second launch of this kernel
+// joins the stretches.
 //
 // A warp has kTileRows rows: tokens and the heads that share a kv head, token-major. So every key and value that it loads
 // serves that many rows. For the scores lanes are keys, which needs keys side by side. Pages have them so, and
@@ -172,7 +172,7 @@ __device__ inline void lane_dots(const Arith<S>* tile, const LaneVectors<S>& lan
 #pragma unroll
   for (int r = 0; r < kTileRows; ++r) dots[r][0] = dots[r][1] = 0;
 #pragma unroll 8
-  for (int64_t e = 0; e < E; ++e) {  // many loads under way: few warps fit in a multiprocessor
+  for (int64_t e = 0; e < E; ++e) {  // many loads in flight: few warps fit in a multiprocessor
     const A a = to_arith(lane.at[0][e * lane.stride[0]]), b = to_arith(lane.at[1][e * lane.stride[1]]);
     A row[kTileRows];
     load_column(tile + e * kTileRows, row);
@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 :
   }
 }
 
-// Calls function.operator()<C>() with the columns of a lane. float64 and bfloat16 are compiled once: float64 is there for
+// Calls function.operator()<C>() with the columns of a lane. Only float32 is compiled for several C: float64 is there for
 // gradcheck, and of bfloat16 only wide heads come here (attention_mma.cuh).
 template <typename S, typename Function>
 void for_columns(int64_t E, Function function) {

@@ -295,7 +295,7 @@ __device__ inline void clear_not_finite(bfloat16* tile) {
   each_not_finite<T>(tile, [](const Stored<bfloat16>& chunk, bfloat16* at) { store16(chunk, at); });
 }
 
-// For a chunk of which some rows do not see every key. 0 * NaN is NaN, so values that are not finite may not go through the
+// For a chunk that some rows see in part. 0 * NaN is NaN, so values that are not finite may not go through the
 // matmuls. Adds their terms to `sums` and replaces them by 0 in `value`, a tile of which `limit` rows count.
 // `memory` takes the weights, [kMmaRows, kKeyChunk]. All threads of the block call this.
 template <typename T, int kWidth>
@@ -472,8 +472,8 @@ __device__ inline int count_sharing(const Source& source, int64_t first, int ste
 }
 
 // For decoding, where the tiles of attention_mma_kernel are few. A block has one chunk of keys at a time, of a run of
-// sequences with one new token that have these keys in the same pages. The kernel finds the runs in the page table, which is
-// small beside the keys. A host that planned them would wait for the table, and could not see that of a recorded graph.
+// sequences that share its pages and have one new token each. The kernel finds the runs in the page table, which is small
+// beside the keys. A host that planned them would wait for the table, and could not see that of a recorded graph.
 template <int kWidth, typename Source>
 __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) attention_chunk_kernel(Source source, AttentionRows a) {
   using Keys = decltype(source.template open<bfloat16>(0, 0, 0));

@@ -4,12 +4,12 @@
 //
 // Strides make x W^T, dY W and dY^T X the same function. Each C[m,n] is ONE chain of fused multiply-adds over k. It starts
 // from 0, or from C when accumulating. The bias is added once at the end, and the result is rounded once to the type of C.
-// Tiles only decide which chains advance together. So the bits of C[m,n] depend on row m of A and column n of B alone: not
-// on M, N, the tile sizes, the threads, or which vector instructions the CPU has.
+// Tiles only decide which chains advance together. So the bits of C[m,n] depend on row m of A and column n of B alone. M, N,
+// the tile sizes, the threads and the CPU's vector instructions change no bit.
 //
-// k ascends. For two bfloat16 operands it descends, and subnormals count as 0, because the dot product of AVX512_BF16 does
-// so: of a pair of values it adds the second product first, each sum rounded. A CPU that has it multiplies pairs, at twice
-// the rate, and gives the bits of a CPU without it.
+// k ascends. For two bfloat16 operands it descends, and subnormals count as 0. The dot product of AVX512_BF16 does so: of a
+// pair of values it adds the second product first, each sum rounded. A CPU that has it multiplies pairs, at twice the rate,
+// and gives the bits of a CPU without it.
 //
 // Structure. For each slice of k and each panel of up to three vectors of columns, B is copied to [k][column]. The copy
 // transposes when k is its adjacent index. Then tiles of TileShape::rows rows run down the panel with their sums in
@@ -60,7 +60,7 @@ struct TileShape { static constexpr int rows = 2, vectors = 1; };
 
 // Operands along k in a slice: many, so that sums rarely travel.
 constexpr int64_t kSlice = 256;
-// A copy pays when a value is used this often: B by so many rows, A by so many columns, and fewer where its rows lie across.
+// A copy pays when a value is used this often: B by so many rows, A by so many columns (fewer where its rows lie across).
 // (Rows that lie a power of two apart compete for the same cache sets.)
 constexpr int64_t kCopyRows = 200, kCopyColumns = 96, kCopyColumnsAcross = 40;
 

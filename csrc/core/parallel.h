@@ -23,8 +23,8 @@ namespace grpo_engine {
 // body(begin, end) over parts of [0, num_items). `cost` is about how many floating-point operations
 // one item takes; a thread is not woken for less than kMinWork of them.
 //
-// Each thread takes one part that is its own, so that as many take part as are counted, and then whatever part is next:
-// a core that somebody else uses meanwhile, or a slower one, does less.
+// Each thread takes one part of its own, so `threads` threads take part. Then it takes the next free part, again and again.
+// So a slower core does less, and so does one that another program uses.
 template <typename Body>
 void parallel_ranges(int64_t num_items, double cost, const Body& body) {
   constexpr double kMinWork = 20000.0;  // a fork and join takes about 5 us, 20k operations

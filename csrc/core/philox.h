@@ -1,7 +1,7 @@
 // philox.h -- Philox4x32-10, a counter-based random number generator.
 //
 // random bits = f(key, counter). There is no state. So a sample depends on the seed of its request and the position of its
-// token alone: not on the batch, its order, preemption or the device.
+// token alone. The batch, its order, preemption and the device do not matter.
 // Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 #pragma once
 #include <cstdint>

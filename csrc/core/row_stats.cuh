@@ -6,7 +6,7 @@
 //
 // A row is cut into blocks of kRowBlock logits. A kernel of its own reduces them, one a warp, in the arithmetic type of the
 // logits. So a single row has work for many multiprocessors. The blocks of a row join in float64 by one tree. All log-prob
-// ops reduce a row by the functions of this header, so the log-prob of a sampled token has the same bits in all of them. The
+// ops use the functions of this header. So the log-prob of a sampled token has the same bits in all of them. The
 // bits differ from the CPU's in the last digit. A NaN or +inf anywhere in the row makes S NaN. -inf entries count as
 // probability 0.
 #pragma once

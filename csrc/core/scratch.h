@@ -6,9 +6,9 @@
 //
 // All memory is aligned to 64 bytes and not initialised.
 //
-// Exceptions in kernels: an exception must not leave code that OpenMP runs in a parallel region, or the program ends.
-// parallel.h starts every kernel of the extension by at::parallel_for. That function catches what a thread's part throws
-// and rethrows the first of these exceptions after the region, on the calling thread. Three rules follow:
+// Exceptions in kernels. An exception must not leave code that OpenMP runs in a parallel region, or the program ends.
+// at::parallel_for, by which parallel.h starts every kernel of the extension, catches what a thread's part throws. After the
+// region it rethrows the first of these exceptions on the calling thread. Three rules follow:
 //   - A kernel may throw. It holds memory in the classes below, so nothing leaks.
 //   - No file opens a parallel region of its own.
 //   - A program that runs kernels on threads of its own (kernel_bits) ends on an exception.

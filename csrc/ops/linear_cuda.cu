@@ -155,7 +155,7 @@ void run_mma_for(const GemmArgs& a, CudaStream stream) {
 
 // ---------------------------------------------------------------- bfloat16: a few rows
 
-// Decoding reads the weights once for a few rows, and what counts is how many loads are under way. A block has all rows and
+// Decoding reads the weights once for a few rows, and what counts is how many loads are in flight. A block has all rows and
 // a few columns; its warps take the chunks of k in turn, each with tiles of its own and without a barrier, and after each
 // round the chunks' sums meet in shared memory.
 template <int kM_, int kN_, int kStages_, int kWarps_>

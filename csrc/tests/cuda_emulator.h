@@ -50,8 +50,8 @@ void require_aligned(const void* p, std::size_t bytes);
 // Waits until all threads of the block are here.
 void block_barrier();
 
-// A collective of the lanes of `mask`: each brings a payload, and the last to come runs finish(payloads by
-// lane, mask) for all; lanes outside the mask have a null payload. Everything between lanes is built on this.
+// A collective of the lanes of `mask`. Each brings a payload, and the last to come runs finish(payloads by lane, mask) for
+// all. Lanes outside the mask have a null payload. Everything between lanes is built on this.
 using Finish = void (*)(void** payloads, unsigned mask);
 void warp_collective(const char* name, unsigned mask, void* payload, Finish finish);
 
