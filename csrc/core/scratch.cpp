@@ -14,8 +14,6 @@ Scratch::~Scratch() { std::free(data_); }
 void* Scratch::reserve(int64_t bytes) {
   if (data_ != nullptr && bytes <= bytes_) return data_;
   std::free(data_);
-  data_ = nullptr;
-  bytes_ = 0;
   // aligned_alloc takes a multiple of the alignment, and 0 would be no memory
   const std::size_t size = (static_cast<std::size_t>(bytes) + 64) / 64 * 64;
   data_ = std::aligned_alloc(64, size);

@@ -40,8 +40,8 @@
 // Paging: Kwon et al. 2023, arXiv:2309.06180. Chunked prefill: Agrawal et al. 2024, arXiv:2403.02310. Torch-free.
 #pragma once
 #include <cstdint>
-#include <iterator>
 #include <map>
+#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
@@ -125,8 +125,8 @@ class Scheduler {
   int64_t max_running() const { return max_running_; }
   int64_t num_pages() const { return allocator_.num_pages(); }
   int64_t num_free_pages() const { return allocator_.num_free(); }
-  int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
-  int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
+  int64_t num_running() const { return num_sequences(running_); }
+  int64_t num_waiting() const { return num_sequences(waiting_); }
   const SchedulerTotals& totals() const { return totals_; }
 
   // Throws std::invalid_argument for an id that was never given out.
@@ -136,9 +136,13 @@ class Scheduler {
   void check() const;
 
  private:
-  // An entry moves through a queue as one. It is a sequence, or the G sequences of a group whose prompt is not computed
-  // yet. The first of those, the leader, holds the pages of all.
-  using Queue = std::map<int64_t, Sequence*>;
+  // What moves through a queue as one: a sequence, or the `size` sequences of a group whose prompt is not computed yet. The
+  // first of those, the leader, holds the pages of all.
+  struct Entry {
+    Sequence* leader;
+    int64_t size;
+  };
+  using Queue = std::vector<Entry>;
 
   struct Work {
     Sequence* sequence;
@@ -150,28 +154,20 @@ class Scheduler {
     std::vector<Sequence*> samples;  // [S]
   };
 
-  static int64_t entry_size(const Sequence& leader) {
-    return leader.begun() ? 1 : leader.request().group_size();
+  static int64_t num_sequences(const Queue& queue) {
+    return std::accumulate(queue.begin(), queue.end(), int64_t{0}, [](int64_t n, Entry entry) { return n + entry.size; });
   }
-  template <typename Iterator>
-  static Iterator after_entry(Iterator entry) {
-    return std::next(entry, entry_size(*entry->second));
-  }
-  static Queue::iterator last_entry(Queue& queue);
-
   int64_t pages_for(int64_t num_tokens) const {
     return grpo_engine::pages_for(num_tokens, page_size_);
   }
   bool needs_page(const Sequence& sequence) const;
   int64_t decode_pages() const;
-  int64_t growth(const Sequence& sequence) const;
+  int64_t growth(const Entry& entry) const;
   std::pair<const Sequence*, int64_t> shared_prefix(const Sequence& sequence) const;
-  void move_entry(Queue& from, Queue::iterator entry, Queue& to);
-  void preempt(Queue::iterator entry);
   void reserve_step(StepPlan& plan, Step& step);
   int64_t preempt_for_pages();
   void prepare_pages(Sequence& sequence, StepPlan& plan);
-  static int64_t add_work(Sequence& sequence, int64_t budget, Step& step);
+  static int64_t add_work(const Entry& entry, int64_t budget, Step& step);
   void admit(int64_t budget, Step& step);
   void write_plan(const Step& step, StepPlan& plan) const;
   void begin(Step&& step);
@@ -186,9 +182,10 @@ class Scheduler {
   size_t max_open_;
   int64_t next_id_ = 0;
   std::map<int64_t, std::vector<Sequence>> groups_;  // by group id
-  // An answer whose last token an open step samples is in neither queue.
-  Queue running_;
-  Queue waiting_;
+  // An answer whose last token an open step samples is in neither queue. Both change at their ends, for which memory is
+  // reserved: an admission or a preemption cannot fail.
+  Queue running_;  // oldest first
+  Queue waiting_;  // oldest last
   std::vector<Step> open_;  // planned and not committed, oldest first
   SchedulerTotals totals_;
 };
