@@ -43,7 +43,7 @@ def test_kernel_bits_runs_every_kernel_and_its_hashes_are_kept():
     declared = set()
     for path in (ROOT / "csrc").rglob("*.h"):
         if path.name != "cpu_dispatch.h":  # defines the macros
-            declared |= set(re.findall(r"^GE_CPU_(?:PRODUCT_)?KERNEL\((\w+),", path.read_text(), re.M))
+            declared |= set(re.findall(r"^GE_CPU_(?:MATMUL_)?KERNEL\((\w+),", path.read_text(), re.M))
     run = re.findall(r"^ +GE_RUN\(report, (\w+),", (ROOT / "csrc/tests/kernel_bits.cpp").read_text(), re.M)
     kept = [line.split()[0] for line in (ROOT / "csrc/tests/kernel_bits.txt").read_text().splitlines() if line[0] != "#"]
     assert len(declared) >= 20

@@ -300,7 +300,7 @@ class Recorded:
     def replay(self):
         assert self.now(self.runner, self.inputs) == self.over
         self.replays += 1
-        self.runner._draw(self.inputs, one_each=True)
+        self.runner._draw(self.inputs, decode_only=True)
 
 
 def test_an_engine_serves_rollouts_of_all_sizes_and_weights_that_move(model, prompts, device, monkeypatch):

@@ -284,8 +284,8 @@ FAULTS = (
         edits=(
             Edit(
                 file="csrc/rollout/scheduler.cpp",
-                old="const int64_t there = std::min(it->second->computed(), request.prompt_length());",
-                new="const int64_t there = std::min(it->second->computed(), request.prompt_length() + 1);",
+                old="const int64_t there = std::min(e->leader->computed(), request.prompt_length());",
+                new="const int64_t there = std::min(e->leader->computed(), request.prompt_length() + 1);",
             ),
             Edit(
                 file="csrc/rollout/sequence.cpp",

@@ -7,7 +7,9 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 export PATH=$ROOT/.venv/bin:$PATH
-export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
+# a request for too much memory must fail as it does without a sanitizer
+export ASAN_OPTIONS=allocator_may_return_null=1
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:allocator_may_return_null=1
 for tool in cmake ninja; do
   command -v "$tool" >/dev/null || { echo "sanitize.sh: $tool is missing: apt-get install cmake ninja-build" >&2; exit 1; }
 done

@@ -62,7 +62,7 @@ best=$("$PYTHON" -c 'from grpo_engine import ops, _C; print(_C.cpu_isa())')
 for isa in $("$PYTHON" -c 'from grpo_engine import ops, _C; print(*_C.cpu_isas())'); do
   [ "$isa" = "$best" ] && continue
   op_tests=(python_tests/ops)
-  if [ "$best/$isa" = avx512_bf16/avx512 ]; then  # all but the products are the same kernels
+  if [ "$best/$isa" = avx512_bf16/avx512 ]; then  # all but the matmuls are the same kernels
     op_tests=(python_tests/ops/test_{linear,token_logprob,decoder_layer}.py)
   fi
   echo "op tests on $isa"

@@ -1,12 +1,10 @@
-// The arrays of a plan are views into its vectors, not copies: a NumPy array keeps its plan alive,
-// and torch.from_numpy shares its memory. std::invalid_argument reaches Python as ValueError,
-// std::logic_error as RuntimeError.
+// The arrays of a plan are views into its vectors, not copies. A NumPy array keeps its plan alive, and torch.from_numpy
+// shares its memory. std::invalid_argument reaches Python as ValueError, std::logic_error as RuntimeError.
 #include "bindings/rollout.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -57,21 +55,12 @@ int64_t seed_bits(const py::handle& value, size_t index) {
                               std::to_string(index));
 }
 
-py::array_t<int64_t> to_array(const Sequence& sequence) {
-  py::array_t<int64_t> out(sequence.known());
-  const auto& prompt = sequence.request().prompt;
-  std::copy(prompt.begin(), prompt.end(), out.mutable_data());
-  std::copy(sequence.answer().begin(), sequence.answer().end(),
-            out.mutable_data() + prompt.size());
-  return out;
-}
-
 void bind_plan(py::module_& module) {
   py::class_<StepPlan> cls(module, "StepPlan",
                            "One step of the model: T packed tokens of N sequences, from which S "
-                           "tokens are drawn. Arrays are views that keep the plan alive.");
+                           "tokens are sampled. Arrays are views that keep the plan alive.");
   def_vector(cls, "tokens", &StepPlan::tokens,
-             "[T] int64, ids; -1 - s: the token that sample s of the plan before draws");
+             "[T] int64, ids; -1 - s: sample s of the plan before");
   def_vector(cls, "positions", &StepPlan::positions, "[T] int64, of each token in its sequence");
   def_vector(cls, "slots", &StepPlan::slots,
              "[T] int64, page * page_size + offset where the token's key and value are written");
@@ -97,25 +86,17 @@ void bind_plan(py::module_& module) {
       },
       "[C, 2] int32, source and destination pages to copy before the step writes; none is both");
   def_vector(cls, "sample_row", &StepPlan::sample_row,
-             "[S] int64, row of tokens whose hidden state the sample is drawn from");
+             "[S] int64, row of tokens whose hidden state is sampled from");
   def_vector(cls, "sample_seq", &StepPlan::sample_seq,
-             "[S] int64, id of the sequence that the drawn token belongs to");
+             "[S] int64, id of the sequence that the sampled token belongs to");
   def_vector(cls, "sample_seed", &StepPlan::sample_seed, "[S] int64");
   def_vector(cls, "sample_position", &StepPlan::sample_position,
-             "[S] int64, position of the token to be drawn = length of its sequence so far");
+             "[S] int64, position of the token to sample = length of its sequence so far");
   cls.def_property_readonly(
-         "num_prefill_tokens", [](const StepPlan& plan) { return plan.counts.prefill; },
-         "Prompt tokens among the T, computed for the first time.")
-      .def_property_readonly(
-          "num_decode_tokens", [](const StepPlan& plan) { return plan.counts.decode; },
-          "Answer tokens among the T, computed for the first time.")
-      .def_property_readonly(
-          "num_recomputed_tokens", [](const StepPlan& plan) { return plan.counts.recomputed; },
-          "Tokens among the T that are computed again after a preemption.")
-      .def_readonly("one_each", &StepPlan::one_each,
-                    "Whether N = T = S: a token of each sequence, and a sample of each token.")
-      .def_readonly("preemptions", &StepPlan::preemptions,
-                    "Sequences that lost their pages for this step.");
+         "num_decode_tokens", [](const StepPlan& plan) { return plan.counts.decode; },
+         "Answer tokens among the T, computed for the first time.")
+      .def_readonly("decode_only", &StepPlan::decode_only,
+                    "Whether N = T = S: a token of each sequence, and a sample of each token.");
 }
 
 void bind_totals(py::module_& module) {
@@ -136,18 +117,11 @@ void bind_totals(py::module_& module) {
       .def_readonly("decode_pairs", &SchedulerTotals::decode_pairs,
                     "Query-key pairs of answer tokens.")
       .def_readonly("prefill_samples", &SchedulerTotals::prefill_samples,
-                    "Tokens drawn from prompts and from recomputed tokens.")
+                    "Tokens sampled after prompt tokens and after recomputed tokens.")
       .def_readonly("decode_samples", &SchedulerTotals::decode_samples,
-                    "Tokens drawn from answer tokens.")
+                    "Tokens sampled after answer tokens.")
       .def_readonly("preemptions", &SchedulerTotals::preemptions,
-                    "Times that a running sequence lost its pages.")
-      .def_readonly("shared_page_hits", &SchedulerTotals::shared_page_hits,
-                    "Full prompt pages that a sequence took from a sibling.")
-      .def_readonly("page_copies", &SchedulerTotals::page_copies,
-                    "Partly filled prompt pages copied for an answer.")
-      .def_readonly("dropped_tokens", &SchedulerTotals::dropped_tokens,
-                    "Tokens computed for answers that had stopped when their step was committed.")
-      .def_readonly("steps", &SchedulerTotals::steps, "Steps committed.");
+                    "Times that a running sequence lost its pages.");
 }
 
 void bind_scheduler(py::module_& module) {
@@ -172,8 +146,8 @@ void bind_scheduler(py::module_& module) {
           "id, which is also the id of its first answer; answer g has id + g. Raises ValueError "
           "for a request that is malformed or could never fit.")
       .def("schedule", &Scheduler::schedule,
-           "Plans the next step. Raises RuntimeError without work or before the last commit; with "
-           "lookahead, before the one before.")
+           "Plans the next step. Raises RuntimeError without work, or while the last plan is not "
+           "committed; with lookahead, one plan may be.")
       .def(
           "commit",
           [](Scheduler& self, const Tokens& tokens) {
@@ -184,20 +158,9 @@ void bind_scheduler(py::module_& module) {
             return self.commit({tokens.data(), static_cast<size_t>(tokens.size())});
           },
           py::arg("tokens"),
-          "Takes the drawn tokens [S] int64 of the oldest open plan; returns the ids that finished. "
+          "Takes the sampled tokens [S] int64 of the oldest open plan; returns the ids that finished. "
           "Raises ValueError on a negative token, naming its sequence; the step stays open then.")
-      .def("cancel", &Scheduler::cancel, py::arg("group"),
-           "Ends the unfinished answers of a group as \"cancelled\"; returns how many they were.")
-      .def("drop", &Scheduler::drop, py::arg("group"),
-           "Forgets a group whose answers are all finished.")
-      .def("preempt_all", &Scheduler::preempt_all,
-           "Sends every running sequence back to the queue and forgets open steps: for when the "
-           "weights changed, or a step failed half-way.")
       .def("has_work", &Scheduler::has_work, "Whether there is something to schedule.")
-      .def("check", &Scheduler::check,
-           "Proves every invariant; raises RuntimeError naming what is broken.")
-      .def("tokens", [](const Scheduler& self, int64_t id) { return to_array(self.sequence(id)); },
-           py::arg("sequence"), "[prompt + answer] int64, a copy.")
       .def("answer", [](const Scheduler& self, int64_t id) { return self.sequence(id).answer(); },
            py::arg("sequence"), "Answer tokens so far, as a list; the stop token is part of it.")
       .def("finish",
@@ -205,17 +168,9 @@ void bind_scheduler(py::module_& module) {
              const char* name = finish_name(self.sequence(id).finish());
              return name == nullptr ? std::nullopt : std::optional<std::string>(name);
            },
-           py::arg("sequence"), "\"stop\", \"length\", \"cancelled\", or None while unfinished.")
-      .def("group_size", &Scheduler::group_size, py::arg("group"))
-      .def_property_readonly("step_open", &Scheduler::step_open,
-                             "Whether a plan awaits its commit.")
+           py::arg("sequence"), "\"stop\", \"length\", or None while unfinished.")
       .def_property_readonly("max_running", &Scheduler::max_running)
       .def_property_readonly("num_pages", &Scheduler::num_pages)
-      .def_property_readonly("num_free_pages", &Scheduler::num_free_pages)
-      .def_property_readonly("num_running", &Scheduler::num_running,
-                             "Sequences, counting every answer of a group.")
-      .def_property_readonly("num_waiting", &Scheduler::num_waiting,
-                             "Sequences, counting every answer of a group.")
       .def_property_readonly("totals", &Scheduler::totals, py::return_value_policy::copy);
 }
 

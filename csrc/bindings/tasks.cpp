@@ -30,7 +30,7 @@ void bind_source(py::module_& module) {
       .value("code", Domain::code)
       .value("logic", Domain::logic);
   py::class_<MicroSource>(module, "MicroSource",
-                          "Draws problems of the embedded tasks (csrc/tasks/micro_corpus.h).")
+                          "Samples problems of the embedded tasks (csrc/tasks/micro_corpus.h).")
       .def(py::init([](const std::vector<uint32_t>& state, Words vocabulary, Words functions,
                        Words letters, Words people, int64_t limit, int64_t operand,
                        double test_share) {

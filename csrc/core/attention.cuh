@@ -1,5 +1,5 @@
-// attention.cuh -- what attention on CUDA shares (which rows a tile has), and its row algorithm without tensor cores: of
-// float32, float64, and bfloat16 heads that are wider than attention_mma.cuh takes. Both ops run this kernel.
+// attention.cuh -- attention on CUDA: the rows of a tile, and the row algorithm without tensor cores. The latter serves
+// float32, float64, and bfloat16 heads that are too wide for attention_mma.cuh. Both ops run this kernel.
 //
 // For a query row that sees keys 0 .. L-1 by position in its sequence (that of an answer begins with its prompt):
 //
@@ -9,14 +9,14 @@
 //     o_e = o_e exp(m_before - m), then a chain of fma of p_j v_je over j ascending
 //   the l_x of a stretch join by the tree of warp_reduce, the stretches in their order
 //
-// What happens to a key depends on its position alone. So the bits of a row do not depend on the batch, the page
-// layout, how a prompt is cut into chunks, or which warp has which stretch: for decoding, stretches are warps of
-// their own and join in a second launch of this kernel.
+// The arithmetic of a key depends on its position alone. So the batch, the page layout, the chunks of a prompt and the warp
+// of a stretch change no bit of a row. For decoding each stretch is a warp of its own, and a second launch of this kernel
+// joins the stretches.
 //
-// A warp has kTileRows rows (tokens and the heads that share a kv head, token-major), so every key and value it
-// loads serves that many rows. Lanes are keys for the scores, which needs keys side by side (as pages have them;
-// ragged_attention transposes), and columns for the weighted sum of values. A key that a row does not see is masked
-// by select, since it may be NaN.
+// A warp has kTileRows rows: tokens and the heads that share a kv head, token-major. So every key and value that it loads
+// serves that many rows. For the scores lanes are keys, which needs keys side by side. Pages have them so, and
+// ragged_attention transposes. For the weighted sum of values lanes are columns. A select masks a key that a row does not
+// see, since the key may be NaN.
 #pragma once
 #include "core/cuda_values.cuh"
 #include "core/reduce.cuh"
@@ -30,7 +30,7 @@ inline constexpr int kAttentionWarps = 4;        // of a block; neighbours read 
 inline constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
 inline constexpr int64_t kMostColumns = 128;     // of the output that one warp has; blockIdx.y takes the next ones
 
-// ---------------------------------------------------------------- which rows a warp has
+// ---------------------------------------------------------------- the rows of a warp
 
 // The last i in [low, high) with start(i) <= x, found by a whole warp; start never falls.
 template <typename Start>
@@ -52,14 +52,14 @@ struct AttentionTile {
   int count;
 };
 
-// Tiles are numbered without knowing the lengths: those of sequence n begin at cu[n] * rows / kRows + n, which leaves
+// Tiles are numbered without knowledge of the lengths. Those of sequence n begin at cu[n] * rows / kRows + n, which leaves
 // room for its last, shorter tile. Some numbers stay unused.
 template <int kRows = kTileRows>
 __host__ __device__ inline int64_t tile_number(int64_t token, int64_t n, int64_t rows_of_token) {
   return token * rows_of_token / kRows + n;
 }
 
-// cu [N + 1] is not trusted: a sequence that is not within [0, T) has no tiles.
+// cu [N + 1] is not trusted. A sequence that is not within [0, T) has no tiles.
 template <int kRows = kTileRows>
 __device__ inline AttentionTile find_tile(const int32_t* cu, int64_t N, int64_t T, int64_t rows_of_token, int64_t number) {
   AttentionTile tile{};
@@ -86,7 +86,7 @@ __device__ inline bool has_tile(const int32_t* cu, int64_t N, int64_t T, int64_t
   return N > 0 && cu[low] >= 0 && cu[low] <= t && t < cu[low + 1] && cu[low + 1] <= T;
 }
 
-// ---------------------------------------------------------------- the two products
+// ---------------------------------------------------------------- the two matmuls
 
 // Columns of one head that a lane has: column, column + 32, ... Those past the width read column 0 and are not stored.
 template <int C>
@@ -104,7 +104,7 @@ struct LaneColumns {
   }
 };
 
-// Shared memory, handed out in order; all parts are multiples of 16 bytes.
+// Shared memory, handed out in order. All parts are multiples of 16 bytes.
 struct SharedParts {
   unsigned char* next;
 
@@ -172,7 +172,7 @@ __device__ inline void lane_dots(const Arith<S>* tile, const LaneVectors<S>& lan
 #pragma unroll
   for (int r = 0; r < kTileRows; ++r) dots[r][0] = dots[r][1] = 0;
 #pragma unroll 8
-  for (int64_t e = 0; e < E; ++e) {  // many loads under way: few warps fit in a multiprocessor
+  for (int64_t e = 0; e < E; ++e) {  // many loads in flight: few warps fit in a multiprocessor
     const A a = to_arith(lane.at[0][e * lane.stride[0]]), b = to_arith(lane.at[1][e * lane.stride[1]]);
     A row[kTileRows];
     load_column(tile + e * kTileRows, row);
@@ -207,16 +207,16 @@ __device__ inline void add_weighted(const Arith<S>* weights, const S* const* vec
 // ---------------------------------------------------------------- the forward kernel
 
 template <typename S>
-struct KeyPlace {
+struct KeyAddress {
   const S* key;    // element e at key[e * stride]
   const S* value;  // element e at value[e]
   int64_t stride;
   bool known;      // whether the caller's index was in range; if not, rows that see the key become NaN
 };
 
-// What the two ops have in common. A Source says where keys lie:
-//   source.open<S>(sequence, kv_head, tokens)   with `before`, how many keys come before those of the sequence's
-//     tokens (below -tokens: they see nothing, and become NaN), and KeyPlace<S> at(position)
+// The arguments that both ops share. A Source gives the addresses of keys:
+//   source.open<S>(sequence, kv_head, tokens)   has `before`, how many keys come before those of the sequence's
+//     tokens (below -tokens: they see nothing, and become NaN), and KeyAddress<S> at(position)
 struct AttentionRows {
   int64_t N, T, H, K, E, query_stride;
   double scale;
@@ -231,7 +231,7 @@ struct AttentionRows {
   __host__ __device__ int64_t tiles() const { return tile_number(T, N, H / K); }  // of one kv head
 };
 
-// whole: a warp has all stretches of its rows. part: one of them, into partial. join: those of partial.
+// whole: a warp has all stretches of its rows. part: it has one of them, into partial. join: it has those of partial.
 enum class Attend { whole, part, join };
 
 // The softmax of a tile's rows over some keys: maximum, sum and weighted sum of values.
@@ -250,14 +250,14 @@ struct AttentionState {
   }
 };
 
-// exp(x - max); 0 also where nothing is seen so far, when both are -inf.
+// exp(x - max). 0 where nothing is seen so far: both are -inf then.
 template <typename A>
 __device__ inline A weight_below(A x, A max) {
   return exp(x - (max == -infinity<A>() ? A(0) : max));
 }
 
-// Takes in the block of keys from `first` on. Row r sees seen[r] keys in all, the first row the fewest and none
-// more than `most`. sum stays a sum for each lane.
+// Takes in the block of keys from `first` on. Row r sees seen[r] keys in all. The first row sees the fewest, and no row more
+// than `most`. sum stays a sum for each lane.
 template <typename S, int C, typename Keys>
 __device__ inline void attend_block(const Keys& keys, int first, const int (&seen)[kTileRows], int most, const S* anything,
                                     int64_t E, Arith<S> scale, const Arith<S>* query, const LaneColumns<C>& columns,
@@ -269,12 +269,12 @@ __device__ inline void attend_block(const Keys& keys, int first, const int (&see
 #pragma unroll
   for (int x = 0; x < 2; ++x) {
     const int position = first + x * kWarpSize + lane;
-    KeyPlace<S> place{anything, anything, 0, false};
-    if (position < most) place = keys.at(position);
-    known[x] = place.known;
-    mine.at[x] = known[x] ? place.key : anything;
-    mine.stride[x] = known[x] ? place.stride : 0;
-    values[x * kWarpSize + lane] = known[x] ? place.value : anything;
+    KeyAddress<S> address{anything, anything, 0, false};
+    if (position < most) address = keys.at(position);
+    known[x] = address.known;
+    mine.at[x] = known[x] ? address.key : anything;
+    mine.stride[x] = known[x] ? address.stride : 0;
+    values[x * kWarpSize + lane] = known[x] ? address.value : anything;
   }
   A s[kTileRows][2];
   lane_dots<S>(query, mine, E, s);
@@ -313,8 +313,8 @@ __device__ inline void poison_token(const AttentionRows& a, int64_t t) {
   for (int64_t i = 0; a.stats && i < a.H * 2; ++i) static_cast<A*>(a.stats)[t * a.H * 2 + i] = not_a_number<A>();
 }
 
-// A warp, one tile of one kv head. The warps past the tiles look for tokens without a sequence, one a lane. The blocks
-// that are to fit in a multiprocessor say how many registers ptxas may take: left alone it takes fewer and spills.
+// A warp has one tile of one kv head. The warps past the tiles look for tokens without a sequence, one a lane. The number of
+// blocks of a multiprocessor tells ptxas how many registers it may take. Left alone it takes fewer and spills.
 template <typename S, int C, Attend kMode, typename Source>
 __global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 : 2) attention_kernel(Source source, AttentionRows a) {
   using A = Arith<S>;
@@ -437,8 +437,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 :
   }
 }
 
-// function.operator()<C>() with the columns of a lane. float64, which is there for gradcheck, and bfloat16, of which only
-// wide heads come here (attention_mma.cuh), are compiled once.
+// Calls function.operator()<C>() with the columns of a lane. Only float32 is compiled for several C: float64 is there for
+// gradcheck, and of bfloat16 only wide heads come here (attention_mma.cuh).
 template <typename S, typename Function>
 void for_columns(int64_t E, Function function) {
   constexpr int kMost = static_cast<int>(kMostColumns / kWarpSize);

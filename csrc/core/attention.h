@@ -1,4 +1,4 @@
-// attention.h -- the one row algorithm of attention, on every CPU.
+// attention.h -- the row algorithm of attention, the same on every CPU.
 //
 // For a query row q that sees keys 0 .. L-1 (by position in its sequence, where that of an answer
 // begins with its prompt):
@@ -8,27 +8,26 @@
 //   l   = sum_j p_j                    lane-wise by j mod 16, then the tree of sum()
 //   o_e = (sum_j p_j v_je) * (1 / l)   chain of fma over j ascending
 //
-// Each value is a chain that its own row and keys determine. How many rows and columns a loop holds
-// in registers changes no bit, and neither do the batch, the page layout, the chunking of a prompt
-// or the number of threads; AVX2, AVX-512 and NEON agree. paged_attention and ragged_attention both call
-// attend(), so a token has the same bits in rollout and in training.
+// Each value is a chain that its own row and keys determine. How many rows and columns a loop holds in registers changes no
+// bit. Neither do the batch, the page layout, the chunks of a prompt or the number of threads. AVX2, AVX-512 and NEON agree.
+// paged_attention and ragged_attention both run Attend, so a token has the same bits in rollout and in training.
 //
-// A key past L never matters: its score is masked by select and its value row is not read, so an
-// unused slot may hold NaN. A NaN in a visible key makes the row NaN.
+// A key past L never matters. A select masks its score, and its value row is not read. So an unused slot may hold NaN. A NaN
+// in a visible key makes the row NaN.
 #pragma once
 #include "core/attention_pack.h"
 #include "core/attention_plan.h"
-#include "core/cpu_dispatch.h"
+#include "core/scratch.h"
 #include "core/simd.h"
 
 namespace grpo_engine::GE_ISA {
 namespace {
 
-// The products are functions of their own: inlined among other loops, they spill their accumulators.
+// The matmuls are functions of their own: inlined among other loops, they spill their accumulators.
 #define GE_NOINLINE static __attribute__((noinline))
 
-// Rows, and vectors of 16 columns, whose accumulators fit in the registers. Where there are no vector
-// registers one row is as good as many and takes less code.
+// Rows, and vectors of 16 columns, whose accumulators fit in the registers. Without vector registers one row is as fast as
+// many, and takes less code.
 template <typename A>
 constexpr int kRows = 1;
 #if defined(__AVX512F__)
@@ -46,30 +45,6 @@ constexpr int kWide = 1;
 #else
 constexpr int kWide = 1;
 #endif
-
-// Memory of one kernel call. The sizes of all parts are known before the first is taken.
-class Arena {
- public:
-  explicit Arena(int64_t bytes) : base_(static_cast<char*>(scratch_alloc(bytes))), next_(base_) {}
-  ~Arena() { scratch_free(base_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  template <typename T>
-  static int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  }
-  template <typename T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next_);
-    next_ += bytes<T>(count);
-    return p;
-  }
-
- private:
-  char* base_;
-  char* next_;
-};
 
 // f(Rows<m>{}) for 1 <= m <= M: the number of rows as a constant.
 template <int M>
@@ -110,7 +85,7 @@ GE_INLINE VecF keep_first(VecF v, int n, float fill) {
 }
 #endif
 
-// a * b + c if `yes`, else c, without a branch that nothing could predict.
+// a * b + c if `yes`, else c, without a branch: no CPU could predict it.
 template <typename T>
 GE_INLINE Vec16<T> fma_if(bool yes, Vec16<T> a, Vec16<T> b, Vec16<T> c) {
   return yes ? fma(a, b, c) : c;
@@ -133,7 +108,7 @@ GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
 }
 #endif
 
-// ---------------------------------------------------------------- products
+// ---------------------------------------------------------------- matmuls
 
 // s[m][16 n + lane] = scale * sum_e q[m][e] * key[n][e][lane] for M rows and N blocks of 16 keys.
 template <typename S, int M, int N>
@@ -182,7 +157,7 @@ GE_NOINLINE void score_rows(const Arith<S>* const* q, const S* const* key, int64
   }
 }
 
-// sums[m][16 n + lane] = sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]; visible never falls.
+// sums[m][16 n + lane] = sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]. visible never falls.
 // value[b] points at the first of 16 rows; `lanes` of the last vector exist (16 unless N is 1).
 template <typename S, int M, int N>
 GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
@@ -230,7 +205,7 @@ GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* valu
   }
 }
 
-// write(m, column, lanes, vector) of sum_j p[m][j] * value_j over all E columns.
+// Calls write(m, column, lanes, vector) with sum_j p[m][j] * value_j over all E columns.
 template <typename S, int M, typename Write>
 GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* value,
                           int64_t value_stride, int64_t E, const int64_t* visible, Write write) {
@@ -260,8 +235,8 @@ GE_INLINE int visible_lanes(int64_t visible, int64_t b) {
   return static_cast<int>(left < 0 ? 0 : left > kLanes ? kLanes : left);
 }
 
-// f(b, keep) for every block that the last of M rows sees; keep(m, v, fill) masks what row m does not
-// see. All rows go through a block together: their chains are short, and side by side they overlap.
+// Calls f(b, keep) for every block that the last of M rows sees. keep(m, v, fill) masks the keys that row m does not see.
+// All rows go through a block together, since their short chains then overlap.
 template <int M, typename F>
 GE_INLINE void each_block(const int64_t (&visible)[M], F f) {
   const int64_t whole = visible[0] / kLanes, blocks = blocks_of(visible[M - 1]);
@@ -309,8 +284,8 @@ GE_NOINLINE void softmax_rows(A* s, int64_t s_stride, const int64_t (&visible)[M
 
 // ---------------------------------------------------------------- rows of one (sequence, kv head)
 
-// Where the keys and values of one sequence and kv head lie, in blocks of 16 by position. Packed keys
-// have arithmetic type, those of pages the type of the cache.
+// The addresses of the keys and values of one sequence and kv head, in blocks of 16 by position. Packed keys have arithmetic
+// type, those of pages the type of the cache.
 template <typename S, typename KeyS>
 struct KeyBlocks {
   const KeyS* const* key;  // [blocks] -> [E][16], rows key_stride apart
@@ -329,8 +304,8 @@ struct QueryRows {
   int64_t first_visible;  // how many keys the first token sees; the next sees one more
 };
 
-// A row of a group, counted without divisions: they would cost as much as a short row.
-struct RowPlace {
+// A row of a group, counted without divisions, which would cost as much as a short row.
+struct RowIndex {
   int64_t token = 0, head = 0;
 
   GE_MEMBER void advance(int64_t rows, int64_t group) {
@@ -338,14 +313,14 @@ struct RowPlace {
   }
 };
 
-// The M rows from `first` on, and how many keys each sees. No branch: whether a row starts the next
-// token is a pattern that the predictor would have to learn.
+// The M rows from `first` on, and how many keys each sees. There is no branch: a predictor would have to learn which rows
+// start the next token.
 template <int M>
-GE_INLINE void place_rows(RowPlace first, int64_t group, int64_t first_visible,
-                          RowPlace (&place)[M], int64_t (&visible)[M]) {
+GE_INLINE void index_rows(RowIndex first, int64_t group, int64_t first_visible,
+                          RowIndex (&index)[M], int64_t (&visible)[M]) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    place[m] = first;
+    index[m] = first;
     visible[m] = first_visible + first.token;
     const int64_t next = first.head + 1 == group;
     first.token += next;
@@ -353,18 +328,18 @@ GE_INLINE void place_rows(RowPlace first, int64_t group, int64_t first_visible,
   }
 }
 
-// q[m] = the row of place m in arithmetic type, copied to `buffer` [M][E] where it has another.
+// q[m] = the row of index[m] in arithmetic type, copied to `buffer` [M][E] where it has another.
 template <typename A, int M>
-GE_INLINE void find_rows(const A* rows, int64_t stride, int64_t E, const RowPlace (&place)[M],
+GE_INLINE void find_rows(const A* rows, int64_t stride, int64_t E, const RowIndex (&index)[M],
                          A*, const A* (&q)[M]) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) q[m] = rows + place[m].token * stride + place[m].head * E;
+  for (int m = 0; m < M; ++m) q[m] = rows + index[m].token * stride + index[m].head * E;
 }
 template <int M>
 GE_INLINE void find_rows(const bfloat16* rows, int64_t stride, int64_t E,
-                         const RowPlace (&place)[M], float* buffer, const float* (&q)[M]) {
+                         const RowIndex (&index)[M], float* buffer, const float* (&q)[M]) {
   for (int m = 0; m < M; ++m) {
-    const bfloat16* row = rows + place[m].token * stride + place[m].head * E;
+    const bfloat16* row = rows + index[m].token * stride + index[m].head * E;
     each_vector(E, [&](int64_t e, int n) {
       store(load<VecF>(row + e, n), buffer + m * E + e, n);
     });
@@ -381,28 +356,28 @@ GE_INLINE int tile_rows(int64_t left) {
 
 template <typename S, typename KeyS, int M>
 GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>& keys,
-                             Arith<S> scale, RowPlace first, Arith<S>* buffer, Arith<S>* s,
+                             Arith<S> scale, RowIndex first, Arith<S>* buffer, Arith<S>* s,
                              int64_t s_stride) {
   using A = Arith<S>;
-  RowPlace place[M];
+  RowIndex index[M];
   int64_t visible[M];
   A max[M], inverse[M];
-  place_rows(first, rows.group, rows.first_visible, place, visible);
+  index_rows(first, rows.group, rows.first_visible, index, visible);
   const A* q[M];
-  find_rows(rows.query, rows.query_stride, rows.E, place, buffer, q);
+  find_rows(rows.query, rows.query_stride, rows.E, index, buffer, q);
   score_rows<KeyS, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
                    s_stride);
   softmax_rows(s, s_stride, visible, max, inverse);
   if (rows.stats) {
     for (int m = 0; m < M; ++m) {
-      A* stats = rows.stats + place[m].token * rows.stats_stride + place[m].head * 2;
+      A* stats = rows.stats + index[m].token * rows.stats_stride + index[m].head * 2;
       stats[0] = max[m];
       stats[1] = inverse[m];
     }
   }
   weigh_rows<S, M>(s, s_stride, keys.value, keys.value_stride, rows.E, visible,
                    [&](int m, int64_t column, int lanes, Vec16<A> acc) {
-                     S* out = rows.out + place[m].token * rows.out_stride + place[m].head * rows.E;
+                     S* out = rows.out + index[m].token * rows.out_stride + index[m].head * rows.E;
                      store(acc * Vec16<A>::set1(inverse[m]), out + column, lanes);
                    });
 }
@@ -422,13 +397,13 @@ class Attend {
         s_stride_(stride(max_visible)) {}
 
   void operator()(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>& keys, A scale) const {
-    RowPlace place;
+    RowIndex index;
     for (int64_t left = rows.num_tokens * rows.group; left > 0;) {
       const int m = tile_rows<A>(left);
       with_rows<kRows<A>>(m, [&](auto count) {
-        attend_tile<S, KeyS, decltype(count)::value>(rows, keys, scale, place, buffer_, s_, s_stride_);
+        attend_tile<S, KeyS, decltype(count)::value>(rows, keys, scale, index, buffer_, s_, s_stride_);
       });
-      place.advance(m, rows.group);
+      index.advance(m, rows.group);
       left -= m;
     }
   }

@@ -1,4 +1,4 @@
-// attention_checks.h -- what paged_attention and ragged_attention ask of their arguments.
+// attention_checks.h -- the checks of the arguments of paged_attention and ragged_attention.
 #pragma once
 #include "core/checks.h"
 

@@ -1,20 +1,20 @@
-// attention_mma.cuh -- attention of bfloat16 heads of up to 128 on the tensor cores; both ops run these kernels.
+// attention_mma.cuh -- attention of bfloat16 heads of up to 128 on the tensor cores. Both ops run these kernels.
 //
 // For a query row that sees keys 0 .. L-1 by position in its sequence, for each chunk of kKeyChunk keys by itself:
 //
-//   s_j = scale * (q . k_j)           16 elements a product, e ascending, float32 sums
+//   s_j = scale * (q . k_j)           16 elements an mma, e ascending, float32 sums
 //   m = max s_j   p_j = exp(s_j - m) rounded to bfloat16   l = sum p_j
-//   o_e = sum p_j v_je                16 keys a product, j ascending, float32 sums
+//   o_e = sum p_j v_je                16 keys an mma, j ascending, float32 sums
 //
 // and the chunks join in their order: M = max(M, m), L = L exp(M_before - M) + l exp(m - M), O like L; the row is O / L.
-// l sums what the products take, rounded, so that the weights of a row sum to one.
+// l sums the rounded p_j that the mma takes, so the weights of a row sum to one.
 //
-// What happens to a key depends on its position alone, and an element of a product on its own row and column. So the
-// bits of a row do not depend on the batch, the page layout, the rows that share its tile, or whether its chunks were
-// one block's or each a block of its own.
+// The arithmetic of a key depends on its position alone. An element of an mma depends on its own row and column. So the
+// bits of a row do not depend on the batch, the page layout or the rows that share its tile. One block may have all chunks
+// of a row, or each chunk a block of its own.
 //
-// A block has 64 rows (token, head of a kv head), 16 a warp, and loads each key and value once for all of them. In
-// decoding, sequences that have a chunk's keys in the same pages are rows of one block.
+// A block has 64 rows (token, head of a kv head), 16 a warp, and loads each key and value once for all of them. In decoding,
+// sequences that have a chunk's keys in the same pages are rows of one block.
 #pragma once
 #include <type_traits>
 
@@ -28,7 +28,7 @@ inline constexpr int kKeyChunk = 128;
 inline constexpr int kMmaRows = kAttentionWarps * 16;
 inline constexpr int64_t kMostMmaWidth = 128;
 
-// A function of the type and width alone, so that both ops choose alike.
+// Depends on the type and width alone, so both ops choose alike.
 inline bool attends_by_mma(DType dtype, int64_t E) { return dtype == DType::bf16 && E <= kMostMmaWidth; }
 
 // ---------------------------------------------------------------- tiles
@@ -47,13 +47,13 @@ __device__ inline MmaRows rows_of(const AttentionTile& tile, int64_t kv_head, in
           tile.count};
 }
 
-// How many keys row r of a tile sees; 0 of a row that it does not have. `before`: keys of its sequence before its tokens.
+// How many keys row r of a tile sees, 0 for a row that the tile lacks. `before`: keys of its sequence before its tokens.
 __device__ inline int keys_seen(const AttentionTile& tile, const MmaRows& rows, int64_t before, int r) {
   const int64_t seen = before + (rows.token_of(r) - tile.first_token) + 1;
   return r < rows.count && seen > 0 ? static_cast<int>(seen) : 0;
 }
 
-// A block fills a tile of rows: element 0 of row r is at row_of(r), which is null for a row of zeros.
+// A block fills a tile of rows. Element 0 of row r is at row_of(r), which is null for a row of zeros.
 template <typename T, typename RowOf>
 __device__ inline void load_rows(RowOf row_of, const bfloat16* anything, int64_t E, bool aligned, bfloat16* tile) {
   constexpr int kNeighbours = 8;  // threads that load one row: 128 bytes
@@ -66,15 +66,15 @@ __device__ inline void load_rows(RowOf row_of, const bfloat16* anything, int64_t
 #pragma unroll
     for (int chunk = threadIdx.x % kNeighbours; chunk < T::kChunks; chunk += kNeighbours) {
       const int n = from ? chunk_elements(E - chunk * T::kChunk) : 0;
-      load_chunk(n > 0 ? from + chunk * T::kChunk : anything, n, aligned, tile + T::place(row, chunk));
+      load_chunk(n > 0 ? from + chunk * T::kChunk : anything, n, aligned, tile + T::offset(row, chunk));
     }
   }
 }
 
-// The tiles of a block in shared memory. Keys says where they come from:
+// The tiles of a block in shared memory. Keys gives their source:
 //   kAcross      whether the keys of an octet are neighbours in memory for each e, or the e of a key
-//   octet(p)     the 8 keys from position p on (p % 8 = 0), of which p is seen: `known` as in KeyPlace; key(e) with
-//                kAcross, else key_row(i); value_row(i) of its key i, which is not asked for unless somebody sees it
+//   octet(p)     the 8 keys from position p on (p % 8 = 0), of which p is seen: `known` as in KeyAddress; key(e) with
+//                kAcross, else key_row(i); value_row(i) of its key i, called only if a row sees that key
 //   anything     an address as aligned as theirs
 template <int kWidth, typename Keys>
 struct MmaTiles {
@@ -98,8 +98,8 @@ struct MmaTiles {
         aligned, query);
   }
 
-  // Keys and values of the positions begin .. begin + kKeyChunk - 1 below `most`. Behind them the values are 0, since
-  // what lies there may be NaN. A key whose place is not known is NaN.
+  // Keys and values of the positions begin .. begin + kKeyChunk - 1 below `most`. Behind them the values are 0, since the
+  // memory may hold NaN. A key whose address is not known is NaN.
   __device__ void load_key(const Keys& keys, int begin, int most, int64_t E, bool aligned) const {
     if constexpr (Keys::kAcross) {
       constexpr int kRowsAtOnce = kAttentionThreads / Key::kChunks;
@@ -109,7 +109,7 @@ struct MmaTiles {
 #pragma unroll 4
       for (int i = 0; i < kWidth / kRowsAtOnce; ++i) {
         const int e = static_cast<int>(threadIdx.x) / Key::kChunks + i * kRowsAtOnce;
-        bfloat16* to = key + Key::place(e, chunk);
+        bfloat16* to = key + Key::offset(e, chunk);
         if (octet.known) {
           const bool read = there && e < E;
           load_chunk(read ? octet.key(e) : keys.anything, read ? Key::kChunk : 0, aligned, to);
@@ -152,7 +152,7 @@ __device__ inline float row_reduce(float x, Op op) {
   return op(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-// exp(x - max); 0 also where nothing is seen so far, when both are -inf.
+// exp(x - max). 0 where nothing is seen so far: both are -inf then.
 __device__ inline float exp_below(float x, float max) {
   constexpr float kLog2E = 1.4426950408889634f;
   return exp2f((x - (max == -infinity<float>() ? 0.f : max)) * kLog2E);
@@ -160,18 +160,18 @@ __device__ inline float exp_below(float x, float max) {
 
 inline constexpr int kHalfChunk = kKeyChunk / 2;  // a half of which nobody in the block sees a key is left out
 
-// products[n] = 16 rows of `a` from `row` on times the transposed columns first + n * 8 .. of `b`, kWidth elements each;
-// kAcross: a row of `b` has one element of all columns. Columns from `limit` on are not needed.
+// out[n] = 16 rows of `a` from `row` on times the transposed columns first + n * 8 .. of `b`, kWidth elements each. kAcross:
+// a row of `b` has one element of all columns. Columns from `limit` on are not needed.
 template <typename A, typename B, bool kAcross, int kWidth, int kTiles>
-__device__ inline void row_products(const bfloat16* a, int row, const bfloat16* b, int first, int limit,
-                                    float (&products)[kTiles][4]) {
+__device__ inline void row_matmul(const bfloat16* a, int row, const bfloat16* b, int first, int limit,
+                                  float (&out)[kTiles][4]) {
   constexpr int kColumns = kTiles * 8, kPart = kColumns < kHalfChunk ? kColumns : kHalfChunk;
 #pragma unroll
   for (int part = 0; part < kColumns; part += kPart) {
 #pragma unroll
     for (int n = part / 8; n < (part + kPart) / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) products[n][i] = 0;
+      for (int i = 0; i < 4; ++i) out[n][i] = 0;
     }
     if (part >= limit) continue;
 #pragma unroll
@@ -182,19 +182,19 @@ __device__ inline void row_products(const bfloat16* a, int row, const bfloat16* 
       for (int n = part; n < part + kPart; n += 16) {
         uint32_t of_b[4];
         load_two_b<B, kAcross>(b, first + n, k, of_b);
-        mma_bf16_16x8x16(products[n / 8], of_a, {of_b[0], of_b[1]});
-        mma_bf16_16x8x16(products[n / 8 + 1], of_a, {of_b[2], of_b[3]});
+        mma_bf16_16x8x16(out[n / 8], of_a, {of_b[0], of_b[1]});
+        mma_bf16_16x8x16(out[n / 8 + 1], of_a, {of_b[2], of_b[3]});
       }
     }
   }
 }
 
-// What a chunk gives a lane's two rows.
+// The results of a chunk for a lane's two rows.
 struct ChunkSums {
   float max[2], sum[2];
 };
 
-// Dots -> weights p. seen[x]: how many keys from the chunk's first on row x sees.
+// Turns dots into weights p. Row x sees seen[x] keys from the chunk's first on.
 __device__ inline ChunkSums chunk_weights(const float (&dots)[kKeyChunk / 8][4], float scale, const int (&seen)[2],
                                           uint32_t (&weights)[kKeyChunk / 8][2]) {
   const MmaLane lane;
@@ -245,7 +245,7 @@ __device__ inline void weighted_rows(const uint32_t (&weights)[kTiles][2], const
 
 // ---------------------------------------------------------------- joining chunks
 
-// The maximum and sum of a row so far; `join` takes in a chunk and gives the factors of what was summed before and of it.
+// The maximum and sum of a row so far. `join` takes in a chunk. It returns the factors of the sums before and of the chunk.
 struct RowTotal {
   float max = -infinity<float>(), sum = 0;
 
@@ -274,8 +274,8 @@ __device__ inline void store_columns(bfloat16* row, int column, int64_t E, float
 
 __device__ inline bool is_finite(bfloat16 x) { return (x.bits & 0x7F80u) != 0x7F80u; }
 
-// use(chunk with 0 in place of what is not finite, where it lies) for each chunk of a tile that needs it; the threads of
-// a block share the tile.
+// Calls use(chunk with 0 for every value that is not finite, its address) for each chunk of a tile that needs it. The
+// threads of a block share the tile.
 template <typename T, typename Use>
 __device__ inline void each_not_finite(bfloat16* tile, Use use) {
   for (int i = threadIdx.x; i < T::kRows * T::kChunks; i += kAttentionThreads) {
@@ -295,8 +295,8 @@ __device__ inline void clear_not_finite(bfloat16* tile) {
   each_not_finite<T>(tile, [](const Stored<bfloat16>& chunk, bfloat16* at) { store16(chunk, at); });
 }
 
-// For a chunk of which some rows do not see every key: 0 * NaN is NaN, so values that are not finite may not go through
-// the products. Returns with their sums in `sums` and 0 in their place in `value`, a tile of which `limit` rows count.
+// For a chunk that some rows see in part. 0 * NaN is NaN, so values that are not finite may not go through the
+// matmuls. Adds their terms to `sums` and replaces them by 0 in `value`, a tile of which `limit` rows count.
 // `memory` takes the weights, [kMmaRows, kKeyChunk]. All threads of the block call this.
 template <typename T, int kWidth>
 __device__ inline void take_out_not_finite(const uint32_t (&weights)[kKeyChunk / 8][2], const int (&seen)[2], int limit,
@@ -318,7 +318,7 @@ __device__ inline void take_out_not_finite(const uint32_t (&weights)[kKeyChunk /
     for (int n = 0; n < kWidth / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const bfloat16 v = value[T::place(j, n) + lane.column + i];
+        const bfloat16 v = value[T::offset(j, n) + lane.column + i];
         if (is_finite(v)) continue;
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
@@ -335,7 +335,7 @@ __device__ inline void take_out_not_finite(const uint32_t (&weights)[kKeyChunk /
 
 // ---------------------------------------------------------------- the kernels
 
-// The row (sequence, query head) of `partial`: for each chunk E sums, then its maximum and sum.
+// The row (sequence, query head) of `partial`. It has E sums for each chunk, then the chunk's maximum and sum.
 __device__ inline float* partial_of(const AttentionRows& a, int64_t sequence, int64_t head) {
   return static_cast<float*>(a.partial) + (sequence * a.H + head) * a.stretches * (a.E + 2);
 }
@@ -366,8 +366,8 @@ __device__ inline void join_chunks(const AttentionRows& a, int64_t sequence, con
   }
 }
 
-// A block: 64 rows of one sequence and kv head, over all their keys; or, where `partial` has the chunks of a sequence's
-// one token, their join. The blocks past the tiles look for tokens without a sequence.
+// A block has 64 rows of one sequence and kv head, over all their keys. Where `partial` has the chunks of a sequence's one
+// token, the block joins them. The blocks past the tiles look for tokens without a sequence.
 template <int kWidth, typename Source>
 __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) attention_mma_kernel(Source source, AttentionRows a) {
   using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
     __syncthreads();  // keys are there, the values of this chunk on their way
     if (works) {
       float dots[kKeyChunk / 8][4];
-      row_products<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
+      row_matmul<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
                                                                                      0, limit, dots);
       sums = chunk_weights(dots, static_cast<float>(a.scale), seen_here, weights);
     }
@@ -462,8 +462,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
   }
 }
 
-// How many sequences in a row from `first` on, in steps of 1 or -1, have the keys begin .. end - 1 in their successor's
-// pages, at most kWarpSize. All lanes of a warp call this.
+// How many consecutive sequences from `first` on, in steps of 1 or -1, share the pages of the keys begin .. end - 1 with
+// their successor, at most kWarpSize. All lanes of a warp call this.
 template <typename Source>
 __device__ inline int count_sharing(const Source& source, int64_t first, int step, int begin) {
   const int lane = threadIdx.x % kWarpSize;
@@ -471,10 +471,9 @@ __device__ inline int count_sharing(const Source& source, int64_t first, int ste
   return votes == kAllLanes ? kWarpSize : __ffs(static_cast<int>(~votes)) - 1;
 }
 
-// For decoding, where the tiles of attention_mma_kernel are few: a block for one chunk of keys at a time, of a run of
-// sequences with one new token that have these keys in the same pages. Whether they do is read off the page table here,
-// which is small beside the keys: a host that planned it would have to wait for the table, and could not see the one of
-// a recorded graph.
+// For decoding, where the tiles of attention_mma_kernel are few. A block has one chunk of keys at a time, of a run of
+// sequences that share its pages and have one new token each. The kernel finds the runs in the page table, which is small
+// beside the keys. A host that planned them would wait for the table, and could not see that of a recorded graph.
 template <int kWidth, typename Source>
 __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) attention_chunk_kernel(Source source, AttentionRows a) {
   using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
@@ -518,7 +517,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
     __syncthreads();
     if (works) {
       float dots[kKeyChunk / 8][4];
-      row_products<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
+      row_matmul<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
                                                                                      0, limit, dots);
       sums = chunk_weights(dots, static_cast<float>(a.scale), seen, weights);
     }
@@ -548,13 +547,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
   }
 }
 
-// function.operator()<kWidth>() with the width of a tile that holds E columns.
+// Calls function.operator()<kWidth>() with the width of a tile that holds E columns.
 template <typename Function>
 void for_mma_width(int64_t E, Function function) {
   E <= 64 ? function.template operator()<64>() : function.template operator()<static_cast<int>(kMostMmaWidth)>();
 }
 
-// A Source also says whether the addresses of queries, keys and values are aligned to 16 bytes: query_aligned, ...
+// A Source also has query_aligned, ...: whether the addresses of queries, keys and values are aligned to 16 bytes.
 template <typename Source>
 void launch_attention_mma(const char* name, const Source& source, const AttentionRows& a, CudaStream stream) {
   const int64_t tiles = a.K * tile_number<kMmaRows>(a.T, a.N, a.H / a.K);

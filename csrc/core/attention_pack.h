@@ -8,7 +8,7 @@ namespace {
 
 GE_INLINE int64_t blocks_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
 
-// Rows of one sequence and kv head by position: those of the prompt that it continues, then its own.
+// Rows of one sequence and kv head by position: those of its prompt, then its own.
 template <typename S>
 struct SequenceRows {
   const S* prompt;
@@ -21,7 +21,7 @@ struct SequenceRows {
 };
 
 #if defined(__AVX2__) || defined(GE_NEON)
-// As below for the whole 16 bytes of a row, whose number of columns it returns.
+// The same as below for whole 16 bytes of a row. Returns their number of columns.
 template <typename S>
 GE_INLINE int64_t transpose_whole_words(const S* const* row, int64_t E, float* dst) {
   constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
@@ -48,8 +48,8 @@ GE_INLINE void transpose_rows(const S* const* row, int64_t E, Arith<S>* dst) {
   }
 }
 
-// Blocks [begin, end) of 16 rows, each transposed to [E][16]. Lanes past the last row repeat it, which
-// is as good as anything: whoever reads them masks them.
+// Blocks [begin, end) of 16 rows, each transposed to [E][16]. Lanes past the last row repeat it. Readers mask
+// them.
 template <typename S>
 static void pack_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, int64_t end,
                         Arith<S>* packed) {
@@ -63,8 +63,8 @@ static void pack_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, i
   }
 }
 
-// block[b] = the first of 16 rows `stride` apart, for b in [begin, end). The block in which the prompt
-// ends and the sequence goes on is assembled in `seam` [16 * stride].
+// block[b] = the first of 16 rows `stride` apart, for b in [begin, end). The block with the end of the prompt and the start
+// of the sequence is assembled in `seam` [16 * stride].
 template <typename S>
 static void point_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, int64_t end,
                          const S** block, S* seam) {

@@ -6,8 +6,8 @@ namespace grpo_engine {
 
 inline constexpr int64_t kQueryChunk = 128;  // query tokens of one work item
 
-// Group m owns the items [first_chunk[g] * K, first_chunk[g'] * K) with g and g' the first sequences of
-// groups m and m + 1. Kv heads are outermost in it, so that neighbours share what they pack.
+// Group m owns the items [first_chunk[g] * K, first_chunk[g'] * K) with g and g' the first sequences of groups m and m + 1.
+// Kv heads are outermost in a group, so neighbouring items share their packed keys.
 struct AttentionPlan {
   int64_t N, M, K;             // sequences, groups, kv heads
   const int32_t* cu;           // [N + 1] first token of each sequence
@@ -25,7 +25,7 @@ static inline int64_t num_items(const AttentionPlan& plan) {
   return plan.first_chunk[plan.N] * plan.K;
 }
 
-// Fills first_chunk [N + 1] and hands it to a plan whose N, K and cu are set.
+// Fills first_chunk [N + 1] and sets it in a plan whose N, K and cu are set.
 static inline void plan_chunks(AttentionPlan& plan, int64_t* first_chunk) {
   first_chunk[0] = 0;
   for (int64_t n = 0; n < plan.N; ++n) {
@@ -35,7 +35,7 @@ static inline void plan_chunks(AttentionPlan& plan, int64_t* first_chunk) {
   plan.first_chunk = first_chunk;
 }
 
-// The same, and max_len and pairs, where the first sequence of a group is the prompt of the others.
+// The same with max_len and pairs. The first sequence of a group is the prompt of the others.
 // The forward pass has num_items(plan) items, the backward pass M * K.
 static inline void plan_ragged(AttentionPlan& plan, int64_t* first_chunk) {
   plan_chunks(plan, first_chunk);

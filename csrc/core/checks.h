@@ -1,4 +1,4 @@
-// checks.h -- the one place that turns a bad argument into a sentence.
+// checks.h -- turns every bad argument into a sentence.
 //
 // Every message has the same parts: op and argument, what was wanted, what came.
 // TORCH_CHECK_VALUE reaches Python as ValueError, TORCH_CHECK_TYPE as TypeError.
@@ -31,10 +31,9 @@ inline void require_contiguous(const char* op, const char* name, const at::Tenso
                     " with strides ", t.strides());
 }
 
-// [T, X, E] whose rows t are contiguous; from row to row any stride, as in a slice of a fused
-// projection.
+// [T, X, E] whose rows t are contiguous. Rows may have any stride, as in a slice of a fused projection.
 inline void require_row_contiguous(const char* op, const char* name, const at::Tensor& t) {
-  // not numel(), which a tensor of symbolic shape (torch.compile) refuses
+  // not numel(): a tensor of symbolic shape (torch.compile) has none
   const bool empty = t.size(0) == 0 || t.size(1) == 0 || t.size(2) == 0;
   const bool ok = empty || ((t.size(2) == 1 || t.stride(2) == 1) &&
                             (t.size(1) == 1 || t.stride(1) == t.size(2)));
@@ -60,7 +59,7 @@ inline void require_positive(const char* op, const char* name, double value) {
                     " must be finite and > 0, got ", value);
 }
 
-// Everything the kernels ask of a tensor that they read whole.
+// All requirements of the kernels for a tensor that they read whole.
 inline void require_tensor(const char* op, const char* name, const at::Tensor& t,
                            at::IntArrayRef want, const char* layout, at::ScalarType dtype,
                            const at::Tensor& like) {
@@ -70,7 +69,7 @@ inline void require_tensor(const char* op, const char* name, const at::Tensor& t
   require_same_device(op, name, t, like);
 }
 
-// The kernels' name of a dtype that require_float accepted.
+// The kernels' name of a dtype that require_float accepts.
 inline DType dtype_of(const at::Tensor& t) {
   if (t.scalar_type() == at::kBFloat16) return DType::bf16;
   return t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -28,13 +27,13 @@ const char* cpu_isa_name(CpuIsa isa) {
 // it and as gemm.h relies on: other instruction sets compute the same chain.
 __attribute__((target("avx512f,avx512bf16"))) static bool dot_is_a_chain() {
   uint32_t state = 1;
-  const auto draw = [&] { return (state = state * 1664525u + 1013904223u) >> 16; };
+  const auto random = [&] { return (state = state * 1664525u + 1013904223u) >> 16; };
   for (int trial = 0; trial < 64; ++trial) {
     uint16_t a[32], b[32];
     float chain[16], dot[16];
     for (int i = 0; i < 32; ++i) {  // signed, from 2^-7 to 2^8
-      a[i] = static_cast<uint16_t>((draw() & 0x807F) | (120 + draw() % 16) << 7);
-      b[i] = static_cast<uint16_t>((draw() & 0x807F) | (120 + draw() % 16) << 7);
+      a[i] = static_cast<uint16_t>((random() & 0x807F) | (120 + random() % 16) << 7);
+      b[i] = static_cast<uint16_t>((random() & 0x807F) | (120 + random() % 16) << 7);
     }
     const auto value = [](uint16_t bits) {
       const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -43,7 +42,7 @@ __attribute__((target("avx512f,avx512bf16"))) static bool dot_is_a_chain() {
       return x;
     };
     for (int i = 0; i < 16; ++i) {
-      const float start = static_cast<float>(draw()) / 977.0f - 31.0f;
+      const float start = static_cast<float>(random()) / 977.0f - 31.0f;
       dot[i] = start;
       chain[i] = std::fma(value(a[2 * i + 1]), value(b[2 * i + 1]), start);
       chain[i] = std::fma(value(a[2 * i]), value(b[2 * i]), chain[i]);
@@ -95,13 +94,5 @@ CpuIsa cpu_isa() {
   static const CpuIsa isa = choose();
   return isa;
 }
-
-void* scratch_alloc(int64_t bytes) {
-  void* memory = std::aligned_alloc(64, (static_cast<std::size_t>(bytes) + 64) / 64 * 64);
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-
-void scratch_free(void* memory) { std::free(memory); }
 
 }  // namespace grpo_engine

@@ -1,13 +1,12 @@
 // cuda_call.h -- the Torch side of a launch: which kernels an op runs, on which device and stream.
 //
-// An op's x.cpp has one implementation for CPU and CUDA, registered by GE_DEVICE_IMPL; where its kernel
-// starts it says
+// An op's x.cpp has one implementation for CPU and CUDA, registered by GE_DEVICE_IMPL. It starts its kernel like this:
 //
 //   if (cuda_call(x, [&](auto stream) { swiglu_forward_cuda(args, stream); })) return y;
 //   parallel_items(swiglu_forward_cpu, args, args.T, kCost * args.F);
 //
-// GE_CUDA: the extension has CUDA kernels. GE_CUDA_EMULATED: that of the tests, in which CPU tensors go
-// through the emulated kernels. Otherwise the launch is never instantiated and needs no CUDA.
+// With GE_CUDA the extension has CUDA kernels. GE_CUDA_EMULATED makes the extension of the tests, in which CPU tensors go
+// through the emulated kernels. Without either, the launch is never instantiated and needs no CUDA.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -20,7 +19,7 @@
 
 namespace grpo_engine {
 
-// Whether an op on t runs CUDA kernels; then its values are not read on the host.
+// Whether an op on t runs CUDA kernels. If so, the host does not read its values.
 inline bool on_cuda([[maybe_unused]] const at::Tensor& t) {
 #if defined(GE_CUDA_EMULATED)
   return true;
@@ -31,7 +30,7 @@ inline bool on_cuda([[maybe_unused]] const at::Tensor& t) {
 #endif
 }
 
-// Where t is on CUDA: launch(current stream of its device), and true.
+// If t is on CUDA: calls launch(current stream of its device) and returns true.
 template <typename Launch>
 bool cuda_call([[maybe_unused]] const at::Tensor& t, [[maybe_unused]] Launch launch) {
 #if defined(GE_CUDA_EMULATED)
@@ -49,7 +48,7 @@ bool cuda_call([[maybe_unused]] const at::Tensor& t, [[maybe_unused]] Launch lau
 
 }  // namespace grpo_engine
 
-// GE_DEVICE_IMPL(m) { m.impl(...); }: the implementations of a file's ops, for each device there is.
+// GE_DEVICE_IMPL(m) { m.impl(...); } registers the implementations of a file's ops for each device of the build.
 #ifdef GE_CUDA
 #define GE_CUDA_IMPL TORCH_LIBRARY_IMPL(grpo_engine, CUDA, m) { device_impl(m); }
 #else

@@ -1,17 +1,18 @@
-// cuda_launch.h -- what every .cu includes: the CUDA runtime, or its emulator, and launch().
+// cuda_launch.h -- the header of every .cu: the CUDA runtime, or its emulator, and launch().
 //
-// A .cu is compiled by nvcc for the GPU, and by the C++ compiler with GE_CUDA_EMULATED for the tests
-// (csrc/tests/cuda_emulator.h), so it has no <<<>>> and takes its dynamic shared memory by dynamic_shared().
+// nvcc compiles a .cu for the GPU. For the tests the C++ compiler compiles it with GE_CUDA_EMULATED
+// (csrc/tests/cuda_emulator.h). So a .cu has no <<<>>> and takes its dynamic shared memory by dynamic_shared().
 //
 // Rules of all kernels:
-//   - What a block writes for a row depends on that row alone. Sums have one fixed tree (core/reduce.cuh),
-//     whose shape depends on the row's length; there are no float atomics.
-//   - Index arithmetic is int64_t. nvcc runs with --fmad=false: a fused multiply-add happens only where a
-//     kernel asks for one, so that two instantiations of one arithmetic have the same bits.
-//   - Launchers (x_cuda in x.h) neither allocate nor synchronise, so that a CUDA graph can record them;
-//     scratch is a tensor of the Torch side.
-//   - Values of tensors are not read back to be checked. An index outside its range is never followed: its
-//     row becomes NaN (or -1 where it holds token ids), and a write to it does not happen.
+//   - What a block writes for a row depends on that row alone. Sums have one fixed tree (core/reduce.cuh), whose shape
+//     depends on the row's length. There are no float atomics.
+//   - Index arithmetic is int64_t.
+//   - nvcc runs with --fmad=false: a fused multiply-add happens only where a kernel calls fma. So two instantiations of one
+//     arithmetic have the same bits.
+//   - Launchers (x_cuda in x.h) neither allocate nor synchronise, so a CUDA graph can record them. Scratch is a tensor of
+//     the Torch side.
+//   - Values of tensors are not read back to be checked. An index outside its range is never followed: its row becomes NaN
+//     (or -1 where it holds token ids), and a write to it does not happen.
 #pragma once
 #ifdef GE_CUDA_EMULATED
 #include "tests/cuda_emulator.h"

@@ -1,5 +1,5 @@
-// cuda_stream.h -- the type of a CUDA stream, without the CUDA headers: an op's contract declares its
-// launchers also where there is no CUDA.
+// cuda_stream.h -- the type of a CUDA stream, without the CUDA headers. So an op's contract can declare its launchers where
+// there is no CUDA.
 #pragma once
 
 struct CUstream_st;

@@ -27,14 +27,14 @@ __device__ inline void from_arith(float x, bfloat16* p) {
 #endif
 }
 
-// x = high + low but for one part in 2^16: a float32 factor for the tensor cores. high is cut off, not rounded, so that
-// it does not overflow; an infinity has low = 0.
+// A float32 factor for the tensor cores: x = high + low but for one part in 2^16. high is cut off and not rounded, so it
+// does not overflow. An infinity has low = 0.
 __device__ inline void split_in_two(float x, bfloat16* high, bfloat16* low) {
   high->bits = static_cast<uint16_t>(__float_as_uint(x) >> 16);
   from_arith(fabsf(x) == INFINITY ? 0.f : x - to_arith(*high), low);
 }
 
-// Two rounded values in one register, the first in its lower half, as mma.cuh wants them; and what they became.
+// Two rounded values in one register, the first in its lower half, as mma.cuh takes them, and the rounded values.
 __device__ inline uint32_t pack_two(float first, float second) {
 #ifdef __CUDACC__
   const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
@@ -49,7 +49,7 @@ __device__ inline uint32_t pack_two(float first, float second) {
 __device__ inline float first_of(uint32_t two) { return __uint_as_float(two << 16); }
 __device__ inline float second_of(uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); }
 
-// x as it is after a store and a load.
+// x after a store and a load.
 template <typename S>
 __device__ inline Arith<S> round_to(Arith<S> x) {
   S stored;
@@ -77,7 +77,7 @@ struct Pack {
   Arith<S> v[kPack<S>];
 };
 
-// One access of 16 bytes; p is aligned to it, which only the emulator checks.
+// One access of 16 bytes. p is aligned to 16 bytes, which only the emulator checks.
 template <typename T>
 __device__ inline T load16(const void* p) {
 #ifdef GE_CUDA_EMULATED
@@ -99,7 +99,7 @@ bool rows_aligned(const void* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kPack<S> == 0;
 }
 
-// p[0 .. n), n <= kPack; the rest is `fill`. `aligned`: p is aligned to 16 bytes.
+// p[0 .. n), n <= kPack, and `fill` behind them. `aligned`: p is aligned to 16 bytes.
 template <typename S>
 __device__ inline Pack<S> load_pack(const S* p, int64_t n, bool aligned, Arith<S> fill = 0) {
   Pack<S> pack;
@@ -129,14 +129,14 @@ __device__ inline void store_pack(const Pack<S>& pack, S* p, int64_t n, bool ali
   }
 }
 
-// use(i, n) for each pack of a row of `length` elements that this thread of the block has: n from i on.
+// Calls use(i, n) for each pack of this thread, of a row of `length` elements that the block shares: n elements from i on.
 template <typename S, typename Use>
 __device__ inline void each_pack(int64_t length, Use use) {
   const int64_t step = static_cast<int64_t>(blockDim.x) * kPack<S>;
   for (int64_t i = static_cast<int64_t>(threadIdx.x) * kPack<S>; i < length; i += step) use(i, length - i);
 }
 
-// Threads of a block that has one row: a function of the row's length alone, for the sums' tree.
+// Threads of a block that has one row. The number depends on the row's length alone, and so does the sums' tree.
 template <typename S>
 int threads_of_row(int64_t length) {
   constexpr int64_t kMost = 512;
@@ -144,7 +144,7 @@ int threads_of_row(int64_t length) {
   return static_cast<int>(threads < kWarpSize ? kWarpSize : threads > kMost ? kMost : threads);
 }
 
-// function.operator()<S>() with the storage type of a dtype.
+// Calls function.operator()<S>() with the storage type of a dtype.
 template <typename Function>
 void for_dtype(DType dtype, Function function) {
   switch (dtype) {

@@ -10,8 +10,7 @@
 
 namespace grpo_engine {
 
-// Storage types. Arithmetic on f32 and bf16 is float32; f64 exists so that gradcheck can run on
-// the kernels themselves.
+// Storage types. Arithmetic on f32 and bf16 is float32. f64 exists so that gradcheck can run on the kernels themselves.
 enum class DType : int32_t { f32, bf16, f64 };
 
 // Brain float: the upper half of a float32. Layout-compatible with at::BFloat16.

@@ -1,26 +1,23 @@
-// gemm.h -- one matrix product for every layer, forward and backward.
+// gemm.h -- one matmul for every layer, forward and backward.
 //
 //   C[m,n] = sum_k A[m,k] B[k,n]  (+ bias[n])
 //
-// Strides make x W^T, dY W and dY^T X the same function. Each C[m,n] is ONE chain of fused
-// multiply-adds over k that starts from 0 (or from C, when accumulating); the bias is added
-// once at the end and the result is rounded once to the type of C. Tiles only decide which chains
-// advance together, so the bits of C[m,n] depend on row m of A and column n of B alone: not on M, N,
-// the tile sizes, the threads, or which vector instructions the CPU has.
+// Strides make x W^T, dY W and dY^T X the same function. Each C[m,n] is ONE chain of fused multiply-adds over k. It starts
+// from 0, or from C when accumulating. The bias is added once at the end, and the result is rounded once to the type of C.
+// Tiles only decide which chains advance together. So the bits of C[m,n] depend on row m of A and column n of B alone. M, N,
+// the tile sizes, the threads and the CPU's vector instructions change no bit.
 //
-// k ascends, but for two bfloat16 operands, where it descends and subnormals count as 0. That is what the
-// dot product of AVX512_BF16 does: of a pair of values it adds the second product first, each sum rounded.
-// So a CPU that has it multiplies pairs, at twice the rate, and gives the bits of one that has not.
+// k ascends. For two bfloat16 operands it descends, and subnormals count as 0. The dot product of AVX512_BF16 does so: of a
+// pair of values it adds the second product first, each sum rounded. A CPU that has it multiplies pairs, at twice the rate,
+// and gives the bits of a CPU without it.
 //
-// Structure: for each slice of k and each panel of up to three vectors of columns, B is copied to
-// [k][column] (transposed on the way when k is its adjacent index), then tiles of TileShape::rows rows
-// run down the panel with their sums in registers. A few rows against weights (the steps of a decoder)
-// do without the copy: they are as fast as memory gives the weights. Between slices the sums rest in C, or in a float
-// copy of it when C is narrower. A and B are read in place when they are already in arithmetic type
-// and are not used often enough to pay for the copy.
+// Structure. For each slice of k and each panel of up to three vectors of columns, B is copied to [k][column]. The copy
+// transposes when k is its adjacent index. Then tiles of TileShape::rows rows run down the panel with their sums in
+// registers. A few rows against weights (the steps of a decoder) need no copy: they are as fast as memory gives the weights.
+// Between slices the sums rest in C, or in a float copy of C when C is narrower. A and B are read in place when they are in
+// arithmetic type already and are not used often enough to pay for the copy.
 #pragma once
-#include <stdlib.h>
-
+#include "core/scratch.h"
 #include "core/simd.h"
 #include "core/transpose.h"
 
@@ -63,8 +60,8 @@ struct TileShape { static constexpr int rows = 2, vectors = 1; };
 
 // Operands along k in a slice: many, so that sums rarely travel.
 constexpr int64_t kSlice = 256;
-// Copying pays when a value is used this often: B by so many rows, A by so many columns, and soon where its rows lie
-// across. (Rows that lie a power of two apart would share their place in the first cache.)
+// A copy pays when a value is used this often: B by so many rows, A by so many columns (fewer where its rows lie across).
+// (Rows that lie a power of two apart compete for the same cache sets.)
 constexpr int64_t kCopyRows = 200, kCopyColumns = 96, kCopyColumnsAcross = 40;
 
 template <typename T, typename U>
@@ -75,7 +72,7 @@ struct Same<T, T> { static constexpr bool value = true; };
 template <typename SA, typename SB>
 constexpr bool kDescends = Same<SA, bfloat16>::value && Same<SB, bfloat16>::value;
 
-// What one multiply-add takes of each side: a value in arithmetic type, or two bfloat16 of adjacent k.
+// The operand of one multiply-add: a value in arithmetic type, or two bfloat16 of adjacent k.
 template <typename SA, typename SB, typename A>
 struct OperandOf { using type = A; };
 #if defined(__AVX512BF16__)
@@ -85,36 +82,12 @@ struct OperandOf<bfloat16, bfloat16, float> { using type = Bf16Pair; };
 template <typename O>
 constexpr int64_t kValues = Same<O, Bf16Pair>::value ? 2 : 1;
 
-// Memory that a thread keeps between calls, by purpose.
-struct Scratch {
-  void* data = nullptr;
-  int64_t bytes = 0;
-  ~Scratch() { ::free(data); }
-
-  void* reserve(int64_t want) {
-    if (want > bytes) {
-      ::free(data);
-      bytes = 0;
-      if (::posix_memalign(&data, 64, static_cast<size_t>(want)) != 0) ::abort();
-      bytes = want;
-    }
-    return data;
-  }
-};
-enum ScratchUse { kScratchA, kScratchB, kScratchC, kScratchTile, kScratchBefore, kScratchUses };
-
-template <typename T>
-T* scratch(ScratchUse use, int64_t count) {
-  static thread_local Scratch buffers[kScratchUses];
-  return static_cast<T*>(buffers[use].reserve(count * static_cast<int64_t>(sizeof(T))));
-}
-
 // ---------------------------------------------------------------- copies of slices
 //
 // `depth` counts operands. Those of pairs read `values` of k and fill an odd last pair up with 0.
 
-// Vectors of the next panel when `columns` are left: a lone vector runs at the speed of its latency,
-// so four are split in two halves and not three and one.
+// Vectors of the next panel when `columns` are left. A lone vector runs at the speed of its latency, so four are split into
+// two and two, not three and one.
 template <typename A>
 GE_INLINE int panel_vectors(int64_t columns) {
   constexpr int kMax = TileShape<A>::vectors;
@@ -192,7 +165,7 @@ GE_INLINE void copy_line(const bfloat16* src, int64_t stride, int64_t k, int64_t
 #endif
 
 // Tiles of R rows, [R * kSlice] each: dst[k * R + i] = operand k of src[k * stride + i]. A line of src is read once,
-// for kAcross tiles at a time: more would be too many places to write to.
+// for kAcross tiles at a time: more would be too many addresses to write to.
 template <int R, typename O, typename S>
 void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int64_t rows, O* dst) {
   constexpr int64_t kAcross = 4;
@@ -212,8 +185,8 @@ void copy_tiles(const S* src, int64_t stride, int64_t depth, int64_t values, int
 }
 
 #if defined(__AVX2__) || defined(GE_NEON)
-// Fetches 16 rows of `values` in the order of memory, four lines a call: as many calls as transpose16 needs to read them
-// fetch them all. A line of each row in turn would open as many pages of memory at a time, at half the rate.
+// Fetches 16 rows of `values` in the order of memory, four lines a call. transpose_whole makes as many calls as fetch all
+// rows. One line of each row in turn would open 16 pages of memory at a time, at half the rate.
 template <typename S>
 class RowFetcher {
  public:
@@ -235,8 +208,8 @@ class RowFetcher {
   int64_t stride_, bytes_, at_ = 0;
 };
 
-// dst[k * width + i] = operand k of src[i * stride + k] for i < 16; returns how many operands are done, the caller
-// does the rest one by one.
+// dst[k * width + i] = operand k of src[i * stride + k] for i < 16. Returns how many operands are done. The caller does the
+// rest one by one.
 template <typename O, typename S>
 int64_t transpose_whole(const S* src, int64_t stride, int64_t values, O* dst, int64_t width) {
   RowFetcher<S> next(src + width * stride, stride, values);
@@ -257,8 +230,8 @@ template <typename S>
 int64_t transpose_whole(const S*, int64_t, int64_t, float*, int64_t) { return 0; }
 #endif
 
-// dst[k * width + i] = operand k of src[i * stride + k] for i < count. Lanes past count repeat the last row, which
-// is as good as anything: their sums are never stored.
+// dst[k * width + i] = operand k of src[i * stride + k] for i < count. Lanes past count repeat the last row. Their sums are
+// never stored.
 template <typename O, typename S>
 void copy_transposed(const S* src, int64_t stride, int64_t depth, int64_t values, int64_t count, O* dst,
                      int64_t width) {
@@ -317,7 +290,7 @@ GE_INLINE void run_tile_of(const Tile<O, A>& tile, S* out, int64_t out_row) {
       for (int j = 0; j < NV; ++j) sums[i][j] = V::zero();
     }
   }
-  // where these sums will go, and where those of the next tile wait: the lines lie a row apart, which no CPU foresees
+  // the lines of these sums, and those of the next tile: they lie a row apart, which no CPU predicts
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     __builtin_prefetch(out + i * out_row, 1, 3);
@@ -384,8 +357,8 @@ GE_INLINE void run_tile_of(int vectors, int rows, const Tile<O, A>& t, S* out, i
 
 // ---------------------------------------------------------------- few rows
 
-// With few rows B is used too seldom to pay for a copy: 16 columns at a time are transposed in registers on
-// their way into the chains. kChainRows rows share one transposition.
+// With few rows B is used too seldom to pay for a copy. So 16 columns at a time are transposed in registers on their way
+// into the chains. kChainRows rows share one transposition.
 #if defined(__AVX512F__)
 constexpr int kChainRows = 16;
 constexpr double kFewRowsPasses = 1.5;  // over B, at most: more passes cost more than the copy
@@ -459,7 +432,7 @@ void few_rows_panel(const FewRows<O, SB, SC>& g, int64_t m, int64_t n) {
   }
 }
 
-// Blocks of R rows; the last one starts early enough to be whole, and does some rows again.
+// Blocks of R rows. The last one starts early enough to be whole, and does some rows again.
 template <int R, int G, bool kDown, typename O, typename SB, typename SC>
 GE_INLINE int64_t few_rows_panels(const FewRows<O, SB, SC>& g, int64_t n) {
   for (; n + G * kLanes <= g.N; n += G * kLanes) {
@@ -485,8 +458,8 @@ void run_few_rows(const Gemm<SA, SB, SC>& g) {
     f.x = g.a;
     f.x_row = g.a_row;
   } else {
-    f.x_row = g.K + kLanes;  // rows a power of two apart would share their place in the cache
-    O* x = scratch<O>(kScratchA, g.M * f.x_row);
+    f.x_row = g.K + kLanes;  // rows a power of two apart would compete for the same cache sets
+    O* x = thread_scratch<O>(ScratchUse::gemm_a, g.M * f.x_row);
     copy_rows(g.a, g.a_row, g.M, g.K, x, f.x_row);
     f.x = x;
   }
@@ -514,7 +487,7 @@ void run_few_rows(const Gemm<SA, SB, SC>& g) {
 }
 #endif
 
-// ---------------------------------------------------------------- the product
+// ---------------------------------------------------------------- the matmul
 
 template <typename SA, typename SB, typename SC>
 __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
@@ -541,10 +514,10 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
   const int64_t operands = (g.K + kValues<O> - 1) / kValues<O>;
   const bool a_by_rows = g.a_col == 1;
   const bool copy_a = !Same<SA, O>::value || g.N > (a_by_rows ? kCopyColumns : kCopyColumnsAcross);
-  O* a_copy = copy_a ? scratch<O>(kScratchA, (g.M + kRows) * kSlice) : nullptr;
+  O* a_copy = copy_a ? thread_scratch<O>(ScratchUse::gemm_a, (g.M + kRows) * kSlice) : nullptr;
   const bool b_by_rows = g.b_col == 1;
   const bool copy_b = !Same<SB, O>::value || !b_by_rows || g.N % kLanes != 0 || g.M > kCopyRows;
-  O* b_copy = copy_b ? scratch<O>(kScratchB, kColumns * kSlice) : nullptr;
+  O* b_copy = copy_b ? thread_scratch<O>(ScratchUse::gemm_b, kColumns * kSlice) : nullptr;
   A bias[kColumns];
 
   // where the sums rest between slices
@@ -553,7 +526,7 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
   if constexpr (Same<SC, A>::value) {
     carry = g.c;
   } else if (operands > kSlice) {
-    carry = scratch<A>(kScratchC, g.M * g.N);
+    carry = thread_scratch<A>(ScratchUse::gemm_c, g.M * g.N);
     carry_row = g.N;
   }
 
@@ -632,9 +605,9 @@ __attribute__((noinline)) void run_chains(Gemm<SA, SB, SC> g) {
 }
 
 #if defined(GE_NEON)
-// ARM flushes what is below the smallest normal number before it is rounded, x86 what is below it afterwards. They
-// differ in sums that round up to that number: 0 on ARM. So where ARM has flushed anything, which it counts, the
-// chains run again, one by one, as x86 has them. Numbers that small are rare.
+// ARM flushes a sum that is below the smallest normal number before rounding, x86 one that is below it after rounding. They
+// differ in sums that round up to that number, which are 0 on ARM. ARM counts what it flushes. Where it has flushed a sum,
+// the chains run again, one by one, as on x86. Numbers that small are rare.
 
 // a * b + c. Products of two bfloat16 are exact in float64, and so is the sum where it is near the limits.
 GE_INLINE float fma_of_x86(float a, float b, float c) {
@@ -672,7 +645,7 @@ void run_chains_flushing(const Gemm<bfloat16, bfloat16, SC>& g) {
   const float* before = nullptr;
   if constexpr (Same<SC, float>::value) {
     if (g.accumulate) {
-      float* copy = scratch<float>(kScratchBefore, g.M * g.N);
+      float* copy = thread_scratch<float>(ScratchUse::gemm_before, g.M * g.N);
       for (int64_t m = 0; m < g.M; ++m) memcpy(copy + m * g.N, g.c + m * g.c_row, g.N * sizeof(float));
       before = copy;
     }

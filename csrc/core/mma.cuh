@@ -1,14 +1,13 @@
-// mma.cuh -- a warp's product of small bfloat16 matrices on the tensor cores, float32 sums.
+// mma.cuh -- a warp's matmul of small bfloat16 matrices on the tensor cores, float32 sums.
 //
 //   d[16, 8] += a[16, 16] b[16, 8]        mma.sync.m16n8k16, sm_80 and later
 //
-// Where lane l keeps which elements, with g = l / 4 and q = 2 (l % 4); a register holds two bfloat16, the first
-// in its lower half:
+// Elements of lane l, with g = l / 4 and q = 2 (l % 4). A register holds two bfloat16, the first in its lower half:
 //   a[0] (g, q..q+1)   a[1] (g + 8, q..q+1)   a[2] (g, q+8..q+9)   a[3] (g + 8, q+8..q+9)     (row, k)
 //   b[0] (q..q+1, g)   b[1] (q+8..q+9, g)                                                     (k, column)
 //   d[0..1] (g, q..q+1)   d[2..3] (g + 8, q..q+1)                                             (row, column)
-// An element of d depends on its own row of a, column of b and d alone. The emulator rounds once where the tensor
-// cores round in their own way, so its bits are not theirs.
+// An element of d depends on its own row of a, column of b and d alone. The emulator rounds once. The tensor cores round in
+// their own way, so their bits differ from the emulator's.
 #pragma once
 #include "core/cuda_launch.h"
 

@@ -1,10 +1,14 @@
 // parallel.h -- spreads work items over Torch's thread pool.
 //
-// Kernels never see threads: each takes a range of work items (rows, tiles, sequences), and what it
-// writes for one item depends on that item alone, so the split changes no bit.
+// Kernels never see threads. Each takes a range of work items (rows, tiles, sequences). What it writes for one item depends
+// on that item alone, so the split changes no bit.
 //
-// at::parallel_for is a template of Torch's headers and a plain loop where OpenMP is off in the file that includes it.
-// CMakeLists.txt turns it on for these files; tests count the threads that took part (ThreadCount).
+// at::parallel_for is a template of Torch's headers. It is a plain loop in a file that is compiled without OpenMP.
+// CMakeLists.txt turns OpenMP on for these files, and tests count the threads that took part (ThreadCount).
+//
+// What a body throws reaches the caller. at::parallel_for catches it in the thread that threw, lets the others finish and
+// rethrows the first exception. The results are then undefined. An exception must not leave a parallel region in any other
+// way, so every kernel of the extension runs through this file (scratch.h).
 #pragma once
 #include <ATen/Parallel.h>
 
@@ -19,8 +23,8 @@ namespace grpo_engine {
 // body(begin, end) over parts of [0, num_items). `cost` is about how many floating-point operations
 // one item takes; a thread is not woken for less than kMinWork of them.
 //
-// Each thread takes one part that is its own, so that as many take part as are counted, and then whatever part is next:
-// a core that somebody else uses meanwhile, or a slower one, does less.
+// Each thread takes one part of its own, so `threads` threads take part. Then it takes the next free part, again and again.
+// So a slower core does less, and so does one that another program uses.
 template <typename Body>
 void parallel_ranges(int64_t num_items, double cost, const Body& body) {
   constexpr double kMinWork = 20000.0;  // a fork and join takes about 5 us, 20k operations

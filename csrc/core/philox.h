@@ -1,7 +1,7 @@
 // philox.h -- Philox4x32-10, a counter-based random number generator.
 //
-// random bits = f(key, counter): no state, so a draw depends on what it is for (seed of the request,
-// position of the token) and not on the batch, its order, preemption or the device.
+// random bits = f(key, counter). There is no state. So a sample depends on the seed of its request and the position of its
+// token alone. The batch, its order, preemption and the device do not matter.
 // Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 #pragma once
 #include <cstdint>
@@ -26,8 +26,7 @@ GE_HOST_DEVICE static inline PhiloxCounter philox4x32_10(PhiloxCounter ctr, uint
   return ctr;
 }
 
-// A uniform in (0, 1], 53 bits, never 0 (and 1 with probability 2^-53): the draw for the token at
-// `position`.
+// The uniform for the token at `position`: in (0, 1], 53 bits, never 0, and 1 with probability 2^-53.
 GE_HOST_DEVICE static inline double philox_uniform(uint64_t seed, uint64_t position) {
   const PhiloxCounter r = philox4x32_10(
       {{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0u, 0u}}, seed);

@@ -1,7 +1,7 @@
 // reduce.cuh -- reductions of a warp and of a block, by one fixed tree.
 //
-// Every lane gets the result, with the same bits: `op` must be commutative in its bits (a sum, a maximum
-// without NaN). The tree depends on the number of threads alone.
+// Every lane gets the result, with the same bits. `op` must be commutative in its bits, as a sum is, or a maximum without
+// NaN. The tree depends on the number of threads alone.
 #pragma once
 #include "core/cuda_launch.h"
 
@@ -26,7 +26,7 @@ __device__ inline T warp_reduce(T value, Op op) {
   return value;
 }
 
-// All threads of the block call this. `identity` stands for the warps that the block does not have.
+// All threads of the block call this. `identity` replaces the warps that the block does not have.
 template <typename T, typename Op>
 __device__ inline T block_reduce(T value, Op op, T identity) {
   __shared__ T partial[kWarpSize];

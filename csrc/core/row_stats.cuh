@@ -4,11 +4,11 @@
 //   M = max z,  S = sum exp(z_i - M),  W = sum (z_i - M) exp(z_i - M)
 //   log-prob of i = (z_i - M) - log S,      entropy = log S - W / S
 //
-// A row is cut into blocks of kRowBlock logits. A warp reduces one block in the arithmetic type of the logits,
-// in a kernel of its own, so that a single row has work for many multiprocessors; the blocks of a row join in
-// float64 by one tree. The log-prob ops all reduce a row by the functions of this header, so the log-prob of a
-// sampled token has the same bits in all of them. The bits differ from the CPU's in the last place. A NaN or
-// +inf anywhere in the row makes S NaN; -inf entries count as probability 0.
+// A row is cut into blocks of kRowBlock logits. A kernel of its own reduces them, one a warp, in the arithmetic type of the
+// logits. So a single row has work for many multiprocessors. The blocks of a row join in float64 by one tree. All log-prob
+// ops use the functions of this header. So the log-prob of a sampled token has the same bits in all of them. The
+// bits differ from the CPU's in the last digit. A NaN or +inf anywhere in the row makes S NaN. -inf entries count as
+// probability 0.
 #pragma once
 #include "core/cuda_values.cuh"
 #include "core/reduce.cuh"
@@ -30,11 +30,11 @@ struct BlockStats {
   __device__ static BlockStats read(const A* from) { return {from[0], from[1], from[2]}; }
 };
 
-// exp is 0 from here on; it keeps (-inf) * 0 out of the weighted sum.
+// Below it exp is 0. The limit keeps (-inf) * 0 out of the weighted sum.
 template <typename A>
 inline constexpr A kExpFloor = sizeof(A) == sizeof(double) ? A(-746) : A(-104);
 
-// One warp: n logits from x on (1 <= n), of which it takes kRowBlock at most. Every lane gets the result.
+// One warp reduces min(n, kRowBlock) logits from x on, n >= 1. Every lane gets the result.
 template <typename S>
 __device__ inline BlockStats<Arith<S>> block_stats(const S* x, int64_t n, Arith<S> inv_temperature, bool aligned) {
   using A = Arith<S>;
@@ -84,8 +84,8 @@ struct RowStats {
   }
 };
 
-// The stats of a row from those of its blocks, one a thread of a block of kRowThreads; threads beyond the
-// row's blocks bring BlockStats{}. `before` is what comes before these blocks.
+// The stats of a row from those of its blocks, one for each of kRowThreads threads. Threads beyond the row's blocks bring
+// BlockStats{}. `before` holds the stats of the blocks before these.
 template <typename A>
 __device__ inline RowStats join_blocks(const BlockStats<A>& mine, const RowStats& before) {
   RowStats r;
@@ -101,13 +101,13 @@ __device__ inline RowStats join_blocks(const BlockStats<A>& mine, const RowStats
   return r;
 }
 
-// Which block of a round this thread of kRowThreads joins: warp w has w, w + warps, ..., its lane k the k-th of them.
+// The block of a round that this thread of kRowThreads joins. Warp w has w, w + warps, ..., its lane k the k-th of them.
 __device__ inline int64_t block_of_thread() {
   return threadIdx.x % kWarpSize * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
 }
 
-// The stats of a row, by a block of kRowThreads threads, from those of its blocks: of(block). Rounds of kRowThreads
-// blocks; every thread gets the result.
+// The stats of a row from those of its blocks, of(block), by kRowThreads threads in rounds of kRowThreads blocks. Every
+// thread gets the result.
 template <typename A, typename Of>
 __device__ inline RowStats join_row(int64_t num_blocks, Of of) {
   RowStats r{-infinity<double>(), 0.0, 0.0};
@@ -118,7 +118,8 @@ __device__ inline RowStats join_row(int64_t num_blocks, Of of) {
   return r;
 }
 
-// What the log-prob ops give for row t and save for its gradient; z as RowStats::logprob has it, NaN for no target.
+// The results of the log-prob ops for row t, and the numbers saved for its gradient. z is that of RowStats::logprob, NaN for
+// no target.
 template <typename A>
 __device__ inline void write_row(const RowStats& r, A z, int64_t t, void* logprob, void* entropy, double* saved) {
   const double h = r.entropy();
@@ -129,7 +130,7 @@ __device__ inline void write_row(const RowStats& r, A z, int64_t t, void* logpro
   saved[t * 3 + 2] = h;
 }
 
-// The gradient of a row's logits, from what the forward pass saved: max, log of the sum, entropy.
+// The gradient of a row's logits, from the max, log of the sum and entropy that the forward pass saved.
 template <typename A>
 struct LogitGradient {
   double max, log_sum, entropy;

@@ -4,10 +4,9 @@
 //   M = max z,  S = sum exp(z_i - M),  W = sum (z_i - M) exp(z_i - M)
 //   log-prob of i = (z_i - M) - log S,      entropy = log S - W / S
 //
-// A row is read in blocks of kRowBlock logits: float32 inside a block, float64 across blocks, in
-// order. sample_token, gather_logprob and token_logprob all reduce a row by the functions of this
-// header, so the log-prob of a sampled token has the same bits in all three.
-// A NaN or +inf anywhere in the row makes S NaN; -inf entries count as probability 0.
+// A row is read in blocks of kRowBlock logits: float32 inside a block, float64 across blocks, in order. sample_token,
+// gather_logprob and token_logprob all reduce a row by the functions of this header. So the log-prob of a sampled token has
+// the same bits in all three. A NaN or +inf anywhere in the row makes S NaN. -inf entries count as probability 0.
 #pragma once
 #include "core/simd.h"
 
@@ -22,12 +21,12 @@ struct BlockStatsOf {
 };
 using BlockStats = BlockStatsOf<float>;
 
-// n logits (1 <= n <= kRowBlock) of S = float or bfloat16, the whole block; lanes past n count as -inf.
+// A block of n logits (1 <= n <= kRowBlock) of S = float or bfloat16. Lanes past n count as -inf.
 template <typename S>
 GE_INLINE BlockStats block_stats(const S* x, int64_t n, float inv_temperature) {
   const VecF scale = VecF::set1(inv_temperature);
   const float neg_inf = -__builtin_inff();
-  // four chains each: one would wait for its own additions
+  // four chains each: a single chain would wait for its own additions
   VecF m[4], s[4], w[4];
   for (int k = 0; k < 4; ++k) {
     m[k] = VecF::set1(neg_inf);

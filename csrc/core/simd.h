@@ -1,16 +1,16 @@
 // simd.h -- sixteen lanes on every CPU.
 //
-// Vec16<T> is one zmm, two ymm, four NEON registers or an array of 16, whatever the instruction set, so a
-// kernel is written once and its sums are grouped the same way everywhere: AVX2, AVX-512 and NEON give the
-// same bits, but for the sign and payload of a NaN, which no instruction set promises. (The generic build has
-// no fused multiply-add and may differ from them in the last bit.)
+// Vec16<T> is one zmm, two ymm, four NEON registers or an array of 16, by the instruction set. So a kernel is written once,
+// and its sums are grouped in the same way everywhere. AVX2, AVX-512 and NEON give the same bits, but for the sign and
+// payload of a NaN, which no instruction set promises. The generic build has no fused multiply-add and may differ from them
+// in the last bit.
 //
 //   T = float    arithmetic of float32 and bfloat16 storage
 //   T = double   arithmetic of float64 storage (gradcheck); plain loops
 //
-// This header is compiled once per instruction set, each copy into its own namespace GE_ISA, and
-// every function is internal to its translation unit: an AVX-512 copy must never be the one that
-// the linker keeps for a machine without AVX-512. For the same reason it uses no std:: templates.
+// This header is compiled once per instruction set, each copy into its own namespace GE_ISA. Every function is internal to
+// its translation unit. Otherwise the linker could keep an AVX-512 copy for a machine without AVX-512. For the same reason
+// the header uses no std:: templates.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -117,7 +117,7 @@ template <typename T>
 GE_INLINE Vec16<T> vmax(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 template <typename T>
 GE_INLINE Vec16<T> vmin(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-// x where a < b, else y: y also where either is NaN.
+// x where a < b, else y; y where a or b is NaN.
 template <typename T>
 GE_INLINE Vec16<T> where_less(Vec16<T> a, Vec16<T> b, Vec16<T> x, Vec16<T> y) {
   GE_LANEWISE(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
@@ -149,7 +149,7 @@ GE_INLINE float sum8(__m256 x) {
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(y) + _mm_cvtss_f32(_mm_shuffle_ps(y, y, 1));
 }
-// Where lanes are NaN, or zeros of both signs, their order decides.
+// The order of the operands decides where lanes are NaN, or zeros of both signs.
 GE_INLINE float max8(__m256 x) {
   __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
@@ -359,7 +359,7 @@ GE_INLINE VecF operator-(VecF a, VecF b) { GE_QUARTERWISE(vsubq_f32(a.v[i], b.v[
 GE_INLINE VecF operator*(VecF a, VecF b) { GE_QUARTERWISE(vmulq_f32(a.v[i], b.v[i])); }
 GE_INLINE VecF operator/(VecF a, VecF b) { GE_QUARTERWISE(vdivq_f32(a.v[i], b.v[i])); }
 GE_INLINE VecF fma(VecF a, VecF b, VecF c) { GE_QUARTERWISE(vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
-// Not vmaxq_f32, which is NaN where either is and knows the signs of zeros.
+// Not vmaxq_f32: it is NaN where either is, and it knows the signs of zeros.
 GE_INLINE float32x4_t max4(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 GE_INLINE float32x4_t min4(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 GE_INLINE VecF vmax(VecF a, VecF b) { GE_QUARTERWISE(max4(a.v[i], b.v[i])); }
@@ -385,7 +385,7 @@ using VecD = Vec16<double>;
 
 // ---------------------------------------------------------------- pairs of bfloat16
 
-// Two neighbours along the inner dimension of a product: the operand of AVX512_BF16's dot product.
+// Two neighbours along the inner dimension of a matmul: the operand of AVX512_BF16's dot product.
 struct Bf16Pair {
   bfloat16 first, second;
 };
@@ -411,13 +411,13 @@ struct Vec16<Bf16Pair> {
   }
   GE_MEMBER void store(Bf16Pair* p) const { _mm512_storeu_si512(p, v); }
 };
-// c + a.second b.second, rounded, then + a.first b.first, rounded; subnormals count as 0.
+// c + a.second b.second, rounded, then + a.first b.first, rounded. Subnormals count as 0.
 GE_INLINE VecF fma(Vec16<Bf16Pair> a, Vec16<Bf16Pair> b, VecF c) {
   return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 #endif
 
-// While one lives, subnormal operands and results of this thread count as 0, as they do for dot products of bfloat16.
+// While an object lives, subnormal operands and results of this thread count as 0, as in dot products of bfloat16.
 class FlushSubnormals {
 #if defined(__SSE2__)
  public:
@@ -482,9 +482,8 @@ GE_INLINE float32x4_t scale_quarter(float32x4_t p, float32x4_t n) {
 GE_INLINE VecF scale_by_exp2(VecF p, VecF n) { GE_QUARTERWISE(scale_quarter(p.v[i], n.v[i])); }
 #endif
 
-// x[k] becomes exp(x[k]), without the checks of vexp: for -104 <= x <= 104 or NaN; +inf above 88.72,
-// down to 0 in subnormals. N vectors go step by step together, since a CPU looks ahead by less than the
-// chain of one.
+// x[k] becomes exp(x[k]), without the checks of vexp, for -104 <= x <= 104 or NaN. The result is +inf above 88.72 and goes
+// down to 0 in subnormals. N vectors go step by step together, because a CPU looks ahead by less than the chain of one.
 #if defined(__AVX2__) || defined(GE_NEON)
 template <int N>
 GE_INLINE void exp_in_range(VecF (&x)[N]) {
@@ -540,7 +539,7 @@ GE_INLINE VecF clip_exp(VecF e, VecF x) {
 }
 #endif
 GE_INLINE VecF vexp(VecF x) {
-  // NaN passes through vmin and vmax: it is the second operand
+  // x is the second operand of vmin and vmax, so NaN passes through
   VecF y[1] = {vmin(VecF::set1(ExpConstants::kHigh), vmax(VecF::set1(ExpConstants::kLow), x))};
   exp_in_range(y);
   return clip_exp(y[0], x);
@@ -558,7 +557,7 @@ GE_INLINE VecD vexp(VecD x) {
 GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
   return {_mm512_mask_add_ps(s.v, _mm512_cmp_ps_mask(z.v, t.v, _CMP_GE_OQ), s.v, e.v)};
 }
-// Stores the lanes with low <= z < high side by side, returns their number; writes 16 floats.
+// Stores the lanes with low <= z < high side by side and returns their number. Writes 16 floats.
 GE_INLINE int append_between(VecF z, float low, float high, float* out) {
   const __mmask16 inside = _mm512_mask_cmp_ps_mask(
       _mm512_cmp_ps_mask(z.v, _mm512_set1_ps(low), _CMP_GE_OQ), z.v, _mm512_set1_ps(high), _CMP_LT_OQ);
@@ -605,8 +604,8 @@ GE_INLINE void each_vector(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
-// Calls body.template operator()<N>(i, count) for runs of N vectors from i: four whole ones, or one of
-// count <= 16 elements.
+// Calls body.template operator()<N>(i, count) for runs of N vectors from i. A run has four whole vectors, or one
+// of count <= 16 elements.
 template <typename Body>
 GE_INLINE void each_four_vectors(int64_t n, Body body) {
   int64_t i = 0;
@@ -615,8 +614,8 @@ GE_INLINE void each_four_vectors(int64_t n, Body body) {
   if (i < n) body.template operator()<1>(i, static_cast<int>(n - i));
 }
 
-// The sum of a row in four chains, so that an addition need not wait for the one before it:
-// body(i, count, sum) returns `sum` plus the terms of `count` elements from i.
+// The sum of a row in four chains, so an addition need not wait for the one before it. body(i, count, sum) returns `sum`
+// plus the terms of `count` elements from i.
 template <typename V, typename Body>
 GE_INLINE V sum_vectors(int64_t n, Body body) {
   V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
@@ -637,7 +636,7 @@ GE_INLINE V load(const S* p, int n, T fill) { return n == kLanes ? V::load(p) : 
 template <typename V, typename S>
 GE_INLINE void store(V v, S* p, int n) { n == kLanes ? v.store(p) : v.store_n(p, n); }
 
-// What storing in S and loading again makes of v.
+// v after a store in S and a load.
 template <typename S, typename V>
 GE_INLINE V round_to(V v) {
   if constexpr (sizeof(S) == sizeof(bfloat16)) return v.rounded_to_bf16();
@@ -647,7 +646,7 @@ GE_INLINE V round_to(V v) {
 }  // namespace
 }  // namespace grpo_engine::GE_ISA
 
-// A kernel body `function<S>(args, begin, end)` for the storage type that args.dtype names.
+// Calls `function<S>(args, begin, end)` for the storage type that args.dtype names.
 #define GE_FOR_DTYPE(function)                        \
   switch (args.dtype) {                               \
     case DType::f32: return function<float>(args, begin, end);     \

@@ -1,7 +1,7 @@
 // thread_count.h -- how many threads took part in the kernels that ran while a count was on.
 //
-// For tests and for `doctor`: "the same bits on n threads" means nothing where one thread did all the work. Off, which it
-// is by default, a kernel call reads one pointer more.
+// For tests and for `doctor`: "the same bits on n threads" means nothing if one thread did all the work. By default no count
+// is on, and a kernel call reads one pointer more.
 #pragma once
 #include <atomic>
 #include <mutex>
@@ -14,10 +14,10 @@ class ThreadCount {
  public:
   // The count that is on, or null.
   static ThreadCount* running() { return on_.load(std::memory_order_acquire); }
-  // Begins at zero. Counts do not nest: a second start begins anew.
+  // Begins at zero. Counts do not nest: a second start begins again.
   static void start();
-  // Ends the count and returns how many distinct threads have taken part since start(); 0 without a start. No kernel may
-  // be running.
+  // Ends the count. Returns how many distinct threads took part since start(), or 0 without a start. No kernel may be
+  // running.
   static int stop();
 
   void note_this_thread();

@@ -1,7 +1,7 @@
 // tile_load.cuh -- tiles of bfloat16 between global memory, shared memory and the registers of mma.cuh.
 //
-// A tile has kRows rows of kColumns elements, in chunks of 16 bytes. Chunk c of row r lies at place c ^ f(r), so that
-// the eight rows of a fragment at one c lie in different banks.
+// A tile has kRows rows of kColumns elements, in chunks of 16 bytes. Chunk c of row r has index c ^ f(r) in its row. So the
+// eight rows of a fragment at one c lie in different banks.
 #pragma once
 #include "core/cuda_values.cuh"
 
@@ -13,13 +13,13 @@ struct Tile {
   static constexpr int kChunk = kPack<bfloat16>, kChunks = kColumns / kChunk;  // of a row
   static_assert(kChunks == 4 || kChunks % 8 == 0);
 
-  // Element of a chunk's start.
-  __device__ static int place(int row, int chunk) {
+  // The first element of a chunk.
+  __device__ static int offset(int row, int chunk) {
     return row * kColumns + (chunk ^ (kChunks == 4 ? row / 2 % 4 : row % 8)) * kChunk;
   }
 };
 
-// Copies `bytes` <= 16 and fills the rest of 16 with zeros; visible after copies_landed and a barrier.
+// Copies `bytes` <= 16 and fills the rest of 16 with zeros. The copy is visible after copies_landed and a barrier.
 __device__ inline void copy_async(const void* from, void* to, int bytes) {
 #ifdef GE_CUDA_EMULATED
   cuda_emulator::require_aligned(from, 16);
@@ -37,7 +37,7 @@ __device__ inline void end_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits for this thread's copies but those of the last kPending groups.
+// Waits for this thread's copies, except those of the last kPending groups.
 template <int kPending>
 __device__ inline void copies_landed() {
 #ifndef GE_CUDA_EMULATED
@@ -45,8 +45,8 @@ __device__ inline void copies_landed() {
 #endif
 }
 
-// A chunk of a tile, of which the first n elements are at `source` and the others 0. n = 0: `source` may be any address
-// that is aligned if `aligned` says so.
+// Loads a chunk of a tile: n elements from `source`, then zeros. With n = 0 `source` may be any address; it is aligned if
+// `aligned` says so.
 __device__ inline void load_chunk(const bfloat16* source, int n, bool aligned, bfloat16* to) {
   constexpr int kChunk = kPack<bfloat16>;
   if (aligned) {
@@ -59,14 +59,14 @@ __device__ inline void load_chunk(const bfloat16* source, int n, bool aligned, b
   store16(values, to);
 }
 
-// How many elements of a chunk of kPack lie before the end, `left` away.
+// How many elements of a chunk of kPack exist when `left` are left.
 __device__ inline int chunk_elements(int64_t left) {
   constexpr int kChunk = kPack<bfloat16>;
   return left <= 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
 }
 
-// kThreads threads, a block if `thread` is not given, fill a tile from rows `stride` apart; what is behind `rows` and
-// `columns` becomes 0. `aligned`: rows_aligned(from, stride).
+// kThreads threads, a block if `thread` is not given, fill a tile from rows `stride` apart. Elements behind `rows` and
+// `columns` become 0. `aligned`: rows_aligned(from, stride).
 template <typename T, int kThreads>
 __device__ inline void load_tile(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, bool aligned,
                                  bfloat16* tile, int thread = static_cast<int>(threadIdx.x)) {
@@ -75,7 +75,7 @@ __device__ inline void load_tile(const bfloat16* from, int64_t stride, int64_t r
   for (int k = 0; k < T::kRows * T::kChunks / kThreads; ++k) {
     const int i = k * kThreads + thread, row = i / T::kChunks, chunk = i % T::kChunks;
     const int n = row < rows ? chunk_elements(columns - chunk * T::kChunk) : 0;
-    load_chunk(n > 0 ? from + row * stride + chunk * T::kChunk : from, n, aligned, tile + T::place(row, chunk));
+    load_chunk(n > 0 ? from + row * stride + chunk * T::kChunk : from, n, aligned, tile + T::offset(row, chunk));
   }
 }
 
@@ -87,8 +87,8 @@ struct FragmentPayload {
 };
 #endif
 
-// One warp: four 8 x 8 matrices out of a tile. Lane l gives row l % 8 of matrix l / 8; out[i] of lane l are elements
-// (l / 4, 2 (l % 4) and the next) of matrix i, or of its transpose.
+// One warp loads four 8 x 8 matrices of a tile. Lane l gives the address of row l % 8 of matrix l / 8. out[i] of lane l are
+// elements (l / 4, 2 (l % 4) and the next) of matrix i, or of its transpose.
 template <bool kTransposed>
 __device__ inline void load_fragments(const bfloat16* row, uint32_t (&out)[4]) {
 #ifdef GE_CUDA_EMULATED
@@ -124,21 +124,21 @@ __device__ inline void load_fragments(const bfloat16* row, uint32_t (&out)[4]) {
 #endif
 }
 
-// a[16, 16] and two b[16, 8] as mma.cuh wants them, from row m or column n and from k on in their tiles. kAcross: the
+// a[16, 16] and two b[16, 8] as mma.cuh takes them, from row m or column n and from k on in their tiles. kAcross: the
 // tile's rows are k, else m or n.
 template <typename T, bool kAcross>
 __device__ inline void load_a(const bfloat16* tile, int m, int k, uint32_t (&a)[4]) {
   const int lane = threadIdx.x % kWarpSize, matrix = lane / 8;
   const int along_m = m + matrix % 2 * 8, along_k = k + matrix / 2 * 8;
   load_fragments<kAcross>(
-      tile + (kAcross ? T::place(along_k + lane % 8, along_m / 8) : T::place(along_m + lane % 8, along_k / 8)), a);
+      tile + (kAcross ? T::offset(along_k + lane % 8, along_m / 8) : T::offset(along_m + lane % 8, along_k / 8)), a);
 }
 template <typename T, bool kAcross>
 __device__ inline void load_two_b(const bfloat16* tile, int n, int k, uint32_t (&b)[4]) {
   const int lane = threadIdx.x % kWarpSize, matrix = lane / 8;
   const int along_n = n + matrix / 2 * 8, along_k = k + matrix % 2 * 8;
   load_fragments<kAcross>(
-      tile + (kAcross ? T::place(along_k + lane % 8, along_n / 8) : T::place(along_n + lane % 8, along_k / 8)), b);
+      tile + (kAcross ? T::offset(along_k + lane % 8, along_n / 8) : T::offset(along_n + lane % 8, along_k / 8)), b);
 }
 
 }  // namespace grpo_engine

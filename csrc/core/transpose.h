@@ -83,8 +83,8 @@ GE_INLINE VecF second_bf16(VecF a) {
 }
 #endif
 
-// What a vector of 32-bit words holds, and use(i, lanes) for each part: one float, or two bfloat16, in order or
-// (kDown) the other way round; or a pair of bfloat16 as it is.
+// Calls use(i, lanes) for each part of a vector of 32-bit words. A word holds one float, a pair of bfloat16, or two
+// bfloat16, in order or (kDown) in reverse.
 template <bool kDown, typename Use>
 GE_INLINE void each_operand(VecF v, int64_t word, const float*, Use use) {
   use(word, v);
@@ -102,7 +102,7 @@ GE_INLINE void each_operand(VecF v, int64_t word, const Bf16Pair*, Use use) {
 }
 #endif
 
-// How the 16 bytes are read: as values of storage type, or as pairs where those are the operands.
+// The type as which the 16 bytes are read: values of storage type, or pairs where pairs are the operands.
 template <typename S, typename O>
 struct StoredAs { using type = S; };
 template <>
@@ -110,7 +110,7 @@ struct StoredAs<bfloat16, Bf16Pair> { using type = Bf16Pair; };
 template <typename S, typename O>
 using Stored = typename StoredAs<S, O>::type;
 
-// use(k, operands k of the 16 rows) in ascending k, or (kDown) descending, for the 16 bytes at each row(i).
+// Calls use(k, operands k of the 16 rows) for the 16 bytes at each row(i), in ascending k or (kDown) descending.
 template <typename T, bool kDown = false, typename Row, typename Use>
 GE_INLINE void transpose16(Row row, Use use) {
   const T* type = nullptr;

@@ -1,16 +1,16 @@
-// wgmma.cuh -- a warpgroup's product of bfloat16 tiles in shared memory on Hopper's tensor cores, float32 sums.
+// wgmma.cuh -- a warpgroup's matmul of bfloat16 tiles in shared memory on Hopper's tensor cores, float32 sums.
 //
 //   d[64, N] = a[64, 16] b[16, N] + d      wgmma.mma_async.m64nNk16, sm_90a alone; `add`: else without d
 //
-// A tile is lines of 64 elements, 128 bytes, whose chunks of 16 bytes are permuted as in Tile (tile_load.cuh) and which
-// start at a multiple of 1,024 bytes:
+// A tile is lines of 64 elements, 128 bytes. It starts at a multiple of 1,024 bytes. The chunks of 16 bytes of a line are
+// permuted as in Tile (tile_load.cuh):
 //   k adjacent    a line for each row of a or column of b: 64 of its k
 //   k across      a line for each of 64 k: 64 rows of a or columns of b; then the next 64 rows or columns
-// Warp w of the warpgroup has rows 16 w to 16 w + 15 of d; d[j] is what mma.cuh has in its columns 8 j to 8 j + 7.
+// Warp w of the warpgroup has rows 16 w to 16 w + 15 of d. d[j] is what mma.cuh has in its columns 8 j to 8 j + 7.
 //
-// The products run beside the threads that start them: between wgmma_begin and wgmma_done neither d nor the tiles may be
-// touched. They see what cp.async wrote after wgmma_sees_copies and a barrier. The emulator has none of this: there, and on
-// other GPUs, mma.cuh does the same sums.
+// The matmuls run beside the threads that start them. Between wgmma_begin and wgmma_done neither d nor the tiles may be
+// touched. The matmuls see what cp.async wrote after wgmma_sees_copies and a barrier. The emulator has none of this. There,
+// and on other GPUs, mma.cuh computes the same sums.
 #pragma once
 #ifdef GE_CUDA_EMULATED
 #error "not on the emulator"
@@ -24,8 +24,8 @@ inline constexpr int kWgmmaLine = 64;      // elements
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Where the product finds a tile's lines: the next eight of them 1,024 bytes on; k across: the next 64 rows or columns
-// 64 lines on.
+// The descriptor of a tile's lines. The next eight lines follow 1,024 bytes on. With k across the next 64 rows or columns
+// follow 64 lines on.
 __device__ inline uint64_t wgmma_tile(const bfloat16* first) {
   constexpr uint64_t kSwizzle128 = 1;
   const auto at = static_cast<uint64_t>(__cvta_generic_to_shared(first));
@@ -37,12 +37,12 @@ inline constexpr uint64_t kWgmmaNextK = (kAcross ? 16 * 128 : 16 * 2) >> 4;
 
 __device__ inline void wgmma_sees_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Closes the group of products since the last call.
+// Closes the group of matmuls since the last call.
 __device__ inline void wgmma_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits for all products but those of the last kPending groups.
+// Waits for all matmuls, except those of the last kPending groups.
 template <int kPending>
 __device__ inline void wgmma_done() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
-// Keeps the compiler from reading d before the wait that stands above.
+// Keeps the compiler from reading d before the wait above.
 template <int kColumns>
 __device__ inline void wgmma_result(float (&d)[kColumns][4]) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// adamw.cuh -- a float32 weight as its bfloat16 and the 16 bits that this leaves out; for the host and for the device.
+// adamw.cuh -- splits a float32 weight into a bfloat16 and the remaining 16 bits, for the host and the device.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace grpo_engine {
 
-// bits(x) = (high << 16) + low: high is x rounded to nearest, ties away from zero, for which low fits its 16 bits.
+// bits(x) = (high << 16) + low. high is x rounded to nearest, ties away from zero; with that rounding low fits 16 bits.
 struct SplitFloat {
   uint16_t high;
   int16_t low;

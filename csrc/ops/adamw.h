@@ -4,15 +4,15 @@
 //   m = m + (1 - beta1) (g - m)                       v = beta2 v + (1 - beta2) g^2
 //   p = p (1 - lr weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //
-// The arithmetic of an element is float32 (float64 for float64). The norm adds squares lane by lane inside
-// a block of kAdamwBlock elements and blocks in order in float64, whatever the threads; where it is not
-// finite nothing is written. On CUDA a block's squares are added by one tree and the blocks by another; the norm stays on
-// the device, where the step reads it. Loshchilov and Hutter 2019, arXiv:1711.05101.
+// The arithmetic of an element is float32 (float64 for float64). The norm adds squares lane by lane inside a block of
+// kAdamwBlock elements, then blocks in order in float64. The number of threads changes no bit. Where the norm is not finite,
+// nothing is written. On CUDA one tree adds a block's squares and another the blocks. The norm stays on the device, where
+// the step reads it. Loshchilov and Hutter 2019, arXiv:1711.05101.
 //
-// A bfloat16 weight rounds a step of a small learning rate away. So it may come with `low`, the 16 bits that make a
-// float32 of it (adamw.cuh), the master weight: the step is then that of the float32 weight, bit for bit, with float32 m and
-// v and a gradient of either type, and it writes both halves. Together they take the four bytes of a float32, where a
-// master beside its bfloat16 takes six. Mixed precision: Micikevicius et al. 2018, arXiv:1710.03740.
+// A bfloat16 weight rounds a step of a small learning rate away. So it may come with `low`, the other 16 bits of a float32
+// master weight (adamw.cuh). The step is then that of the float32 weight, bit for bit, and writes both halves. m and v are
+// float32, the gradient is of either type. Both halves take the four bytes of a float32; a master beside its bfloat16 takes
+// six. Mixed precision: Micikevicius et al. 2018, arXiv:1710.03740.
 //
 //   param, grad, m, v: contiguous, of one size and dtype per parameter; with low: bfloat16, either, float32, float32
 #pragma once

@@ -1,5 +1,5 @@
-// decoder_layer_call.h -- what decoder_layer asks of its inputs, wherever it runs: decoder_layer_tiles.cpp on a CPU,
-// decoder_layer_cuda.cpp on CUDA.
+// decoder_layer_call.h -- the inputs of decoder_layer and their checks. decoder_layer_tiles.cpp (CPU) and
+// decoder_layer_cuda.cpp share them.
 #pragma once
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
@@ -25,13 +25,13 @@ struct Weights {
   const Tensor &out, &mlp_norm, &gate_up, &down;
 };
 
-// What every stage needs to know.
+// The facts that every stage needs.
 struct Layer {
   Weights w;
   DType dtype;
   int64_t D, F, H, K, E;
   double theta, eps;
-  bool batch_invariant = true;  // of the products on CUDA
+  bool batch_invariant = true;  // of the matmuls on CUDA
 
   int64_t qkv_width() const { return (H + 2 * K) * E; }
 };
@@ -87,7 +87,7 @@ inline Heads split(const Layer& l, const Tensor& qkv) {
   return {heads(0, l.H), heads(l.H, l.K), heads(l.H + l.K, l.K)};
 }
 
-// What a backward pass returns for the bias before it is summed; without a bias there is no gradient, [0].
+// The gradient that a backward pass returns for the bias before it is summed; [0] without a bias.
 inline Tensor bias_gradient(const Tensor& x, const std::optional<Tensor>& qkv_bias) {
   return qkv_bias ? at::empty_like(*qkv_bias) : at::empty({0}, x.options());
 }

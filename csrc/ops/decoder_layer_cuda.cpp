@@ -1,5 +1,5 @@
-// decoder_layer on CUDA: its single ops, one after another. The tiles of decoder_layer_tiles.cpp are for a CPU's cache; here a
-// product of all rows is what keeps the device busy, and a CUDA graph takes away what the launches cost.
+// decoder_layer on CUDA: its single ops, one after another. The tiles of decoder_layer_tiles.cpp are for a CPU's cache. A
+// GPU needs a matmul of all rows to be busy, and a CUDA graph removes the cost of the launches.
 #include <ATen/Functions.h>
 #include <torch/library.h>
 

@@ -7,12 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <tuple>
 
 #include "core/op_call.h"
 #include "core/parallel.h"
+#include "core/scratch.h"
 #include "ops/decoder_layer_call.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
@@ -30,7 +30,7 @@ using namespace layer;
 // A tile goes from stage to stage inside the second-level cache. It starts at a chunk of the norms' dweight.
 constexpr int64_t kTileRows = 256;
 static_assert(kTileRows % kRmsNormRows == 0);
-// Under so many rows the threads share each product, by its columns, instead of the rows.
+// With fewer rows the threads share each matmul by its columns, not its rows.
 constexpr int64_t kFewRows = 64;
 
 // stage(first row, rows) over all T rows, on all threads.
@@ -53,11 +53,11 @@ void each_tile(int64_t T, Stage stage) {
 class TileBuffer {
  public:
   TileBuffer(const Tensor& like, int64_t rows, int64_t width)
-      : memory_(scratch_alloc(rows * width * static_cast<int64_t>(like.element_size())), &scratch_free) {}
-  operator void*() const { return memory_.get(); }
+      : memory_(rows * width * static_cast<int64_t>(like.element_size())) {}
+  operator void*() const { return memory_.data(); }
 
  private:
-  std::unique_ptr<void, decltype(&scratch_free)> memory_;
+  Scratch memory_;
 };
 
 void* row_of(const Tensor& t, int64_t row) {
@@ -69,19 +69,19 @@ void* row_of(const Tensor& t, int64_t row) {
 // y [rows, O] = x [rows, I] weight^T + bias
 void project(const Layer& l, int64_t rows, const void* x, const Tensor& weight, const std::optional<Tensor>& bias,
              void* y) {
-  gemm(linear_product(l.dtype, rows, weight.size(1), weight.size(0), x, weight.const_data_ptr(),
+  gemm(linear_matmul(l.dtype, rows, weight.size(1), weight.size(0), x, weight.const_data_ptr(),
                       bias ? bias->const_data_ptr() : nullptr, y));
 }
 
 // dx [rows, I] = dy [rows, O] weight
 void project_back(const Layer& l, int64_t rows, const void* dy, const Tensor& weight, void* dx) {
-  gemm(linear_dx_product(l.dtype, rows, weight.size(1), weight.size(0), dy, weight.const_data_ptr(), dx));
+  gemm(linear_dx_matmul(l.dtype, rows, weight.size(1), weight.size(0), dy, weight.const_data_ptr(), dx));
 }
 
 // dweight [O, I] = dy [T, O]^T x [T, I]
 Tensor weight_gradient(const Layer& l, const Tensor& dy, const Tensor& x) {
   Tensor dweight = at::empty({dy.size(1), x.size(1)}, x.options());
-  gemm(linear_dweight_product(l.dtype, dy.size(0), x.size(1), dy.size(1), dy.const_data_ptr(),
+  gemm(linear_dweight_matmul(l.dtype, dy.size(0), x.size(1), dy.size(1), dy.const_data_ptr(),
                               x.const_data_ptr(), dweight.mutable_data_ptr()));
   return dweight;
 }

@@ -4,9 +4,9 @@
 //   entropy[t] = -sum_v p log p,  p = softmax(z[t])                      nats
 //   dlogits[t,v] = (g_logprob (1[v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
 //
-// The row is reduced by core/row_stats.h (CUDA: row_stats.cuh), so the log-prob equals that of sample_token on
-// the same device bit for bit. On CUDA a target outside [0, V) makes its row NaN.
-// -inf logits are tokens of probability 0; a NaN or +inf logit makes its row NaN and no other.
+// core/row_stats.h (CUDA: row_stats.cuh) reduces the row, so the log-prob equals that of sample_token on the same device bit
+// for bit. A -inf logit is a token of probability 0. A NaN or +inf logit makes its row NaN and no other. On CUDA a target
+// outside [0, V) makes its row NaN.
 //
 //   logits, dlogits [T, V] float32, bfloat16 or float64     target [T] int64 in [0, V)
 //   logprob, entropy, g_logprob, g_entropy [T] float32 (float64 for float64 logits)

@@ -1,4 +1,4 @@
-// Row arithmetic of group_advantages, for the CPU op and a CUDA kernel alike.
+// Row arithmetic of group_advantages, for the CPU op and the CUDA kernel.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace grpo_engine {
 
-// One prompt: r[0..G) -> out[0..G). Works in double; G is small (<= a few thousand).
+// One prompt: r[0..G) -> out[0..G), in double. G is at most a few thousand.
 template <typename T>
 GE_HOST_DEVICE inline void group_advantages_row(const T* r, T* out, int64_t G, double eps,
                                                 AdvantageStd std_mode) {

@@ -4,8 +4,8 @@
 //   population  the same, std divides by G
 //   none        A[p,g] =  r[p,g] - mean_g r[p,:]                           (Dr. GRPO)
 //
-// All rewards of a group equal -> A = 0 exactly, in every mode. A NaN or infinite reward makes its
-// own group NaN and no other.
+// A zero-variance group (all rewards equal) has A = 0 exactly, in every mode. A NaN or infinite reward makes its own group
+// NaN and no other.
 // Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2; without std: Liu et al. 2025, arXiv:2503.20783.
 //
 //   rewards [P, G]  float32 or float64, contiguous      P prompts, G >= 2 answers each

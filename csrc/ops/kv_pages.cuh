@@ -1,4 +1,4 @@
-// kv_pages.cuh -- where a key or value lies in the paged cache; one definition for all who ask.
+// kv_pages.cuh -- where a key or value lies in the paged cache, defined once for all kernels.
 //
 //   key_pages   [num_pages, K, E, page]   a page holds its keys transposed: 16 keys side by side
 //   value_pages [num_pages, K, page, E]   are what attention loads at once
@@ -21,12 +21,12 @@ GE_HOST_DEVICE static inline int64_t kv_page_offset(const KvPageShape& s, int64_
                                                     int64_t kv_head) {
   return (page_index * s.K + kv_head) * s.E * s.page;
 }
-// Element e = 0 of the key in a slot; the next element is s.page further.
+// Element e = 0 of the key in a slot. The next element is s.page further.
 GE_HOST_DEVICE static inline int64_t key_offset(const KvPageShape& s, int64_t slot,
                                                 int64_t kv_head) {
   return kv_page_offset(s, slot / s.page, kv_head) + slot % s.page;
 }
-// Element e = 0 of the value in a slot; the next element follows.
+// Element e = 0 of the value in a slot. The next element follows it.
 GE_HOST_DEVICE static inline int64_t value_offset(const KvPageShape& s, int64_t slot,
                                                   int64_t kv_head) {
   return kv_page_offset(s, slot / s.page, kv_head) + slot % s.page * s.E;

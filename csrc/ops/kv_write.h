@@ -3,9 +3,9 @@
 //   key_pages  [page of slot[t], k, :, offset of slot[t]] = key[t,k,:]
 //   value_pages[page of slot[t], k, offset of slot[t], :] = value[t,k,:]
 //
-// slot[t] = page index * page size + offset; -1 skips the token (padding, or a shared prompt that is
-// there already). Of two tokens with one slot the later wins. All slots are checked before the first
-// write; on CUDA a slot outside the cache is skipped. Bits are copied as they are, NaN included.
+// slot[t] = page index * page size + offset. -1 skips the token: padding, or a shared prompt that is in the cache already.
+// Of two tokens with one slot the later wins. All slots are checked before the first write. On CUDA a slot outside the cache
+// is skipped. Bits are copied unchanged, NaN included.
 //
 //   key, value [T, K, E]  rows contiguous, any stride over T         slot [T] int64
 //   key_pages [num_pages, K, E, page]   value_pages [num_pages, K, page, E]   dtype of key

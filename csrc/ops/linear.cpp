@@ -74,7 +74,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::opt
   at::Tensor y = forward_meta(x, weight, bias, out_dtype, batch_invariant);
   if (by_library(x, batch_invariant)) {
     const bool wide = y.scalar_type() != x.scalar_type();
-    library_product(x, weight.t(), y, bias && !wide ? *bias : at::Tensor());
+    library_matmul(x, weight.t(), y, bias && !wide ? *bias : at::Tensor());
     return bias && wide ? y.add_(*bias) : y;
   }
   GemmArgs args{};
@@ -125,8 +125,8 @@ Three backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weig
   }
   if (by_library(dy, batch_invariant)) {
     const at::Tensor factor = dy.to(x.scalar_type());
-    if (need_x) library_product(factor, weight, dx);
-    if (need_weight) library_product(factor.t(), x, dweight);
+    if (need_x) library_matmul(factor, weight, dx);
+    if (need_weight) library_matmul(factor.t(), x, dweight);
     return {dx, dweight, dbias};
   }
   GemmArgs args{};

@@ -3,15 +3,16 @@
 //   y[t,o] = sum_i x[t,i] weight[o,i] + bias[o]
 //   dx[t,i] = sum_o dy[t,o] weight[o,i]    dweight[o,i] = sum_t dy[t,o] x[t,i]    dbias[o] = sum_t dy[t,o]
 //
-// All three products are core/gemm.h: each output element is one chain of fused multiply-adds in float32 for
-// float32 and bfloat16, so that a row of y has the same bits in a batch of any size, on any number of threads.
-// The index of the sum ascends for float32, where subnormals are kept, and descends for bfloat16, where they
-// count as 0. Results are rounded once, to nearest even. NaN and inf travel as IEEE arithmetic has it.
-// On CUDA likewise, in ascending order and with subnormals, but for bfloat16: there each 256 terms are one chain of the
-// tensor cores' products of 16 terms, these sums are added in ascending order, and a float32 dy counts as the sum of two
-// bfloat16. The bits depend neither on the batch nor on the size of the tiles.
-// batch_invariant = false hands the products on CUDA to torch's library (cuBLAS), whose sums change with the shape; a
-// float32 dy is rounded to the dtype of x first.
+// core/gemm.h computes all three matmuls. Each output element is one chain of fused multiply-adds in float32 for float32
+// and bfloat16. So a row of y has the same bits in a batch of any size, on any number of threads. The index of the sum
+// ascends for float32, where subnormals are kept. It descends for bfloat16, where subnormals count as 0. Results are
+// rounded once, to nearest even. NaN and inf follow IEEE arithmetic.
+//
+// On CUDA the order is ascending and subnormals are kept. For float32 an element is one chain, as on the CPU. For bfloat16
+// each 256 terms are one chain of the tensor cores' sums of 16 terms, and these chains are added in ascending order. A
+// float32 dy counts as the sum of two bfloat16. The bits depend neither on the batch nor on the size of the tiles.
+// batch_invariant = false hands the matmuls on CUDA to torch's library (cuBLAS), whose sums change with the shape. A float32
+// dy is then rounded to the dtype of x first.
 //
 //   x, dx [T, I]   weight, dweight [O, I]   bias, dbias [O]   y, dy [T, O]      T, I = 0 are allowed
 #pragma once
@@ -37,9 +38,9 @@ struct GemmArgs {
   const void* a_low = nullptr;  // CUDA, bfloat16: A is a + a_low; the terms of a come first
 };
 
-GE_CPU_PRODUCT_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
+GE_CPU_MATMUL_KERNEL(gemm, GemmArgs)  // items: blocks of C, down the rows first
 
-// Runs the whole product over the thread pool.
+// Runs the whole matmul over the thread pool.
 void gemm(GemmArgs args);
 
 // A and B of one dtype.
@@ -47,19 +48,19 @@ void gemm_cuda(const GemmArgs&, CudaStream);
 // x[i] as the sum of two bfloat16, for A of gemm_cuda.
 void split_cuda(const float* x, int64_t count, bfloat16* high, bfloat16* low, CudaStream);
 
-// The three products of a layer whose x, dy, weight and results all have one dtype and adjacent rows.
+// The three matmuls of a layer whose x, dy, weight and results all have one dtype and adjacent rows.
 // y [T, O] = x [T, I] weight^T + bias
-inline GemmArgs linear_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* x, const void* weight,
+inline GemmArgs linear_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* x, const void* weight,
                                const void* bias, void* y) {
   return {dtype, dtype, dtype, T, O, I, x, I, 1, weight, 1, I, bias, y, O, false, 0, 0};
 }
 // dx [T, I] = dy [T, O] weight
-inline GemmArgs linear_dx_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
+inline GemmArgs linear_dx_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
                                   const void* weight, void* dx) {
   return {dtype, dtype, dtype, T, I, O, dy, O, 1, weight, I, 1, nullptr, dx, I, false, 0, 0};
 }
 // dweight [O, I] = dy^T x
-inline GemmArgs linear_dweight_product(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
+inline GemmArgs linear_dweight_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
                                        const void* x, void* dweight) {
   return {dtype, dtype, dtype, O, I, T, dy, 1, O, x, I, 1, nullptr, dweight, I, false, 0, 0};
 }

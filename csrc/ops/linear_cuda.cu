@@ -22,7 +22,7 @@ struct MmaShape {
   static constexpr int kM = kM_, kN = kN_;                    // of a block
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
-  static constexpr int kRows = kM / kWarpsM / 16, kColumns = kN / kWarpsN / 8;  // of a warp, in products of mma.cuh
+  static constexpr int kRows = kM / kWarpsM / 16, kColumns = kN / kWarpsN / 8;  // of a warp, in mmas of mma.cuh
   static_assert(kColumns % 2 == 0);
 };
 using LargeMma = MmaShape<128, 128, 2, 4, 1>;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     gemm_mma_kernel(GemmArgs a, bool a_aligned, bool b_aligned, bool pairs) {
   using Tiles = MmaTiles<Shape, kAcrossA, kAcrossB>;
   bfloat16* const shared = dynamic_shared<bfloat16>();
-  const Place place(a, Shape::kM, Shape::kN);
+  const TileOrigin origin(a, Shape::kM, Shape::kN);
   const int64_t slices = (a.K + kK - 1) / kK, stages = a.a_low ? 2 * slices : slices;
 
   const auto load = [&](int64_t stage) {
@@ -52,18 +52,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
       const auto* from_b = static_cast<const bfloat16*>(a.b);
       bfloat16* to = shared + stage % kStages * Tiles::kStage;
       if constexpr (kAcrossA) {
-        load_tile<typename Tiles::A, Shape::kThreads>(from_a + k * a.a_col + place.m, a.a_col, a.K - k, a.M - place.m,
+        load_tile<typename Tiles::A, Shape::kThreads>(from_a + k * a.a_col + origin.m, a.a_col, a.K - k, a.M - origin.m,
                                                       a_aligned, to);
       } else {
-        load_tile<typename Tiles::A, Shape::kThreads>(from_a + place.m * a.a_row + k, a.a_row, a.M - place.m, a.K - k,
+        load_tile<typename Tiles::A, Shape::kThreads>(from_a + origin.m * a.a_row + k, a.a_row, a.M - origin.m, a.K - k,
                                                       a_aligned, to);
       }
       to += Shape::kM * kK;
       if constexpr (kAcrossB) {
-        load_tile<typename Tiles::B, Shape::kThreads>(from_b + k * a.b_row + place.n, a.b_row, a.K - k, a.N - place.n,
+        load_tile<typename Tiles::B, Shape::kThreads>(from_b + k * a.b_row + origin.n, a.b_row, a.K - k, a.N - origin.n,
                                                       b_aligned, to);
       } else {
-        load_tile<typename Tiles::B, Shape::kThreads>(from_b + place.n * a.b_col + k, a.b_col, a.N - place.n, a.K - k,
+        load_tile<typename Tiles::B, Shape::kThreads>(from_b + origin.n * a.b_col + k, a.b_col, a.N - origin.n, a.K - k,
                                                       b_aligned, to);
       }
     }
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int warp_m = warp / Shape::kWarpsN * Shape::kRows * 16, warp_n = warp % Shape::kWarpsN * Shape::kColumns * 8;
-  const int64_t first_m = place.m + warp_m + lane / 4, first_n = place.n + warp_n + lane % 4 * 2;
+  const int64_t first_m = origin.m + warp_m + lane / 4, first_n = origin.n + warp_n + lane % 4 * 2;
   float total[Shape::kRows][Shape::kColumns][4] = {}, d[Shape::kRows][Shape::kColumns][4] = {};
   if (a.accumulate) {
 #pragma unroll
@@ -155,14 +155,14 @@ void run_mma_for(const GemmArgs& a, CudaStream stream) {
 
 // ---------------------------------------------------------------- bfloat16: a few rows
 
-// Decoding reads the weights once for a few rows, and what counts is how many loads are under way. A block has all rows and
+// Decoding reads the weights once for a few rows, and what counts is how many loads are in flight. A block has all rows and
 // a few columns; its warps take the chunks of k in turn, each with tiles of its own and without a barrier, and after each
 // round the chunks' sums meet in shared memory.
 template <int kM_, int kN_, int kStages_, int kWarps_>
 struct FewRowsShape {
   static constexpr int kM = kM_, kN = kN_;                 // of a block, and of each of its warps
   static constexpr int kStages = kStages_, kWarps = kWarps_;  // warps at most
-  static constexpr int kRows = kM / 16, kColumns = kN / 8;    // in products of mma.cuh
+  static constexpr int kRows = kM / 16, kColumns = kN / 8;    // in mmas of mma.cuh
   using A = Tile<kM, kK>;
   using B = Tile<kN, kK>;
   static constexpr int kStage = (kM + kN) * kK;  // elements
@@ -262,7 +262,7 @@ void run_few_rows(const GemmArgs& a, CudaStream stream) {
          pairs_aligned(a));
 }
 
-// Not for every product: rows of A and columns of B with k adjacent, into a fresh C.
+// Not for every matmul: rows of A and columns of B with k adjacent, into a fresh C.
 bool has_few_rows(const GemmArgs& a) {
   return a.M > 0 && a.M <= kFewRows && a.K > 0 && a.a_col == 1 && a.b_row == 1 && !a.a_low && !a.accumulate;
 }
@@ -335,10 +335,10 @@ __global__ void __launch_bounds__(Shape::kThreads) gemm_fma_kernel(GemmArgs a) {
   constexpr int kPartsM = Shape::kM / Shape::kRows, kPartsN = Shape::kN / Shape::kColumns, kWide = kPack<A>;
   constexpr int kSideA = Shape::kK * Shape::kPadM, kSideB = Shape::kK * Shape::kPadN;
   __shared__ Stored<A> shared_a[2 * kSideA / kWide], shared_b[2 * kSideB / kWide];
-  const Place place(a, Shape::kM, Shape::kN);
+  const TileOrigin origin(a, Shape::kM, Shape::kN);
   const int part_m = threadIdx.x / kPartsN, part_n = threadIdx.x % kPartsN;
-  const auto m_of = [&](int i) { return place.m + along<A, kPartsM>(part_m, i); };
-  const auto n_of = [&](int j) { return place.n + along<A, kPartsN>(part_n, j); };
+  const auto m_of = [&](int i) { return origin.m + along<A, kPartsM>(part_m, i); };
+  const auto n_of = [&](int j) { return origin.n + along<A, kPartsN>(part_n, j); };
   const A* const from_a = static_cast<const A*>(a.a);
   const A* const from_b = static_cast<const A*>(a.b);
   A* const c = static_cast<A*>(a.c);
@@ -356,8 +356,8 @@ __global__ void __launch_bounds__(Shape::kThreads) gemm_fma_kernel(GemmArgs a) {
   FmaTile<Shape, Shape::kM> next_a;
   FmaTile<Shape, Shape::kN> next_b;
   const auto load = [&](int64_t k) {
-    next_a.load(from_a, a.a_col, a.a_row, k, a.K, place.m, a.M);
-    next_b.load(from_b, a.b_row, a.b_col, k, a.K, place.n, a.N);
+    next_a.load(from_a, a.a_col, a.a_row, k, a.K, origin.m, a.M);
+    next_b.load(from_b, a.b_row, a.b_col, k, a.K, origin.n, a.N);
   };
   load(0);
   for (int64_t k = 0, side = 0; k < a.K; k += Shape::kK, side ^= 1) {

@@ -1,16 +1,16 @@
-// linear_tiles.cuh -- what the kernels of a bfloat16 product share: which tile a block has, and how C is written.
+// linear_tiles.cuh -- what the kernels of a bfloat16 matmul share: the tile of a block, and the writes to C.
 #pragma once
 #include "core/cuda_values.cuh"
 #include "ops/linear.h"
 
 namespace grpo_engine {
 
-// Tiles of C in the order in which they start: columns of at most kTall tiles, so that those at work together share
+// The first element of a block's tile of C. Tiles start in columns of at most kTall tiles. So those in flight together share
 // rows of A and columns of B in the second-level cache.
-struct Place {
+struct TileOrigin {
   int64_t m, n;  // first row and column
 
-  __device__ Place(const GemmArgs& a, int64_t rows, int64_t columns) {
+  __device__ TileOrigin(const GemmArgs& a, int64_t rows, int64_t columns) {
     constexpr int64_t kTall = 16;
     const int64_t down = (a.M + rows - 1) / rows, across = (a.N + columns - 1) / columns, index = blockIdx.x;
     const int64_t first = index / (kTall * across) * kTall, tall = down - first < kTall ? down - first : kTall;
@@ -20,9 +20,9 @@ struct Place {
   }
 };
 
-// The tile's shape decides which elements a block has and nothing about their bits: each is one sum over k. In float32 and
-// float64 it is a chain; in bfloat16 one chain for each chunk of k, from zero, and the chunks in ascending order, so that
-// a few rows can have warps that share k.
+// The tile's shape decides which elements a block has, and nothing about their bits. Each element is one sum over k. In
+// float32 and float64 the sum is a chain. In bfloat16 it is one chain for each chunk of k, from zero, then the chunks in
+// ascending order. So several warps can share the k of a few rows.
 template <typename Shape>
 int64_t tiles_of(const GemmArgs& a) { return ceil_div(a.M, Shape::kM) * ceil_div(a.N, Shape::kN); }
 
@@ -64,7 +64,7 @@ __device__ inline float bias_of(const GemmArgs& a, int64_t n) {
   return a.bias && n < a.N ? to_arith(static_cast<const bfloat16*>(a.bias)[n]) : 0.f;
 }
 
-// Whether two neighbours of C, the first of them at an even place, may be written at once.
+// Whether two neighbours of C may be written at once, when the first has an even index.
 inline bool pairs_aligned(const GemmArgs& a) {
   const int64_t size = a.c_dtype == DType::f32 ? 4 : 2;
   return reinterpret_cast<uintptr_t>(a.c) % (2 * size) == 0 && a.c_row % 2 == 0;

@@ -1,5 +1,5 @@
-// linear_wgmma.cuh -- products of bfloat16 by wgmma.cuh, on Hopper. The same sums as linear_cuda.cu's by mma.cuh, with
-// the same bits: chains of kChunk terms of k from zero, added up in ascending order.
+// linear_wgmma.cuh -- matmuls of bfloat16 by wgmma.cuh, on Hopper. The sums and their bits are those of linear_cuda.cu by
+// mma.cuh: chains of kChunk terms of k from zero, added in ascending order.
 #pragma once
 #include "core/tile_load.cuh"
 #include "ops/linear_tiles.cuh"
@@ -16,7 +16,7 @@ inline void run_wgmma(const GemmArgs&, CudaStream) {}
 
 #else
 
-// kM x kN elements of C, a warpgroup for each 64 rows.
+// kM x kN elements of C. A warpgroup has 64 rows.
 template <int kWarpgroups, int kN_, int kStages_, int kResident_>
 struct WgmmaShape {
   static constexpr int kM = 64 * kWarpgroups, kN = kN_;  // of a block
@@ -32,7 +32,7 @@ using SmallWgmma = WgmmaShape<1, 64, 4, 3>;
 
 constexpr int64_t kLongestStride = 1 << 23;  // a tile's offsets are int
 
-// One operand of a block: its share of the copies, the same in each stage. kAcross: lines are k, else rows or columns.
+// A thread's copies of one operand, the same in each stage. kAcross: lines are k, else rows or columns.
 template <int kLines, bool kAcross, int kThreads>
 struct WgmmaCopies {
   static constexpr int kEach = (kLines * 8 + kThreads - 1) / kThreads;  // of a thread: chunk threadIdx.x % 8 of a line
@@ -56,7 +56,7 @@ struct WgmmaCopies {
     }
   }
 
-  // From `tile`, the stage's first element in the matrix; `left` of k are there.
+  // From `tile`, the stage's first element in the matrix. The matrix has `left` more of k.
   __device__ void start(const bfloat16* tile, int64_t left, bfloat16* to) const {
     const int in_line = kAcross ? 8 : chunk_elements(left - chunk() * 8);
 #pragma unroll
@@ -74,17 +74,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) gemm_wgmma_
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kStages = Shape::kStages, kColumns = Shape::kColumns, kSteps = kWgmmaLine / 16;
   bfloat16* const shared = dynamic_shared<bfloat16>();
-  const Place place(a, Shape::kM, Shape::kN);
+  const TileOrigin origin(a, Shape::kM, Shape::kN);
   const int slices = static_cast<int>((a.K + kWgmmaLine - 1) / kWgmmaLine), stages = a.a_low ? 2 * slices : slices;
   const int64_t stride_a = kAcrossA ? a.a_col : a.a_row, stride_b = kAcrossB ? a.b_row : a.b_col;
-  const WgmmaCopies<Shape::kM, kAcrossA, Shape::kThreads> copies_a(stride_a, a.M - place.m);
-  const WgmmaCopies<Shape::kN, kAcrossB, Shape::kThreads> copies_b(stride_b, a.N - place.n);
-  const bfloat16* const of_b = static_cast<const bfloat16*>(a.b) + place.n * (kAcrossB ? 1 : stride_b);
+  const WgmmaCopies<Shape::kM, kAcrossA, Shape::kThreads> copies_a(stride_a, a.M - origin.m);
+  const WgmmaCopies<Shape::kN, kAcrossB, Shape::kThreads> copies_b(stride_b, a.N - origin.n);
+  const bfloat16* const of_b = static_cast<const bfloat16*>(a.b) + origin.n * (kAcrossB ? 1 : stride_b);
   const auto load = [&](int stage) {
     if (stage < stages) {
       const bool low = stage >= slices;
       const int64_t k = static_cast<int64_t>(low ? stage - slices : stage) * kWgmmaLine;
-      const auto* of_a = static_cast<const bfloat16*>(low ? a.a_low : a.a) + place.m * (kAcrossA ? 1 : stride_a);
+      const auto* of_a = static_cast<const bfloat16*>(low ? a.a_low : a.a) + origin.m * (kAcrossA ? 1 : stride_a);
       bfloat16* const to = shared + stage % kStages * Shape::kStage;
       copies_a.start(of_a + k * (kAcrossA ? stride_a : 1), a.K - k, to);
       copies_b.start(of_b + k * (kAcrossB ? stride_b : 1), a.K - k, to + Shape::kM * kWgmmaLine);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) gemm_wgmma_
   };
 
   const int warpgroup = threadIdx.x / kWgmmaThreads, warp = threadIdx.x / kWarpSize % 4, lane = threadIdx.x % kWarpSize;
-  const int64_t m = place.m + warpgroup * 64 + warp * 16 + lane / 4, first_n = place.n + lane % 4 * 2;
+  const int64_t m = origin.m + warpgroup * 64 + warp * 16 + lane / 4, first_n = origin.n + lane % 4 * 2;
   float total[kColumns][4] = {}, d[kColumns][4];
   if (a.accumulate) {
 #pragma unroll
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) gemm_wgmma_
     for (; stage < end; ++stage) {
       copies_landed<kStages - 3>();
       wgmma_sees_copies();
-      __syncthreads();  // everybody's copies of this stage are there, and the products of the stage before the last are done
+      __syncthreads();  // all copies of this stage are there, and the matmuls of the stage before the last are done
       load(stage + kStages - 2);
       const bfloat16* const tile = shared + stage % kStages * Shape::kStage;
       const uint64_t tile_a = wgmma_tile(tile + warpgroup * 64 * kWgmmaLine);
@@ -159,7 +159,7 @@ void run_wgmma_for(const GemmArgs& a, CudaStream stream) {
   a.b_row != 1 ? run_wgmma<Shape, false, true>(a, stream) : run_wgmma<Shape, false, false>(a, stream);
 }
 
-// Whether this device has wgmma and its machine code is here: other code, compiled at load from PTX, would lack it.
+// Whether this device has wgmma and the binary its machine code. Code that is compiled at load from PTX lacks wgmma.
 inline bool has_wgmma() {
   static const bool has = [] {
     cudaFuncAttributes about;

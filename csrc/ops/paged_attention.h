@@ -1,16 +1,19 @@
-// paged_attention -- causal attention of new tokens over a paged cache: decoding and prefill alike.
+// paged_attention -- causal attention of new tokens over a paged cache, for decoding and prefill.
 //
-// Token j of the q_n new tokens of sequence n sits at position kv_len[n] - q_n + j and sees the keys
-// 0 .. its position, those of the new tokens included (kv_write comes first). Query head h reads kv
-// head h / (H / K). The row algorithm is core/attention.h: the bits of a row depend on its own query
-// and keys alone, whether the prompt came whole or in chunks and wherever its pages lie, and equal
-// those of ragged_attention. CUDA: core/attention.cuh, and core/attention_mma.cuh for bfloat16 with E <= 128, where new
-// tokens of neighbouring sequences that are alone in them read pages that they share once. What is shared changes no bit.
+// Token j of the q_n new tokens of sequence n has position kv_len[n] - q_n + j. It sees the keys 0 .. its position, those of
+// the new tokens included (kv_write comes first). Query head h reads kv head h / (H / K).
 //
-// q_n = 0 is allowed, with any kv_len. Of page_table[n] only the first ceil(kv_len[n] / page)
-// entries are read (none if q_n = 0); slots past kv_len may hold anything. No gradient. CUDA does not
-// check values: rows that see a page outside [0, num_pages) become NaN, and so do those of a sequence whose
-// kv_len is less than q_n or more than max_pages pages hold, and tokens that cu_query gives to no sequence.
+// core/attention.h defines the arithmetic of a row. The bits of a row depend on its own query and keys alone. They do not
+// depend on how the prompt is cut into chunks or which pages hold it, and they equal those of ragged_attention. CUDA runs
+// core/attention.cuh, and core/attention_mma.cuh for bfloat16 with E <= 128. There, sequences with one new token each read
+// their shared pages once, if they are neighbours. This changes no bit.
+//
+// q_n = 0 is allowed, with any kv_len. Of page_table[n] only the first ceil(kv_len[n] / page) entries are read (none if
+// q_n = 0). Slots past kv_len may hold anything. No gradient.
+// CUDA does not check values. These rows become NaN:
+//   - rows that see a page outside [0, num_pages)
+//   - rows of a sequence whose kv_len is less than q_n, or more than max_pages pages hold
+//   - tokens that cu_query gives to no sequence
 // Kwon et al. 2023, arXiv:2309.06180.
 //
 //   query [T, H, E]  rows contiguous, any stride over T     out [T, H, E]  contiguous

@@ -5,7 +5,7 @@
 namespace grpo_engine::GE_ISA {
 namespace {
 
-// A work item and where the blocks of 16 keys and values lie that it sees.
+// A work item, and the addresses of the blocks of 16 keys and values that it sees.
 template <typename S>
 struct PagedItem {
   const S **key, **value;  // [blocks]

@@ -23,11 +23,11 @@ struct PagedKeys {
     __device__ const S* value_row(int i) const { return values + i * E; }
   };
   __device__ Octet octet(int position) const {  // a page holds whole octets
-    const KeyPlace<S> place = at(position);
-    return {place.known, place.key, place.value, shape.page, shape.E};
+    const KeyAddress<S> address = at(position);
+    return {address.known, address.key, address.value, shape.page, shape.E};
   }
 
-  __device__ KeyPlace<S> at(int position) const {
+  __device__ KeyAddress<S> at(int position) const {
     const int size = static_cast<int>(shape.page), page = pages[position / size], slot = position % size;
     if (page < 0 || page >= num_pages) return {nullptr, nullptr, 0, false};
     const int64_t offset = kv_page_offset(shape, page, kv_head);

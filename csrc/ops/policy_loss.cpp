@@ -22,7 +22,7 @@ constexpr const char* kOp = "policy_loss";
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The place of `value` among the allowed names.
+// The index of `value` among the allowed names.
 int parse(const char* argument, std::string_view value, std::initializer_list<std::string_view> names) {
   int i = 0;
   for (std::string_view name : names) {

@@ -3,22 +3,22 @@
 //   d_t = clamp(logprob_t - old_t, -20, 20)              0 when there is no old log-prob (on-policy)
 //   token ratio     r_t = exp(d_t)
 //   sequence ratio  r_t = exp(mean over the sequence's tokens of d)                          (GSPO)
-//   clip    f_t = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high));  where A < 0: min(f, -A dual_clip)
-//           df/dr = -A on the first branch (ties included), else 0
-//   cispo   f_t = -A stop_gradient(clamp(r, 1 - clip_low, 1 + clip_high)) logprob_t
+//   surrogate -A r     clipped surrogate -A clamp(r, 1 - clip_low, 1 + clip_high)     dual-clip bound -A dual_clip
+//   clip    f_t = max(surrogate, clipped surrogate);  where A < 0: min(f, dual-clip bound)
+//           df/dr = -A where f is the surrogate (ties included), else 0
+//   cispo   f_t = stop_gradient(clipped surrogate) logprob_t
 //   KL, e = clamp(ref_t - logprob_t, -20, 20):  k1 = -e,  k2 = e^2 / 2,  k3 = exp(e) - e - 1
-//   kl_ratio: KL_t r_t in its place, r differentiated as well: the gradient of k3 is then that of the reverse KL
+//   kl_ratio: KL_t r_t replaces KL_t, r differentiated as well: the gradient of k3 is then that of the reverse KL
 //   loss = sum_t w_t (f_t + kl_coef KL_t) over tokens that the mask keeps
 //     token_mean      w = 1 / num_tokens                               (DAPO; verl's default)
 //     sequence_mean   w = 1 / (num_sequences * tokens kept in the sequence)        (GRPO's eq. 3)
 //     constant        w = 1 / (num_sequences * constant_length)                       (Dr. GRPO)
 //
-// The denominators are those of the whole optimizer step and are given, so a step cut into
-// micro-batches has the same loss and gradient. Where a clamp of a log-ratio binds, its gradient is 0.
-// A masked token is skipped, whatever its numbers; a sequence without kept tokens adds 0; NaN in a
-// kept token reaches loss and gradient (through ref only if kl_coef > 0). On CUDA, cu_seqlens that cannot be
-// make loss, gradient and statistics NaN. Arithmetic is that of logprob's dtype. Sums are float64: sixteen running
-// ones in a sequence (on CUDA one a thread), joined by a fixed tree, then the sequences in order.
+// The caller gives the denominators of the whole optimizer step. So a step cut into micro-batches has the same loss and
+// gradient. Where a clamp of a log-ratio binds, its gradient is 0. A masked token is skipped, whatever its numbers. A
+// sequence without kept tokens adds 0. A NaN in a kept token reaches loss and gradient (through ref only if kl_coef > 0).
+// On CUDA, invalid cu_seqlens make loss, gradient and statistics NaN. The arithmetic is that of logprob's dtype. Sums are
+// float64: sixteen running sums in a sequence (on CUDA one a thread), joined by a fixed tree, then the sequences in order.
 //
 // GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4 (k3); dual clip: Ye et al. 2020,
 // arXiv:1912.09729; DAPO: Yu et al. 2025, arXiv:2503.14476; Dr. GRPO: Liu et al. 2025,

@@ -7,18 +7,21 @@
 //   ds_ij = p_ij (dout[i] . value[j] - D_i) scale
 //   dquery[i] = sum_j ds_ij key[j]   dkey[j] = sum_i ds_ij query[i]   dvalue[j] = sum_i p_ij dout[i]
 //
-// where the sums over i run over the tokens and then the heads that share a kv head. Sequences may
-// come in groups whose first is the prompt that the others continue: a token of a continuing sequence
-// sees the whole prompt and then its own sequence, nothing of its siblings, and the gradients of the
-// prompt's keys and values sum over its own queries and then those of the others in their order. The
-// forward row algorithm is core/attention.h by position in prompt and answer together, so a row has
-// the bits that paged_attention gives it, whether the prompt is shared or packed with every answer.
-// The forward keeps two numbers of each row (max and 1 / sum); the backward recomputes p from them, one
-// work item for each group and kv head, so no two threads add to one gradient (CUDA: one for each 8 keys, and for each 64
-// in bfloat16 with E <= 128, where p and ds are rounded to bfloat16 for their products). Everything of a group depends on
-// that group alone. NaN in a token reaches the tokens that see it and no other. CUDA does not check
-// offsets: tokens that cu_seqlens gives to no sequence, or cu_groups to no group, get NaN. Its E ends where the shared
-// memory of a block does, at 868 (418 for float64); more is a runtime error.
+// where the sums over i run over the tokens and then the heads that share a kv head.
+//
+// Groups. The first sequence of a group is a prompt, and the others continue it. A token of a continuing sequence sees the
+// whole prompt and then its own sequence, but not its siblings. The gradients of the prompt's keys and values sum over its
+// own queries and then over those of the others, in order.
+//
+// core/attention.h defines the arithmetic of a row, by position in prompt and answer together. So a row has the bits of
+// paged_attention, whether the prompt is shared or packed with every answer. The forward pass keeps two numbers of each row:
+// max and 1 / sum. The backward pass recomputes p from them. One work item has a group and a kv head, so no two threads add
+// to one gradient. On CUDA a work item has 8 keys, or 64 for bfloat16 with E <= 128. The latter rounds p and ds to bfloat16
+// for their matmuls. All values of a group depend on that group alone.
+//
+// A NaN in a token reaches the tokens that see it and no other. CUDA does not check offsets: tokens that cu_seqlens gives to
+// no sequence, or cu_groups to no group, become NaN. Shared memory limits E on CUDA to 868 (418 for float64). A larger E is
+// a runtime error.
 // Vaswani et al. 2017, arXiv:1706.03762; recomputation: Dao et al. 2022, arXiv:2205.14135.
 //
 //   query [T, H, E]   key, value [T, K, E]   rows contiguous, any stride over T
@@ -56,7 +59,7 @@ struct RaggedAttentionArgs {
   void* centre;       // [T, H] arithmetic type
 };
 
-// Floating-point operations of the two products of the forward pass; backward takes 2.5 times that.
+// Floating-point operations of the two matmuls of the forward pass. The backward pass takes 2.5 times that.
 static inline double ragged_attention_work(const RaggedAttentionArgs& a) {
   return a.plan.pairs * a.H * a.E * 2;
 }
@@ -64,7 +67,7 @@ static inline double ragged_attention_work(const RaggedAttentionArgs& a) {
 GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)   // items: num_items(plan)
 GE_CPU_KERNEL(ragged_attention_backward, RaggedAttentionArgs)  // items: (group, kv head), M * K
 
-// Whether the CUDA kernels of these want the transposed scratch.
+// Whether the CUDA kernels for these arguments need the transposed scratch.
 bool ragged_attention_transposes(const RaggedAttentionArgs&);
 void ragged_attention_forward_cuda(const RaggedAttentionArgs&, CudaStream);
 void ragged_attention_backward_cuda(const RaggedAttentionArgs&, CudaStream);

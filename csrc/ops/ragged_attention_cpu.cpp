@@ -225,20 +225,20 @@ class Backward {
  private:
   // The query rows of one sequence of `tokens` tokens from token `start` on, after `before` keys.
   void add_sequence(int64_t start, int64_t tokens, int64_t before, int64_t kv_head) {
-    RowPlace place;
+    RowIndex index;
     for (int64_t left = tokens * group; left > 0;) {
       const int count = left < kTile ? static_cast<int>(left) : kTile;
       left -= count;
-      RowPlace last = place;
+      RowIndex last = index;
       last.advance(count - 1, group);
       const int64_t seen = before + last.token + 1;  // keys that the last row sees
-      const RowPlace first = place;
+      const RowIndex first = index;
       for (int done = 0; done < count;) {
         const int m = tile_rows<A>(count - done);
         with_rows<kRows<A>>(m, [&](auto rows) {
-          differentiate<decltype(rows)::value>(start, before, kv_head, place, done, seen);
+          differentiate<decltype(rows)::value>(start, before, kv_head, index, done, seen);
         });
-        place.advance(m, group);
+        index.advance(m, group);
         done += m;
       }
       for (int64_t j = 0; j < seen; j += kRows<A>) {
@@ -272,17 +272,17 @@ class Backward {
   // their dquery. Columns up to the block of key seen - 1 are written.
   template <int M>
   __attribute__((noinline)) void differentiate(int64_t start, int64_t before, int64_t kv_head,
-                                               RowPlace first, int slot, int64_t seen) {
-    RowPlace place[M];
+                                               RowIndex first, int slot, int64_t seen) {
+    RowIndex index[M];
     int64_t visible[M];
     A centre[M];
     const A *q[M], *g[M];
-    place_rows(first, group, before + 1, place, visible);
+    index_rows(first, group, before + 1, index, visible);
     const S* query = static_cast<const S*>(a.query) + start * a.query_stride + kv_head * group * E;
     const int64_t rows = (start * a.H + kv_head * group) * E, stride = a.H * E;
     for (int m = 0; m < M; ++m) {
-      const int64_t at = rows + place[m].token * stride + place[m].head * E;
-      const S* q_row = query + place[m].token * a.query_stride + place[m].head * E;
+      const int64_t at = rows + index[m].token * stride + index[m].head * E;
+      const S* q_row = query + index[m].token * a.query_stride + index[m].head * E;
       const S* dout = static_cast<const S*>(a.dout) + at;
       const S* out = static_cast<const S*>(a.out) + at;
       A* q_copy = query_rows + (slot + m) * padded;
@@ -305,7 +305,7 @@ class Backward {
     A max[M], inverse[M];
     for (int m = 0; m < M; ++m) {
       const A* stats = static_cast<const A*>(a.stats) +
-                       ((start + place[m].token) * a.H + kv_head * group + place[m].head) * 2;
+                       ((start + index[m].token) * a.H + kv_head * group + index[m].head) * 2;
       max[m] = stats[0];
       inverse[m] = stats[1];
     }
@@ -320,7 +320,7 @@ class Backward {
     weigh_rows<S, M>(ds + slot * s_stride, s_stride, key_row, a.key_stride, E, visible,
                      [&](int m, int64_t column, int lanes, V acc) {
                        S* dquery = static_cast<S*>(a.dquery) + rows +
-                                   place[m].token * stride + place[m].head * E;
+                                   index[m].token * stride + index[m].head * E;
                        store(acc, dquery + column, lanes);
                      });
   }

@@ -48,7 +48,7 @@ struct RaggedKeys : RaggedTokens {
   const S* value;                // first row of the kv head
   int64_t key_stride, value_stride;
 
-  __device__ KeyPlace<S> at(int position) const {
+  __device__ KeyAddress<S> at(int position) const {
     const int64_t t = token(position);
     return {key + t, value + t * value_stride, key_stride, true};
   }
@@ -192,11 +192,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_kernel(RaggedAtte
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       const int position = first + x * kWarpSize + lane;
-      const KeyPlace<S> place = keys.at(position < most ? position : first);
-      key.at[x] = place.key;
-      value.at[x] = value_t + (place.key - keys.key);
-      key.stride[x] = value.stride[x] = place.stride;
-      key_rows[x * kWarpSize + lane] = place.value;
+      const KeyAddress<S> address = keys.at(position < most ? position : first);
+      key.at[x] = address.key;
+      value.at[x] = value_t + (address.key - keys.key);
+      key.stride[x] = value.stride[x] = address.stride;
+      key_rows[x * kWarpSize + lane] = address.value;
     }
     A s[kTileRows][2], ds[kTileRows][2];
     lane_dots<S>(query, key, a.E, s);

@@ -1,16 +1,16 @@
-// ragged_attention_mma.cuh -- ragged_attention of bfloat16 heads of up to 128 on the tensor cores: where its keys lie, and
-// the backward pass.
+// ragged_attention_mma.cuh -- ragged_attention of bfloat16 heads of up to 128 on the tensor cores: the addresses of its
+// keys, and the backward pass.
 //
-// With the max, inverse and centre (dout . out) of each row:  p = exp(scale q . k - max) inverse, and
-// ds = p (dout . v - centre) scale, both rounded to bfloat16 for the second products; sums in float32, chains over keys
-// (dquery) or rows (dkey, dvalue) in their order.
+// Each row has a max, an inverse and a centre (dout . out). Then p = exp(scale q . k - max) inverse and
+// ds = p (dout . v - centre) scale. Both are rounded to bfloat16 for the second matmuls. Sums are float32 chains over keys
+// (dquery) or rows (dkey, dvalue), in order.
 #pragma once
 #include "core/attention_mma.cuh"
 #include "ops/ragged_groups.cuh"
 
 namespace grpo_engine {
 
-// Keys and values as they are.
+// Keys and values in the order of the tensors.
 template <typename S>
 struct RaggedRows : RaggedTokens {
   const S *key, *value;  // first rows of the kv head
@@ -50,14 +50,14 @@ struct RaggedRowSource {
 // ---------------------------------------------------------------- backward
 
 inline constexpr int kBackwardRows = 64;  // of a block, and of what it meets at a time: keys or query rows
-inline constexpr int kBackwardPart = 32;  // of those, whose two products are in registers
+inline constexpr int kBackwardPart = 32;  // of those, whose two matmuls are in registers
 static_assert(kBackwardRows == kMmaRows);
 
 template <int kWidth>
 using BackwardTile = Tile<kBackwardRows, kWidth>;
 
-// Two tiles that stay, two that change, the latter twice: one pair is on its way while the other is multiplied. Behind
-// them the statistics of the rows that change, three for each.
+// Two tiles that stay and two that change, the latter twice: one pair is loaded while the other is multiplied. Behind them
+// lie the statistics of the rows that change, three for each.
 template <int kWidth>
 struct BackwardTiles {
   static constexpr int64_t kElements = kBackwardRows * kWidth;
@@ -88,7 +88,7 @@ __device__ inline void load_query_rows(const void* from, int64_t stride, const M
       aligned, tile);
 }
 
-// dquery of 64 rows: the blocks of keys in order.
+// dquery of 64 rows. The block takes the blocks of keys in order.
 template <int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(RaggedRowSource source) {
   using T = BackwardTile<kWidth>;
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(Ragged
 #pragma unroll
       for (int part = 0; part < kBackwardRows; part += kBackwardPart) {
         float dots[kBackwardPart / 8][4], douts[kBackwardPart / 8][4];
-        row_products<T, T, false, kWidth>(shared.first, lane.warp * 16, key, part, kBackwardPart, dots);
-        row_products<T, T, false, kWidth>(shared.second, lane.warp * 16, shared.moving_second(side), part, kBackwardPart, douts);
+        row_matmul<T, T, false, kWidth>(shared.first, lane.warp * 16, key, part, kBackwardPart, dots);
+        row_matmul<T, T, false, kWidth>(shared.second, lane.warp * 16, shared.moving_second(side), part, kBackwardPart, douts);
 #pragma unroll
         for (int n = 0; n < kBackwardPart / 8; ++n) {
 #pragma unroll
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(Ragged
   }
 }
 
-// dkey and dvalue of 64 keys: the query rows of each sequence that sees them in blocks of 64, token-major, from the
-// tile's first token or the beginning of an answer on.
+// dkey and dvalue of 64 keys. For each sequence that sees the keys, the block takes its query rows in blocks of 64. They are
+// token-major, from the tile's first token or the beginning of an answer on.
 template <int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRowSource source) {
   using T = BackwardTile<kWidth>;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRo
   struct Block {
     int64_t sequence, first;  // row of the sequence
   };
-  // The block itself if it has rows, else the next one that has; past end_sequence there are none.
+  // The block itself if it has rows, else the next one with rows. Past end_sequence there are none.
   const auto settle = [&](Block b) {
     while (b.sequence < end_sequence && b.first >= rows_of_sequence(b.sequence)) b = {b.sequence + 1, 0};
     return b;
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRo
         const float centre = static_cast<const float*>(a.centre)[at];
         float* to = shared.stats_of(side) + r;
         to[0] = static_cast<const float*>(a.stats)[at * 2];
-        // dout that is not finite shows here, and makes the gradients of all keys that the row sees NaN
+        // a dout that is not finite shows here: it makes the gradients of all keys that the row sees NaN
         to[kBackwardRows] = isfinite(centre) ? static_cast<const float*>(a.stats)[at * 2 + 1] : not_a_number<float>();
         to[2 * kBackwardRows] = centre;
       }
@@ -289,8 +289,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRo
 #pragma unroll
     for (int part = 0; part < kBackwardRows; part += kBackwardPart) {
       float dots[kBackwardPart / 8][4], douts[kBackwardPart / 8][4];
-      row_products<T, T, false, kWidth>(shared.first, lane.warp * 16, query, part, kBackwardPart, dots);
-      row_products<T, T, false, kWidth>(shared.second, lane.warp * 16, dout, part, kBackwardPart, douts);
+      row_matmul<T, T, false, kWidth>(shared.first, lane.warp * 16, query, part, kBackwardPart, dots);
+      row_matmul<T, T, false, kWidth>(shared.second, lane.warp * 16, dout, part, kBackwardPart, douts);
 #pragma unroll
       for (int n = 0; n < kBackwardPart / 8; ++n) {
 #pragma unroll
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRo
   }
 }
 
-// a.centre is there.
+// Needs a.centre.
 inline void ragged_attention_backward_mma(const RaggedAttentionArgs& a, CudaStream stream) {
   const RaggedRowSource source(a);
   const int64_t tiles = a.plan.K * tile_number<kMmaRows>(a.T, a.plan.N, a.H / a.plan.K);

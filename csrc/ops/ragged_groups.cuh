@@ -1,4 +1,4 @@
-// ragged_groups.cuh -- which tokens a sequence of ragged_attention sees on CUDA: its group's prompt, then its own.
+// ragged_groups.cuh -- the tokens that a sequence of ragged_attention sees on CUDA: its group's prompt, then its own.
 #pragma once
 #include "core/attention.cuh"
 #include "ops/ragged_attention.h"
@@ -29,7 +29,7 @@ __device__ inline RaggedGroup group_of(const RaggedAttentionArgs& a, int64_t seq
   return g;
 }
 
-// Which token a position of a sequence is: those of the prompt, then the sequence's own.
+// The token at a position of a sequence: those of the prompt, then the sequence's own.
 struct RaggedTokens {
   int64_t before;               // tokens of the prompt; see AttentionRows
   int64_t prompt_begin, begin;

@@ -5,13 +5,12 @@
 //   ds = rstd * (dy * weight - n * mean_d(dy * weight * n)) [+ dsum]     dweight = sum_t dy * n
 //   dx = dresidual = ds
 //
-// A pre-norm decoder needs both y and s: the branch reads y, the stream goes on with s. dsum is the
-// gradient that comes back along the stream.
-// float32 arithmetic for float32 and bfloat16; for bfloat16 n is rounded before the product with
-// weight, as the Hugging Face Qwen2 model does. The mean is a lane-wise sum over d, then one tree:
-// the bits of a row depend on that row alone, and those of y with a residual are those of y of the
-// rounded sum. A row of zeros gives zeros; NaN stays in its row. dweight adds chunks of
-// kRmsNormRows rows, in order. Zhang and Sennrich 2019, arXiv:1910.07467.
+// A pre-norm decoder needs both y and s: the branch reads y, and s is the residual stream. dsum is the gradient that reaches
+// s along the residual stream.
+// The arithmetic is float32 for float32 and bfloat16. For bfloat16 n is rounded before it is multiplied by weight, as in the
+// Hugging Face Qwen2 model. The mean is a lane-wise sum over d, then one tree. So the bits of a row depend on that row
+// alone, and y with a residual has the bits of y of the rounded sum. A row of zeros gives zeros. NaN stays in its row.
+// dweight adds chunks of kRmsNormRows rows, in order. Zhang and Sennrich 2019, arXiv:1910.07467.
 //
 //   x, residual, sum, y, dy, dsum, dx [T, D]   weight, dweight [D]
 //   rstd [T] float32 (float64 for float64 x)

@@ -1,4 +1,4 @@
-// rope.cuh -- the angle of a pair of elements, for the CPU's table and the CUDA kernel alike.
+// rope.cuh -- the angle of a pair of elements, for the CPU's table and the CUDA kernel.
 #pragma once
 #include <math.h>
 

@@ -4,11 +4,10 @@
 //   y[t,h,i]       = x[t,h,i]       cos a - x[t,h,i + E/2] sin a
 //   y[t,h,i + E/2] = x[t,h,i + E/2] cos a + x[t,h,i]       sin a
 //
-// f_i and a are rounded to float32, because that is the rotation that published weights were
-// trained with; cos and sin of that angle are taken in float64 and rounded once, so they hold at any
-// position (positions above 2^24 are themselves rounded to float32). The products are float32 for
-// bfloat16. The gradient is the rotation by -a. A row depends on its own x and position alone.
-// On CUDA a position below 0 makes its row NaN. Su et al. 2021, arXiv:2104.09864.
+// f_i and a are rounded to float32, because published weights were trained with that rotation. cos and sin of that angle
+// are taken in float64 and rounded once, so they hold at any position. Positions above 2^24 are themselves rounded to
+// float32. For bfloat16 the arithmetic is float32. The gradient is the rotation by -a. A row depends on its own x and
+// position alone. On CUDA a position below 0 makes its row NaN. Su et al. 2021, arXiv:2104.09864.
 //
 //   x [T, H, E]  rows contiguous, any stride over T; E even     y [T, H, E]  contiguous
 //   position [T] int64, >= 0     frequency [E/2] float32: f_i of models that scale them, or none

@@ -11,9 +11,9 @@ struct RopeTable {
   int64_t first_position;  // as in RopeArgs
 };
 
-// The table for T >= 1 tokens at `position`; throws, in the name of `op`, where one is below 0. Tables of low
-// positions are kept: every layer of every step asks for the same angles. Safe to call from any thread.
-// `frequency` [E/2] takes the place of theta's, unless null.
+// The table for T >= 1 tokens at `position`. Throws in the name of `op` when a position is below 0. Tables of low positions
+// are kept, because every layer of every step needs the same angles. `frequency` [E/2] replaces those of theta, unless null.
+// Safe to call from any thread.
 RopeTable rope_table(const char* op, const int64_t* position, int64_t T, int64_t E, double theta,
                      const float* frequency = nullptr);
 

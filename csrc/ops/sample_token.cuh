@@ -6,7 +6,7 @@
 
 namespace grpo_engine {
 
-// Unsigned integers in the order of the floats; neighbours differ by 1.
+// Unsigned integers in the order of the floats. Neighbours differ by 1.
 GE_HOST_DEVICE static inline uint32_t key_of(float f) {
   uint32_t u;
   f += 0.f;  // -0 and 0 are one value

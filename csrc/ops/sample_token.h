@@ -1,18 +1,22 @@
-// sample_token -- one token a row from logits, with its log-prob and the row's entropy.
+// sample_token -- samples one token a row from logits, with its log-prob and the row's entropy.
 //
 //   z = logits / temperature, p = softmax(z)
-//   filters, in this order: top-k keeps the k largest z (ties: lowest ids first); top-p keeps, of what
-//   is left and renormalised, every token whose z is at least that of the last one needed for mass
-//   top_p; min-p keeps p_v >= min_p * max p
 //   token = the first kept v with  sum_{w <= v, kept} p_w  >=  u * kept mass,  u = philox(seed, position)
 //
-// One uniform a token and no sort: the row is reduced in blocks (core/row_stats.h), u picks a block by
-// its mass, then a vector in it, then a token. A filter is a threshold on z. It is found by measuring the
-// tail (count or mass) at 16 thresholds a pass, each pass inside the interval that the one before left;
-// blocks whose largest z is below are skipped. exp is float32; sums are float32 within a block and
-// float64 across blocks, in order. The draw depends on the row, its seed and its position alone.
-// CUDA has the same steps, rows reduced by core/row_stats.cuh: a warp a block of logits, over as many multiprocessors as
-// there are, and then a block of threads a row. Masses that are compared with top_p are integers, whose sum has no order.
+// Filters, in this order:
+//   top-k   keeps the k largest z; of equal ones the lowest ids
+//   top-p   renormalises what is left and finds the last token that mass top_p needs; keeps every z >= that token's
+//   min-p   keeps p_v >= min_p * max p
+//
+// A row takes one uniform and no sort. core/row_stats.h reduces the row in blocks. u chooses a block by its mass, then a
+// vector in it, then a token. A filter is a threshold on z. Each pass measures the tail (count or mass) at 16 thresholds
+// inside the interval that the pass before left. Blocks whose largest z is lower are skipped. exp is float32. Sums are
+// float32 within a block and float64 across blocks, in order. The sample depends on the row, its seed and its position only.
+//
+// CUDA takes the same steps. core/row_stats.cuh reduces rows: one warp has a block of logits, so one row occupies many
+// multiprocessors. Then one block of threads has a row. Masses that are compared with top_p are integers, whose sum has no
+// order.
+//
 //   temperature 0   the lowest id among the largest logits; log-prob 0; entropy and full log-prob are
 //                   those of temperature 1
 //   a row whose z holds NaN or +inf, or -inf only: token -1, NaN everywhere else; other rows are

@@ -2,6 +2,7 @@
 
 #include "core/philox.h"
 #include "core/row_stats.h"
+#include "core/scratch.h"
 #include "ops/sample_token.cuh"
 
 namespace grpo_engine::GE_ISA {
@@ -20,7 +21,7 @@ struct Row {
   float *block_max, *block_sum;  // [num_blocks], of z and of exp(z - block max)
   float* maxima_max;             // [num_blocks], scratch of top_k_bound
   float* gathered;               // [kGathered + 2 kLanes], z of the tokens of an interval
-  double* mass;                  // [num_blocks], of the tokens that may be drawn
+  double* mass;                  // [num_blocks], of the tokens that may be sampled
 
   GE_MEMBER int64_t length(int64_t block) const {
     const int64_t left = V - block * kRowBlock;
@@ -317,11 +318,11 @@ Kept apply_filters(const Row<S>& row, const Filters& f, double sum) {
   return kept;
 }
 
-// ---------------------------------------------------------------- the draw
+// ---------------------------------------------------------------- the sample
 
 // The first kept token at which the mass passed reaches target, of the blocks' masses in row.mass.
 template <typename S>
-int64_t draw(const Row<S>& row, Kept kept, double target) {
+int64_t sample_from(const Row<S>& row, Kept kept, double target) {
   double passed = 0.0, share = 1.0;
   int64_t block = 0;
   for (int64_t b = 0; b < row.num_blocks; ++b) {
@@ -349,7 +350,7 @@ int64_t draw(const Row<S>& row, Kept kept, double target) {
   }
   int64_t token = 0;
   for (int64_t i = vector * kLanes; i < (vector + 1) * kLanes; ++i) {
-    if (!(mass[i] > 0.f)) continue;  // a token of probability 0 is never drawn
+    if (!(mass[i] > 0.f)) continue;  // a token of probability 0 is never sampled
     token = block * kRowBlock + i;
     left -= static_cast<double>(mass[i]);
     if (left <= 0.0) break;
@@ -381,7 +382,7 @@ void one_row(const SampleTokenArgs& a, int64_t b, Row<S>& row) {
   const float nan = __builtin_nanf("");
   a.token[b] = -1;
   a.logprob[b] = a.full_logprob[b] = a.entropy[b] = nan;
-  // NaN, +inf or nothing to draw
+  // NaN, +inf or nothing to sample from
   if (!(stats.sum > 0.0) || !(stats.max >= kLowest) || stats.max == __builtin_inf()) return;
   row.max = static_cast<float>(stats.max);
 
@@ -398,12 +399,12 @@ void one_row(const SampleTokenArgs& a, int64_t b, Row<S>& row) {
   } else if (filtered) {
     const Kept kept = apply_filters(row, f, stats.sum);
     mass = kept_mass(row, kept);
-    token = draw(row, kept, u * mass);
+    token = sample_from(row, kept, u * mass);
   } else {
     for (int64_t i = 0; i < row.num_blocks; ++i) {
       row.mass[i] = ::exp(row.block_max[i] - stats.max) * row.block_sum[i];
     }
-    token = draw(row, {kLowest, kEveryId}, u * mass);
+    token = sample_from(row, {kLowest, kEveryId}, u * mass);
   }
   const double z = row.z(token);
   a.token[b] = token;
@@ -419,15 +420,15 @@ void rows(const SampleTokenArgs& a, int64_t begin, int64_t end) {
   Row<S> row{};
   row.V = a.V;
   row.num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
-  const int64_t floats = 3 * row.num_blocks + kGathered + 2 * kLanes;
-  void* memory = scratch_alloc(row.num_blocks * 8 + floats * 4);
-  row.mass = static_cast<double*>(memory);
-  row.block_max = reinterpret_cast<float*>(row.mass + row.num_blocks);
-  row.block_sum = row.block_max + row.num_blocks;
-  row.maxima_max = row.block_sum + row.num_blocks;
-  row.gathered = row.maxima_max + row.num_blocks;
+  constexpr int64_t kGatheredRoom = kGathered + 2 * kLanes;
+  Arena arena(Arena::bytes<double>(row.num_blocks) + 3 * Arena::bytes<float>(row.num_blocks) +
+              Arena::bytes<float>(kGatheredRoom));
+  row.mass = arena.take<double>(row.num_blocks);
+  row.block_max = arena.take<float>(row.num_blocks);
+  row.block_sum = arena.take<float>(row.num_blocks);
+  row.maxima_max = arena.take<float>(row.num_blocks);
+  row.gathered = arena.take<float>(kGatheredRoom);
   for (int64_t b = begin; b < end; ++b) one_row(a, b, row);
-  scratch_free(memory);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ struct Row {
   float inv_temperature, max;
   bool aligned;
   float* block_max;    // [num_blocks], of z
-  double* block_mass;  // [num_blocks], of the tokens that may be drawn
+  double* block_mass;  // [num_blocks], of the tokens that may be sampled
 
   static constexpr int kPacks = kRowBlock / (kWarpSize * kPack<S>);  // of a lane, in a block
 
@@ -271,7 +271,7 @@ __device__ int64_t pick(const Row<S>& row, Mass mass, double target) {
   for (int k = 0; k < kPacks; ++k) {
     const Lane at(sums[k], left);
     double rest = left - at.before;
-    int here = 0;  // of this lane's pack; a token of mass 0 is never drawn
+    int here = 0;  // of this lane's pack; a token of mass 0 is never sampled
     bool passed = false;
 #pragma unroll
     for (int i = 0; i < kPack<S>; ++i) {
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
     return BlockStats<float>{row.block_max[block], static_cast<float>(row.block_mass[block]),
                              a.block_weighted[b * row.num_blocks + block]};
   });
-  // NaN, +inf or nothing to draw: the same for all threads
+  // NaN, +inf or nothing to sample from: the same for all threads
   if (!valid || !(stats.sum > 0.0) || !(stats.max >= kLowest) || stats.max == infinity<double>()) {
     if (threadIdx.x != 0) return;
     a.token[b] = -1;

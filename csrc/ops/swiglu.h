@@ -3,8 +3,8 @@
 //   y = silu(gate) * up,  silu(g) = g / (1 + exp(-g))          gate_up = [gate | up], one fused row
 //   dgate = dy * up * s * (1 + g * (1 - s)),  dup = dy * g * s,  s = 1 / (1 + exp(-g))
 //
-// float32 arithmetic; for bfloat16 silu(gate) is rounded before the product, as the Hugging Face
-// Qwen2 model does. Element-wise, so a row depends on itself alone. Shazeer 2020, arXiv:2002.05202.
+// The arithmetic is float32. For bfloat16 silu(gate) is rounded before it is multiplied by up, as in the Hugging Face Qwen2
+// model. The op is element-wise, so a row depends on itself alone. Shazeer 2020, arXiv:2002.05202.
 //
 //   gate_up, dgate_up [T, 2F]   y, dy [T, F]
 #pragma once

@@ -9,10 +9,10 @@ constexpr int kThreads = 128;
 
 // One pack of a row's columns a thread; `blocks_of_row` blocks share a row.
 template <typename S>
-struct Place {
+struct PackIndex {
   int64_t t, i, n;  // row, first column, columns from there on (<= 0: none)
 
-  __device__ Place(const SwigluArgs& a, unsigned blocks_of_row) {
+  __device__ PackIndex(const SwigluArgs& a, unsigned blocks_of_row) {
     t = blockIdx.x / blocks_of_row;
     i = (static_cast<int64_t>(blockIdx.x % blocks_of_row) * kThreads + threadIdx.x) * kPack<S>;
     n = a.F - i;
@@ -28,7 +28,7 @@ __device__ inline A silu(A gate) { return gate / (A(1) + exp(-gate)); }
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(SwigluArgs a, unsigned blocks_of_row, bool aligned) {
-  const Place<S> p(a, blocks_of_row);
+  const PackIndex<S> p(a, blocks_of_row);
   if (p.n <= 0) return;
   const S* gates = static_cast<const S*>(a.gate_up) + p.t * 2 * a.F + p.i;
   Pack<S> y = load_pack(gates, p.n, aligned);
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(SwigluArgs a, 
 template <typename S>
 __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwigluArgs a, unsigned blocks_of_row, bool aligned) {
   using A = Arith<S>;
-  const Place<S> p(a, blocks_of_row);
+  const PackIndex<S> p(a, blocks_of_row);
   if (p.n <= 0) return;
   const int64_t gates = p.t * 2 * a.F + p.i;
   const Pack<S> gate = load_pack(static_cast<const S*>(a.gate_up) + gates, p.n, aligned);

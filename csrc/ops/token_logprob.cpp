@@ -20,9 +20,9 @@ constexpr int64_t kWave = 256, kWindowBlocks = 4;
 struct Window {
   int64_t rows, ids;
 };
-// The window that CUDA holds in either pass, whose multiprocessors need more at once: 16 MiB of float32, which the
-// second-level cache holds. By the library, whose best products are larger: 64 MiB, and rows rather than ids, for each
-// window of ids reads and writes the sums of all rows.
+// The window that CUDA holds in either pass: its multiprocessors need more at once. 16 MiB of float32 fit into the
+// second-level cache. The library is fastest with larger matmuls: 64 MiB. It gets more rows rather than more ids, because
+// each window of ids reads and writes the sums of all rows.
 Window cuda_window(int64_t T, int64_t V, bool library) {
   constexpr int64_t kSide = 2048;
 #ifdef GE_CUDA_EMULATED
@@ -100,11 +100,11 @@ at::Tensor view_of(const at::Tensor& buffer, const TokenLogprobArgs& args) {
 void logits_of_window(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& window,
                       const TokenLogprobArgs& args, bool library) {
   const at::Tensor rows = hidden.narrow(0, args.first_row, args.num_rows), ids = weight.narrow(0, args.first_id, args.num_ids);
-  if (library) return library_product(rows, ids.t(), view_of(window, args));
-  GemmArgs product = linear_product(args.dtype, args.num_rows, args.D, args.num_ids, rows.const_data_ptr(),
+  if (library) return library_matmul(rows, ids.t(), view_of(window, args));
+  GemmArgs matmul = linear_matmul(args.dtype, args.num_rows, args.D, args.num_ids, rows.const_data_ptr(),
                                     ids.const_data_ptr(), nullptr, args.dlogits);
-  product.c_dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
-  gemm_on(hidden, product);
+  matmul.c_dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
+  gemm_on(hidden, matmul);
 }
 
 void forward_on_cuda(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& logprob, TokenLogprobArgs& args,
@@ -200,14 +200,14 @@ std::tuple<at::Tensor, at::Tensor> backward(
     args.low = library ? nullptr : args.high + window_rows * window_ids;
   }
 
-  GemmArgs product{};
-  product.a = split ? args.high : window.const_data_ptr();
-  product.a_low = args.low;
-  product.a_dtype = split ? DType::bf16 : dtype_of(g_logprob);
-  product.c_dtype = dtype_of(g_logprob);
-  product.b_dtype = dtype_of(hidden);
-  product.N = product.b_row = product.c_row = D;
-  product.b_col = 1;
+  GemmArgs matmul{};
+  matmul.a = split ? args.high : window.const_data_ptr();
+  matmul.a_low = args.low;
+  matmul.a_dtype = split ? DType::bf16 : dtype_of(g_logprob);
+  matmul.c_dtype = dtype_of(g_logprob);
+  matmul.b_dtype = dtype_of(hidden);
+  matmul.N = matmul.b_row = matmul.c_row = D;
+  matmul.b_col = 1;
   auto at_row = [&](const at::Tensor& t, int64_t row, int64_t element) {
     return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + row * D * element;
   };
@@ -228,33 +228,33 @@ std::tuple<at::Tensor, at::Tensor> backward(
         const at::Tensor dlogits = view_of(split ? halves : window, args);
         if (need_hidden) {
           const at::Tensor sums_of_rows = hidden_sums.narrow(0, args.first_row, args.num_rows);
-          library_product(dlogits, weight.narrow(0, args.first_id, args.num_ids), sums_of_rows,
+          library_matmul(dlogits, weight.narrow(0, args.first_id, args.num_ids), sums_of_rows,
                           args.first_id > 0 ? sums_of_rows : at::Tensor());
         }
         if (need_weight) {
           const at::Tensor sums_of_ids = weight_sums.narrow(0, sum_row, args.num_ids);
-          library_product(dlogits.t(), hidden.narrow(0, args.first_row, args.num_rows), sums_of_ids,
+          library_matmul(dlogits.t(), hidden.narrow(0, args.first_row, args.num_rows), sums_of_ids,
                           args.first_row > 0 ? sums_of_ids : at::Tensor());
         }
         continue;
       }
       if (need_hidden) {
-        product.M = args.num_rows;
-        product.K = product.a_row = args.num_ids;
-        product.a_col = 1;
-        product.b = at_row(weight, args.first_id, stored);
-        product.c = at_row(hidden_sums, args.first_row, size);
-        product.accumulate = args.first_id > 0;
-        gemm_on(hidden, product);
+        matmul.M = args.num_rows;
+        matmul.K = matmul.a_row = args.num_ids;
+        matmul.a_col = 1;
+        matmul.b = at_row(weight, args.first_id, stored);
+        matmul.c = at_row(hidden_sums, args.first_row, size);
+        matmul.accumulate = args.first_id > 0;
+        gemm_on(hidden, matmul);
       }
       if (need_weight) {
-        product.M = product.a_col = args.num_ids;
-        product.K = args.num_rows;
-        product.a_row = 1;
-        product.b = at_row(hidden, args.first_row, stored);
-        product.c = at_row(weight_sums, sum_row, size);
-        product.accumulate = args.first_row > 0;
-        gemm_on(hidden, product);
+        matmul.M = matmul.a_col = args.num_ids;
+        matmul.K = args.num_rows;
+        matmul.a_row = 1;
+        matmul.b = at_row(hidden, args.first_row, stored);
+        matmul.c = at_row(weight_sums, sum_row, size);
+        matmul.accumulate = args.first_row > 0;
+        gemm_on(hidden, matmul);
       }
     }
     if (narrow) {

@@ -5,18 +5,20 @@
 //   dlogits[t,v] = (g_logprob (1[v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
 //   dhidden = dlogits weight          dweight = dlogits^T hidden
 //
-// No [T, V] tensor exists. Forward: a work item multiplies a wave of rows by a block of kRowBlock
-// vocabulary rows and keeps 3 numbers of each row of the tile; a second kernel joins the blocks of a row
-// in order. Backward recomputes the tiles from the saved statistics, a window of the vocabulary at a
-// time. Logits are those of linear(..., out_dtype=float32) bit for bit (core/gemm.h) and are reduced as
-// core/row_stats.h reduces them, so log-probs equal those of sample_token and gather_logprob bit for
-// bit. dhidden and dweight are float32 chains in ascending v and t, whatever the waves and threads.
-// A NaN or +inf logit makes its own row NaN.
-// CUDA has the same windows for both passes: a product (linear.h) of a wave of rows and a window of the vocabulary, and
-// kernels that reduce or turn it as core/row_stats.cuh does, so with the bits of gather_logprob on linear's logits. For
-// bfloat16 the gradient of the logits is the sum of two bfloat16. A target outside [0, V) makes its row NaN.
-// batch_invariant = false on CUDA: larger windows, whose products are those of torch's library (cuBLAS) in float32 sums;
-// for bfloat16 the gradient of the logits is rounded once.
+// No [T, V] tensor exists. Forward: a work item multiplies a wave of rows by a block of kRowBlock vocabulary rows and keeps
+// 3 numbers of each row of the tile. A second kernel joins the blocks of a row in order. Backward: the tiles are recomputed
+// from the saved statistics, a window of the vocabulary at a time.
+//
+// The logits are those of linear(..., out_dtype=float32) bit for bit (core/gemm.h). core/row_stats.h reduces them. So the
+// log-probs equal those of sample_token and gather_logprob bit for bit. dhidden and dweight are float32 chains in ascending
+// v and t. Waves and threads change no bit. A NaN or +inf logit makes its own row NaN.
+//
+// CUDA has the same windows for both passes. A matmul (linear.h) multiplies a wave of rows by a window of the vocabulary.
+// Kernels then reduce it, or turn it into the gradient, as core/row_stats.cuh does. So the bits are those of gather_logprob
+// on linear's logits. For bfloat16 the gradient of the logits is the sum of two bfloat16. A target outside [0, V) makes its
+// row NaN.
+// batch_invariant = false on CUDA: windows are larger, and torch's library (cuBLAS) multiplies them in float32 sums. For
+// bfloat16 the gradient of the logits is then rounded once.
 //
 //   hidden, dhidden [T, D]   weight, dweight [V, D]   target [T] int64 in [0, V)
 //   logprob, entropy, g_logprob, g_entropy [T] float32 (float64 for float64)
@@ -56,9 +58,9 @@ struct TokenLogprobArgs {
   bfloat16 *high, *low;      // [num_rows, num_ids], CUDA: dlogits for bfloat16, or null; low null: high is rounded
 };
 
-GE_CPU_PRODUCT_KERNEL(token_logprob_blocks, TokenLogprobArgs)   // items: tiles, down the rows first
+GE_CPU_MATMUL_KERNEL(token_logprob_blocks, TokenLogprobArgs)   // items: tiles, down the rows first
 GE_CPU_KERNEL(token_logprob_join, TokenLogprobArgs)     // items: rows
-GE_CPU_PRODUCT_KERNEL(token_logprob_dlogits, TokenLogprobArgs)  // items: tiles of the window, down the rows first
+GE_CPU_MATMUL_KERNEL(token_logprob_dlogits, TokenLogprobArgs)  // items: tiles of the window, down the rows first
 
 void token_logprob_blocks_cuda(const TokenLogprobArgs&, CudaStream);   // of the window
 void token_logprob_join_cuda(const TokenLogprobArgs&, CudaStream);     // of all rows

@@ -2,6 +2,7 @@
 
 #include "core/gemm.h"
 #include "core/row_stats.h"
+#include "core/scratch.h"
 
 namespace grpo_engine::GE_ISA {
 namespace {
@@ -60,7 +61,7 @@ void reduce_blocks(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
   const int64_t waves = (a.T + a.wave - 1) / a.wave;
   const int64_t num_blocks = (a.V + kVocabBlock - 1) / kVocabBlock;
   const A scale = inverse<A>(a.temperature);
-  A* tile = scratch<A>(kScratchTile, a.wave * kVocabBlock);
+  A* tile = thread_scratch<A>(ScratchUse::logits_tile, a.wave * kVocabBlock);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item % waves * a.wave, rows = smaller(a.wave, a.T - row);
     const int64_t block = item / waves, id = block * kVocabBlock;

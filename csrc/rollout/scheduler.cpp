@@ -101,33 +101,15 @@ int64_t Scheduler::add_group(std::span<const int64_t> prompt, int64_t group_size
               .seeds = {seeds.begin(), seeds.end()},
               .stop_ids = {stop_ids.begin(), stop_ids.end()},
               .max_new_tokens = max_new_tokens});
-  // Built aside and then merged in, which moves nodes and cannot fail.
+  // Built aside and then merged in, which moves a node and cannot fail.
   std::map<int64_t, std::vector<Sequence>> new_groups;
-  Queue new_entries;
   auto& sequences = new_groups[id];
   sequences.reserve(group_size);
-  for (int64_t g = 0; g < group_size; ++g) {
-    sequences.emplace_back(request, g, page_size_);
-    new_entries.emplace(id + g, &sequences.back());
-  }
+  for (int64_t g = 0; g < group_size; ++g) sequences.emplace_back(request, g, page_size_);
+  waiting_.insert(waiting_.begin(), {sequences.data(), group_size});
   groups_.merge(new_groups);
-  waiting_.merge(new_entries);
   next_id_ += group_size;
   return id;
-}
-
-const std::vector<Sequence>& Scheduler::group(int64_t id, const char* caller) const {
-  const auto found = groups_.find(id);
-  if (found == groups_.end()) {
-    throw std::invalid_argument(std::string(caller) +
-                                ": group must be an id that add_group returned and that was not "
-                                "dropped, got " + text(id));
-  }
-  return found->second;
-}
-
-int64_t Scheduler::group_size(int64_t id) const {
-  return static_cast<int64_t>(group(id, "group_size").size());
 }
 
 const Sequence& Scheduler::sequence(int64_t id) const {
@@ -136,80 +118,15 @@ const Sequence& Scheduler::sequence(int64_t id) const {
     const auto& [first, sequences] = *std::prev(next);
     if (id - first < static_cast<int64_t>(sequences.size())) return sequences[id - first];
   }
-  throw std::invalid_argument("Scheduler: no sequence has id " + text(id) +
-                              "; it was never given out, or its group was dropped");
-}
-
-int64_t Scheduler::cancel(int64_t id) {
-  group(id, "cancel");
-  require(!step_open(), "cancel() between schedule() and commit(); commit the step first");
-  int64_t cancelled = 0;
-  for (Sequence& sequence : groups_.at(id)) {
-    if (sequence.finished()) continue;
-    sequence.cancel();
-    sequence.release_pages(allocator_);
-    running_.erase(sequence.id());
-    waiting_.erase(sequence.id());
-    ++cancelled;
-  }
-  return cancelled;
-}
-
-void Scheduler::drop(int64_t id) {
-  for (const Sequence& sequence : group(id, "drop")) {
-    if (!sequence.finished()) {
-      throw std::invalid_argument("drop: every answer of group " + text(id) +
-                                  " must be finished, got " + text(sequence) +
-                                  " unfinished; cancel the group first");
-    }
-  }
-  for (const Step& step : open_) {
-    for (const Sequence* sequence : step.samples) {
-      if (sequence->request().id != id) continue;
-      throw std::invalid_argument("drop: an open step has a row of " + text(*sequence) +
-                                  "; commit it first");
-    }
-  }
-  groups_.erase(id);
-}
-
-// ---- queues ---------------------------------------------------------------------------------
-
-Scheduler::Queue::iterator Scheduler::last_entry(Queue& queue) {
-  const auto last = std::prev(queue.end());
-  return std::prev(queue.end(), entry_size(*last->second));
-}
-
-// Moving a node between maps needs no memory.
-void Scheduler::move_entry(Queue& from, Queue::iterator entry, Queue& to) {
-  for (int64_t left = entry_size(*entry->second); left > 0; --left) {
-    to.insert(from.extract(entry++));
-  }
-}
-
-void Scheduler::preempt(Queue::iterator entry) {
-  entry->second->release_pages(allocator_);
-  move_entry(running_, entry, waiting_);
-  ++totals_.preemptions;
-}
-
-void Scheduler::preempt_all() {
-  while (!running_.empty()) preempt(last_entry(running_));
-  totals_.preemptions += static_cast<int64_t>(ending_.size());
-  waiting_.merge(ending_);
-  for (const Step& step : open_) {
-    for (Sequence* sequence : step.samples) sequence->expect_none();
-  }
-  open_.clear();
+  throw std::invalid_argument("Scheduler: no sequence has id " + text(id) + ", it was never given out");
 }
 
 // ---- schedule -------------------------------------------------------------------------------
 
 StepPlan Scheduler::schedule() {
   require(open_.size() < max_open_,
-          "schedule() was called twice; commit() the tokens of the first plan, or call "
-          "preempt_all() to give its step up");
-  require(has_work(), "schedule() without work; ask has_work() first");
+          "schedule() was called twice; commit() the tokens of the first plan");
+  require(has_work(), "schedule() without work; call has_work() first");
   StepPlan plan;
   Step step;
   reserve_step(plan, step);
@@ -217,11 +134,11 @@ StepPlan Scheduler::schedule() {
   // From here on nothing allocates memory, so nothing fails.
   plan.preemptions = preempt_for_pages();
   int64_t budget = max_step_tokens_;
-  for (auto entry = running_.begin(); entry != running_.end(); entry = after_entry(entry)) {
-    prepare_pages(*entry->second, plan);
+  for (const Entry& entry : running_) {
+    prepare_pages(*entry.leader, plan);
     // Only the youngest entry can have more than one token pending, and max_step_tokens >=
     // max_running leaves it at least one.
-    budget -= add_work(*entry->second, budget, step);
+    budget -= add_work(entry, budget, step);
   }
   if (plan.preemptions == 0) admit(budget, step);  // reserve_step() counts on that
   write_plan(step, plan);
@@ -233,18 +150,16 @@ StepPlan Scheduler::schedule() {
 void Scheduler::reserve_step(StepPlan& plan, Step& step) {
   size_t entries = 0;
   int64_t sequences = 0, tokens = 0, width = 0;
-  const auto count_in = [&](const Sequence& leader) {
+  const auto count_in = [&](const Entry& entry) {
     entries += 1;
-    sequences += entry_size(leader);
-    tokens += leader.pending();
-    width = std::max(width, pages_for(leader.length()));
+    sequences += entry.size;
+    tokens += entry.leader->pending();
+    width = std::max(width, pages_for(entry.leader->length()));
   };
-  for (auto e = running_.begin(); e != running_.end(); e = after_entry(e)) count_in(*e->second);
-  for (auto e = waiting_.begin();
-       e != waiting_.end() && sequences + entry_size(*e->second) <= max_running_;
-       e = after_entry(e)) {
-    count_in(*e->second);
-  }
+  for (const Entry& entry : running_) count_in(entry);
+  for (auto e = waiting_.rbegin(); e != waiting_.rend() && sequences + e->size <= max_running_; ++e) count_in(*e);
+  running_.reserve(sequences);
+  waiting_.reserve(waiting_.size() + running_.size());
   tokens = std::min(tokens, max_step_tokens_);
   step.work.reserve(entries);
   step.samples.reserve(sequences);
@@ -268,8 +183,8 @@ bool Scheduler::needs_page(const Sequence& sequence) const {
 int64_t Scheduler::decode_pages() const {
   int64_t count = 0;
   int32_t last_shared = -1;
-  for (auto entry = running_.begin(); entry != running_.end(); entry = after_entry(entry)) {
-    const Sequence& sequence = *entry->second;
+  for (const Entry& entry : running_) {
+    const Sequence& sequence = *entry.leader;
     if (!needs_page(sequence)) continue;
     ++count;
     // The holders of a shared page that is about to be written are siblings, side by side, and all
@@ -286,9 +201,11 @@ int64_t Scheduler::decode_pages() const {
 int64_t Scheduler::preempt_for_pages() {
   int64_t preemptions = 0;
   for (; decode_pages() > allocator_.num_free(); ++preemptions) {
-    require(after_entry(running_.begin()) != running_.end(),
-            "the only running sequence finds no page, although its request was found to fit");
-    preempt(last_entry(running_));
+    require(running_.size() > 1, "the only running sequence finds no page, although its request was found to fit");
+    running_.back().leader->release_pages(allocator_);
+    waiting_.push_back(running_.back());
+    running_.pop_back();
+    ++totals_.preemptions;
   }
   return preemptions;
 }
@@ -308,17 +225,16 @@ void Scheduler::prepare_pages(Sequence& sequence, StepPlan& plan) {
   }
 }
 
-// Pages that the answers of an admitted entry will ask for within kLookaheadTokens tokens.
-int64_t Scheduler::growth(const Sequence& sequence) const {
+// Pages that the answers of an admitted entry will need within kLookaheadTokens tokens.
+int64_t Scheduler::growth(const Entry& entry) const {
+  const Sequence& sequence = *entry.leader;
   const Request& request = sequence.request();
-  // The last token of an answer is drawn but never computed.
+  // The last token of an answer is sampled but never computed.
   const int64_t last = request.prompt_length() + request.max_new_tokens - 1;
   const int64_t soon = pages_for(std::min(sequence.length() + kLookaheadTokens, last));
   const int64_t own = soon - pages_for(sequence.length());
-  const int64_t group_size = entry_size(sequence);
-  if (group_size == 1) return own;
   const bool copies_end = sequence.length() % page_size_ != 0 && sequence.length() < last;
-  return group_size * own + (copies_end ? group_size - 1 : 0);
+  return entry.size * own + (copies_end ? entry.size - 1 : 0);
 }
 
 // The sibling that holds most of this sequence's full prompt pages, and how many tokens those are.
@@ -326,12 +242,12 @@ std::pair<const Sequence*, int64_t> Scheduler::shared_prefix(const Sequence& seq
   const Request& request = sequence.request();
   const Sequence* donor = nullptr;
   int64_t tokens = 0;
-  const auto end = running_.lower_bound(request.id + request.group_size());
-  for (auto it = running_.lower_bound(request.id); it != end; ++it) {
-    const int64_t there = std::min(it->second->computed(), request.prompt_length());
+  // The siblings of the oldest waiting sequence are the youngest that run.
+  for (auto e = running_.rbegin(); e != running_.rend() && &e->leader->request() == &request; ++e) {
+    const int64_t there = std::min(e->leader->computed(), request.prompt_length());
     const int64_t whole = there / page_size_ * page_size_;
-    if (whole > tokens) {
-      donor = it->second;
+    if (whole > 0 && whole >= tokens) {
+      donor = e->leader;
       tokens = whole;
     }
   }
@@ -339,9 +255,10 @@ std::pair<const Sequence*, int64_t> Scheduler::shared_prefix(const Sequence& seq
 }
 
 // Takes what the budget holds of a sequence's pending tokens into the step; returns how many.
-int64_t Scheduler::add_work(Sequence& sequence, int64_t budget, Step& step) {
+int64_t Scheduler::add_work(const Entry& entry, int64_t budget, Step& step) {
+  Sequence& sequence = *entry.leader;
   const int64_t count = std::min(sequence.pending(), budget);
-  const int64_t samples = count == sequence.pending() ? entry_size(sequence) : 0;
+  const int64_t samples = count == sequence.pending() ? entry.size : 0;
   step.work.push_back({&sequence, sequence.computed(), count, samples});
   // siblings lie side by side in groups_
   for (int64_t g = 0; g < samples; ++g) step.samples.push_back(&sequence + g);
@@ -351,27 +268,26 @@ int64_t Scheduler::add_work(Sequence& sequence, int64_t budget, Step& step) {
 // Admits waiting entries in order; the first that does not fit ends it, so none is overtaken.
 void Scheduler::admit(int64_t budget, Step& step) {
   int64_t set_aside = 0;  // pages that must stay free for those who run
-  for (auto e = running_.begin(); e != running_.end(); e = after_entry(e)) {
-    set_aside += growth(*e->second);
-  }
+  for (const Entry& entry : running_) set_aside += growth(entry);
   while (!waiting_.empty() && budget > 0) {
-    const auto entry = waiting_.begin();
-    Sequence& sequence = *entry->second;
-    if (num_running() + entry_size(sequence) > max_running_) return;
+    const Entry entry = waiting_.back();
+    Sequence& sequence = *entry.leader;
+    if (num_running() + entry.size > max_running_) return;
     // Only computed pages are shared: what siblings write in this very step does not count.
     const auto [donor, shared_tokens] = shared_prefix(sequence);
     const int64_t pages = pages_for(sequence.length()) - shared_tokens / page_size_;
-    const int64_t wanted = running_.empty() ? pages : pages + set_aside + growth(sequence);
+    const int64_t wanted = running_.empty() ? pages : pages + set_aside + growth(entry);
     if (wanted > allocator_.num_free()) return;
 
-    set_aside += growth(sequence);
-    move_entry(waiting_, entry, running_);
+    set_aside += growth(entry);
+    waiting_.pop_back();
+    running_.push_back(entry);
     if (donor != nullptr) {
       sequence.share_prefix(*donor, shared_tokens, allocator_);
       totals_.shared_page_hits += shared_tokens / page_size_;
     }
     for (int64_t i = 0; i < pages; ++i) sequence.add_page(allocator_.acquire().value());
-    budget -= add_work(sequence, budget, step);
+    budget -= add_work(entry, budget, step);
   }
 }
 
@@ -380,15 +296,15 @@ void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
     plan.page_table_width =
         std::max(plan.page_table_width, static_cast<int64_t>(work.sequence->pages().size()));
   }
-  // Expected tokens are drawn by the plan before, and both plans are in the order of ids.
-  size_t drawn = 0;
+  // Expected tokens are sampled by the plan before, and both plans are in the order of ids.
+  size_t sample = 0;
   const auto token = [&](const Sequence& sequence, int64_t position) {
     if (position < sequence.known()) return sequence.token(position);
     const auto& before = open_.back().samples;
-    while (before.at(drawn) != &sequence) ++drawn;
-    return -1 - static_cast<int64_t>(drawn);
+    while (before.at(sample) != &sequence) ++sample;
+    return -1 - static_cast<int64_t>(sample);
   };
-  plan.one_each = step.work.size() == step.samples.size();
+  plan.decode_only = step.work.size() == step.samples.size();
   plan.cu_query.push_back(0);
   for (const Work& work : step.work) {
     const Sequence& sequence = *work.sequence;
@@ -404,7 +320,7 @@ void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
                            sequence.pages().end());
     plan.page_table.resize(plan.kv_len.size() * plan.page_table_width, -1);
     plan.counts += sequence.classify(work.begin, work.count);
-    plan.one_each = plan.one_each && work.count == 1 && work.samples == 1;
+    plan.decode_only = plan.decode_only && work.count == 1 && work.samples == 1;
     for (int64_t g = 0; g < work.samples; ++g) {
       plan.sample_row.push_back(static_cast<int64_t>(plan.tokens.size()) - 1);
       plan.sample_seq.push_back(sequence.id() + g);
@@ -426,11 +342,16 @@ void Scheduler::begin(Step&& step) {
     sequence->share_prefix(*(sequence - sequence->index()), prompt_length, allocator_);
     totals_.shared_page_hits += prompt_length / page_size_;
   }
-  for (Sequence* sequence : step.samples) {
-    if (!sequence->complete()) continue;
-    sequence->release_pages(allocator_);
-    ending_.insert(running_.extract(sequence->id()));
+  for (size_t i = running_.size(); i-- > 0;) {
+    const Entry group = running_[i];
+    if (group.size == 1 || !group.leader->begun()) continue;
+    running_.insert(running_.begin() + i, group.size - 1, {});
+    for (int64_t g = 0; g < group.size; ++g) running_[i + g] = {group.leader + g, 1};
   }
+  for (Sequence* sequence : step.samples) {
+    if (sequence->complete()) sequence->release_pages(allocator_);
+  }
+  std::erase_if(running_, [](const Entry& entry) { return entry.leader->complete(); });
   open_.push_back(std::move(step));
 }
 
@@ -449,7 +370,7 @@ std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
       throw std::invalid_argument(
           "commit: tokens must be >= 0, got " + text(tokens[s]) + " for " +
           text(*samples[s]) + " at position " + text(samples[s]->known()) +
-          ": its logits held nothing to draw from (NaN, or every token excluded)");
+          ": its logits held nothing to sample from (NaN, or every token excluded)");
     }
   }
   std::vector<int64_t> finished;
@@ -464,8 +385,12 @@ std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
     sequence.append(tokens[s]);
     if (!sequence.finished()) continue;
     sequence.release_pages(allocator_);
-    for (Queue* queue : {&running_, &waiting_, &ending_}) queue->erase(sequence.id());
     finished.push_back(sequence.id());
+  }
+  if (!finished.empty()) {
+    for (Queue* queue : {&running_, &waiting_}) {
+      std::erase_if(*queue, [](const Entry& entry) { return entry.leader->finished(); });
+    }
   }
   ++totals_.steps;
   open_.erase(open_.begin());
@@ -499,38 +424,28 @@ void Scheduler::check() const {
 
 void Scheduler::check_queues() const {
   require(num_running() <= max_running_, "more run than max_running");
-  require(running_.empty() || waiting_.empty() ||
-              running_.rbegin()->first < waiting_.begin()->first,
-          "a waiting sequence was overtaken");
-  size_t queued = 0;
+  std::set<const Sequence*> queued;
+  int64_t next = 0;
+  const auto walk = [&](const Entry& entry) {
+    const Sequence& leader = *entry.leader;
+    require(leader.id() >= next, leader, " was overtaken, or is queued twice");
+    next = leader.id() + entry.size;
+    require(entry.size == (leader.begun() ? 1 : leader.request().group_size()), leader, " leads ", entry.size, " answers");
+    for (int64_t g = 0; g < entry.size; ++g) queued.insert(&leader + g);
+  };
+  std::for_each(running_.begin(), running_.end(), walk);
+  std::for_each(waiting_.rbegin(), waiting_.rend(), walk);
   for (const auto& [id, sequences] : groups_) {
     const Request& request = sequences.front().request();
     require(request.id == id && request.group_size() == static_cast<int64_t>(sequences.size()),
             "group ", id, " does not hold its answers");
-    // Unless cancelled, either no answer of a group has begun, or all have.
-    const bool begun = sequences.front().begun();
     for (const Sequence& sequence : sequences) {
-      const auto runs = running_.find(sequence.id());
-      const auto waits = waiting_.find(sequence.id());
-      const auto ends = ending_.find(sequence.id());
-      const int places =
-          (runs != running_.end()) + (waits != waiting_.end()) + (ends != ending_.end());
-      require(places == (sequence.finished() ? 0 : 1),
-              sequence, " stands in ", places, " queues");
-      queued += places;
-      require((runs == running_.end() || runs->second == &sequence) &&
-                  (waits == waiting_.end() || waits->second == &sequence) &&
-                  (ends == ending_.end() || ends->second == &sequence),
-              sequence, " is queued as another");
-      require((ends != ending_.end()) == (!sequence.finished() && sequence.complete()), sequence,
-              " is ending, or should be");
-      require(begun == sequence.begun(), sequence, " began apart from its group");
-      if (sequence.finished() || begun) continue;
-      require((runs == running_.end()) == !running_.contains(id),
-              sequence, " left its group before the prompt was computed");
+      const bool goes_on = !sequence.finished() && !sequence.complete();
+      require(queued.erase(&sequence) == goes_on, sequence, goes_on ? " is in no queue" : " is in a queue");
+      require(sequences.front().begun() == sequence.begun(), sequence, " began apart from its group");
     }
   }
-  require(queued == running_.size() + waiting_.size() + ending_.size(), "a queue holds a forgotten sequence");
+  require(queued.empty(), "a queue holds a forgotten sequence");
 }
 
 void Scheduler::check_pages() const {
@@ -539,13 +454,14 @@ void Scheduler::check_pages() const {
     size_t index;
     int64_t count;
   };
+  std::set<const Sequence*> leaders;
+  for (const Entry& entry : running_) leaders.insert(entry.leader);
   std::map<int32_t, Holder> holders;
   for (const auto& [id, sequences] : groups_) {
     for (const Sequence& sequence : sequences) {
       const auto& pages = sequence.pages();
       const auto held = static_cast<int64_t>(pages.size());
-      const bool leads = running_.contains(sequence.id()) &&
-                         (sequence.begun() || sequence.index() == 0);
+      const bool leads = leaders.contains(&sequence);
       require(leads || (held == 0 && sequence.computed() == 0), sequence,
               " holds pages but is not running");
       if (!leads) continue;
@@ -553,8 +469,7 @@ void Scheduler::check_pages() const {
       require(held >= pages_for(sequence.computed()) && held <= pages_for(sequence.length()),
               sequence, " has computed ", sequence.computed(), " of ", sequence.length(),
               " tokens and holds ", held, " pages");
-      const bool youngest = sequence.id() + entry_size(sequence) - 1 == running_.rbegin()->first;
-      require(youngest || sequence.pending() == 1,
+      require(running_.back().leader == &sequence || sequence.pending() == 1,
               sequence, " is not the youngest and has ", sequence.pending(), " tokens pending");
       for (size_t i = 0; i < pages.size(); ++i) {
         Holder& holder = holders.try_emplace(pages[i], Holder{id, i, 0}).first->second;

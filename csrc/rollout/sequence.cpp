@@ -19,7 +19,6 @@ const char* finish_name(Finish finish) {
   switch (finish) {
     case Finish::stop: return "stop";
     case Finish::length: return "length";
-    case Finish::cancelled: return "cancelled";
     case Finish::none: break;
   }
   return nullptr;
@@ -92,11 +91,6 @@ void Sequence::append(int64_t token) {
     finish_ = Finish::length;
   }
   if (finished()) expected_ = 0;
-}
-
-void Sequence::cancel() {
-  require(!finished(), *this, "cancel() of a finished answer");
-  finish_ = Finish::cancelled;
 }
 
 void Sequence::add_page(int32_t page) {

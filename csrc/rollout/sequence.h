@@ -1,21 +1,20 @@
-// sequence.h -- one answer in the making: its tokens, and the KV pages that hold them.
+// sequence.h -- one unfinished or finished answer: its tokens, and the KV pages that hold them.
 //
-// A Request is one prompt with its G answers; a Sequence is one of those answers. The tokens of a
-// sequence are the prompt's followed by its own, so the prompt is stored once per group.
+// A Request is one prompt with its G answers, and a Sequence is one of those answers. The tokens of a sequence are the
+// prompt's, followed by its own. The prompt is stored once per group.
 //
 //   positions  0 ......... computed-1 | computed ........ length-1 | length
-//              key and value in pages | still to be computed       | the token to be drawn next
+//              key and value in pages | still to be computed       | the token to sample next
 //
 //   The key and value of position p lie in pages()[p / page_size] at offset p % page_size.
-//   The last tokens may be expected ones: a step that is under way draws them, and what they are is
-//   not known here until it is committed.
-//   invariants: computed < length while another token is to be drawn; pages cover computed; no pages
-//   when finished.
+//   The last tokens may be expected ones. A step in flight samples them, and their values are known at its commit.
+//   invariants: computed < length while another token is to be sampled; pages cover computed; no pages when finished.
 //
-// A page is shared only for prompt positions. Sharing never writes: whoever is to write into a page
-// with refs > 1 takes a copy of it first (Scheduler).
-// Torch-free; the memory that answers and page lists need is reserved ahead, so that no member but
-// the constructor and reserve_token() can fail for lack of memory.
+// A page is shared only for prompt positions. Nobody writes into a shared page: a writer first copies a page with
+// refs > 1 (Scheduler).
+//
+// The memory of answers and page lists is reserved ahead. Only the constructor and reserve_token() can run out of memory.
+// Torch-free.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -36,12 +35,12 @@ struct Request {
   int64_t prompt_length() const { return static_cast<int64_t>(prompt.size()); }
 };
 
-enum class Finish : uint8_t { none, stop, length, cancelled };
+enum class Finish : uint8_t { none, stop, length };
 
-// "stop", "length", "cancelled", or nullptr while the answer is unfinished.
+// "stop", "length", or nullptr while the answer is unfinished.
 const char* finish_name(Finish finish);
 
-// Tokens whose key and value were computed, each counted in one of three ways.
+// Tokens whose key and value were computed. Each counts in one of three ways.
 struct TokenCounts {
   int64_t prefill = 0;     // prompt tokens, the first time
   int64_t decode = 0;      // answer tokens, the first time
@@ -59,7 +58,6 @@ class Sequence {
   const Request& request() const { return *request_; }
   int64_t id() const { return request_->id + index_; }
   int64_t index() const { return index_; }  // g of the group
-  int64_t seed() const { return request_->seeds[index_]; }
   Finish finish() const { return finish_; }
   bool finished() const { return finish_ != Finish::none; }
 
@@ -71,7 +69,7 @@ class Sequence {
   const std::vector<int64_t>& answer() const { return answer_; }  // its known tokens
 
   bool begun() const { return length() > request_->prompt_length(); }
-  // Whether every token is drawn or expected: max_new_tokens of them, stop or not.
+  // Whether max_new_tokens tokens are sampled or expected, stop or not.
   bool complete() const {
     return length() == request_->prompt_length() + request_->max_new_tokens;
   }
@@ -81,32 +79,29 @@ class Sequence {
   const std::vector<int32_t>& pages() const { return pages_; }
   int64_t slot(int64_t position) const;   // page * page_size + offset, of a position within pages
 
-  // How `count` tokens from position `begin` on are counted.
+  // The counts of `count` tokens from position `begin` on.
   TokenCounts classify(int64_t begin, int64_t count) const;
-  // Marks the next `count` pending tokens as computed; throws std::logic_error past the pages.
+  // Marks the next `count` pending tokens as computed. Throws std::logic_error past the pages.
   void advance(int64_t count);
-  // Counts them once their step is committed; from then on they count as recomputed.
+  // The same counts, when the tokens' step is committed. From then on the tokens count as recomputed.
   TokenCounts settle(int64_t begin, int64_t count);
 
-  // One more token is being drawn. Throws std::logic_error past max_new_tokens.
+  // A step in flight samples one more token. Throws std::logic_error past max_new_tokens.
   void expect();
-  // Those tokens will not come.
-  void expect_none() { expected_ = 0; }
-  // Makes room for one more token, so that append() needs no memory.
+  // Reserves memory for one more token: append() then needs none.
   void reserve_token();
-  // Adds a drawn token, the first of those expected if any, and finishes the answer on a stop id, when
-  // no more is expected, or at max_new_tokens. Throws std::logic_error when it is finished already.
+  // Adds a sampled token, which is the first expected one if there is any. Finishes the answer on a stop id or at
+  // max_new_tokens; no token is then expected. Throws std::logic_error when it is finished already.
   void append(int64_t token);
-  void cancel();
 
-  // Takes over a page that the caller acquired, behind the last one.
+  // Takes over a page that the caller acquired. It becomes the last one.
   void add_page(int32_t page);
-  // Puts a fresh copy in place of the shared page at `index`, and gives that one up.
+  // Replaces the shared page at `index` by its fresh copy `page`, and gives the shared one up.
   void replace_page(size_t index, int32_t page, BlockAllocator& allocator);
-  // Holds the pages of the first num_tokens tokens of `from` too; they count as computed.
-  // Throws std::logic_error when this one has pages, or `from` has not computed so much.
+  // Shares the pages of the first num_tokens tokens of `from`, which then count as computed. Throws std::logic_error when
+  // this one has pages, or `from` has computed fewer tokens.
   void share_prefix(const Sequence& from, int64_t num_tokens, BlockAllocator& allocator);
-  // Gives up every page; what was computed is forgotten, the tokens are kept.
+  // Gives up every page. Nothing counts as computed then; the tokens stay.
   void release_pages(BlockAllocator& allocator);
 
  private:
@@ -116,7 +111,7 @@ class Sequence {
   Finish finish_ = Finish::none;
   int64_t expected_ = 0;
   int64_t computed_ = 0;
-  int64_t ever_computed_ = 0;    // largest settled or shared position so far: below it, tokens are recomputed
+  int64_t ever_computed_ = 0;    // tokens below this position were settled or shared before
   std::vector<int64_t> answer_;
   std::vector<int32_t> pages_;
 };

@@ -220,7 +220,7 @@ MicroItem MicroSource::code(int64_t length) {
 }
 
 MicroItem MicroSource::logic(int64_t names) {
-  // random.sample of so few: draw from a pool that closes its gaps with its last
+  // random.sample of so few: choose from a pool that closes its gaps with its last
   std::vector<TokenId> pool = letters_, order;
   for (int64_t i = 0; i < names; ++i) {
     const size_t left = pool.size() - static_cast<size_t>(i);
@@ -257,11 +257,11 @@ MicroCorpus::MicroCorpus(MicroSource source, CorpusShares shares,
   assistant_ = source_.id("<assistant>");
 }
 
-MicroItem MicroCorpus::draw() {
+MicroItem MicroCorpus::sample() {
   PythonRandom& random = source_.random();
   // random.choices with weights
-  const double place = random.random() * cumulative_.back();
-  const auto found = std::upper_bound(cumulative_.begin(), cumulative_.end() - 1, place);
+  const double target = random.random() * cumulative_.back();
+  const auto found = std::upper_bound(cumulative_.begin(), cumulative_.end() - 1, target);
   const auto domain = static_cast<Domain>(found - cumulative_.begin());
   const auto& grades = domain == Domain::code    ? shares_.list_lengths
                        : domain == Domain::logic ? shares_.name_counts
@@ -302,7 +302,7 @@ void MicroCorpus::check(const MicroItem& item) const {
 }
 
 MicroDocument MicroCorpus::document() {
-  MicroItem item = draw();
+  MicroItem item = sample();
   check(item);
   const std::vector<TokenId> answer = written(item);
   MicroDocument out;

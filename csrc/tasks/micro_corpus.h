@@ -1,12 +1,11 @@
 // micro_corpus.h -- the embedded tasks: random problems, and the documents that models are pretrained on.
 //
-// What the families are and why is told in grpo_engine/micro/task.py, which owns the vocabulary and
-// every constant; this file owns how a problem is drawn. A corpus is two million tokens, so drawing
-// it word by word in Python takes longer than training a small model on it.
+// grpo_engine/micro/facts.py explains the families and owns the vocabulary and every constant. This file owns how a
+// problem is sampled. A corpus has two million tokens: to sample them word by word in Python takes longer than to train a
+// small model on them.
 //
-// Draws are those of CPython's random.Random: the same Mersenne Twister, the same methods. So a
-// stream is named by what seeds one, and Python's own generator is the reference of the tests.
-// Torch-free and Python-free.
+// The random numbers are those of CPython's random.Random, by the same Mersenne Twister and the same methods. So the seed of
+// a random.Random names a stream, and the tests compare with Python's own generator. Torch-free and Python-free.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -18,7 +17,7 @@
 
 namespace grpo_engine {
 
-// random.Random, continued from its getstate()[1]: 624 words and the place of the next one.
+// random.Random, continued from its getstate()[1]: 624 words and the index of the next one.
 class PythonRandom {
  public:
   static constexpr size_t kWords = 624;
@@ -49,7 +48,7 @@ class PythonRandom {
 using TokenId = int64_t;
 
 struct MicroTasks {
-  std::vector<std::string> vocabulary;  // the id of a word is its place
+  std::vector<std::string> vocabulary;  // the id of a word is its index
   std::vector<std::string> functions;   // first, second, last, max, min: in this order
   std::vector<std::string> letters;
   std::vector<std::string> people;
@@ -69,7 +68,7 @@ struct MicroItem {
   std::string key{};                // names the problem whatever its template
 };
 
-// Draws problems.
+// Samples problems.
 class MicroSource {
  public:
   // Throws std::invalid_argument for a word that the vocabulary lacks, or a bad state.
@@ -112,7 +111,7 @@ struct CorpusShares {
   std::vector<int64_t> sum_terms, list_lengths, name_counts;
 };
 
-// Documents packed end to end, each without its last token, which is predicted and never read.
+// Documents packed end to end. Each is without its last token, which is predicted and never read.
 struct MicroBatch {
   std::vector<int64_t> tokens;      // [T]
   std::vector<int64_t> target;      // [T] the token after each
@@ -120,24 +119,24 @@ struct MicroBatch {
   std::vector<int32_t> cu_seqlens;  // [N+1]
 };
 
-// A problem and an answer to it as somebody wrote it down.
+// A problem and a written answer to it.
 struct MicroDocument {
   std::vector<TokenId> tokens;
   int64_t prompt_length;  // chat tokens included
 };
 
-// Documents without end; none holds a problem of the test pool or of `held_out`.
+// An endless stream of documents. None holds a problem of the test pool or of `held_out`.
 class MicroCorpus {
  public:
   MicroCorpus(MicroSource source, CorpusShares shares, std::unordered_set<std::string> held_out);
 
-  // Throws std::runtime_error when the document holds a test problem: never, unless this is broken.
+  // Throws std::runtime_error when the document holds a test problem, which only a bug can cause.
   MicroDocument document();
   // `documents` of them, or fewer as soon as they hold `max_tokens` inputs.
   MicroBatch batch(int64_t documents, int64_t max_tokens);
 
  private:
-  MicroItem draw();
+  MicroItem sample();
   std::vector<TokenId> written(const MicroItem& item);
   void check(const MicroItem& item) const;
 

@@ -1,15 +1,16 @@
 // cuda_emulator.h -- runs CUDA kernels on the CPU, for tests on machines without a GPU.
 //
-// The part of CUDA C++ that our kernels use, in plain C++: a .cu that is compiled with GE_CUDA_EMULATED
-// includes this in place of the CUDA runtime. The threads of a block are fibers. Blocks run one after the
-// other, the last first; a warp runs as far as it can before the next one starts, and every other block
-// takes its warps and lanes backwards: a kernel that relies on an order, or lacks a barrier, gives wrong
-// numbers. A failure repeats. What is found, each a std::runtime_error that names the kernel and threads:
+// The part of CUDA C++ that our kernels use, in plain C++. A .cu that is compiled with GE_CUDA_EMULATED includes this header
+// and not the CUDA runtime. The threads of a block are fibers. Blocks run one after the other, the last first. A warp runs
+// as far as it can before the next one starts. Every other block takes its warps and lanes backwards. So a kernel that
+// relies on an order, or lacks a barrier, gives wrong numbers. A failure repeats.
+//
+// The emulator finds these faults. Each is a std::runtime_error that names the kernel and its threads:
 //   - a __syncthreads() that some threads of the block never reach;
 //   - a warp collective whose lanes are missing, disagree about the mask or meet in different collectives;
 //   - a 16-byte access that is not aligned; a launch beyond the limits of sm_90.
-// Dynamic shared memory holds NaN when a block starts. What cannot be found: races that these orders do not
-// show, and accesses out of bounds (compute-sanitizer does, on a GPU). It says nothing about speed.
+// Dynamic shared memory holds NaN when a block starts. The emulator does not find races that these orders do not show, or
+// accesses out of bounds (compute-sanitizer does, on a GPU). It says nothing about speed.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -49,8 +50,8 @@ void require_aligned(const void* p, std::size_t bytes);
 // Waits until all threads of the block are here.
 void block_barrier();
 
-// A collective of the lanes of `mask`: each brings a payload, and the last to come runs finish(payloads by
-// lane, mask) for all; lanes outside the mask have a null payload. Everything between lanes is built on this.
+// A collective of the lanes of `mask`. Each brings a payload, and the last to come runs finish(payloads by lane, mask) for
+// all. Lanes outside the mask have a null payload. Everything between lanes is built on this.
 using Finish = void (*)(void** payloads, unsigned mask);
 void warp_collective(const char* name, unsigned mask, void* payload, Finish finish);
 

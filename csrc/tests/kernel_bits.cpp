@@ -325,26 +325,26 @@ class Report {
 #define GE_RUN(report, kernel, variant, args, items, ...) \
   (report).run(#kernel, variant, kernel##_cpu, args, items, std::vector<Output>{__VA_ARGS__})
 
-// ---------------------------------------------------------------- products
+// ---------------------------------------------------------------- matmuls
 
-struct Product {
+struct Matmul {
   const char* name;
   int64_t M, N, K;
   int64_t block_m, block_n;  // of work items with an odd number of threads; 8 x 48 with an even one
 };
-constexpr Product kFewRows{"few_rows", 3, 451, 67, 8, 48};
-constexpr Product kRows{"rows", 13, 391, 531, 16, 48};       // more than one slice of k
-constexpr Product kNothing{"no_terms", 5, 437, 0, 8, 48};    // the bias alone
-constexpr Product kManyRows{"many_rows", 211, 4101, 21, 256, 512};
+constexpr Matmul kFewRows{"few_rows", 3, 451, 67, 8, 48};
+constexpr Matmul kRows{"rows", 13, 391, 531, 16, 48};       // more than one slice of k
+constexpr Matmul kNothing{"no_terms", 5, 437, 0, 8, 48};    // the bias alone
+constexpr Matmul kManyRows{"many_rows", 211, 4101, 21, 256, 512};
 
-// Which index of A and of B is adjacent, by what the product is for.
+// Which index of A and of B is adjacent, by the use of the matmul.
 enum class Layout { forward, dx, dweight, transposed };
 
 struct Types {
   DType a, b, c;
 };
 
-void one_product(Report& report, const Product& p, Types types, Layout layout, bool bias, bool accumulate) {
+void one_matmul(Report& report, const Matmul& p, Types types, Layout layout, bool bias, bool accumulate) {
   const bool a_by_rows = layout == Layout::forward || layout == Layout::dx;
   const bool b_by_rows = layout == Layout::dx || layout == Layout::dweight;
   const int64_t c_row = p.N + 3;
@@ -380,7 +380,7 @@ void one_product(Report& report, const Product& p, Types types, Layout layout, b
 }
 
 // Sums about the smallest normal number: float32 keeps subnormals, bfloat16 flushes what is below it after rounding.
-void tiny_products(Report& report, DType dtype, bool accumulate) {
+void tiny_matmuls(Report& report, DType dtype, bool accumulate) {
   const int64_t M = 16, N = 400, K = 3;
   Random random(5);
   Array a(dtype, M * K), b(dtype, N * K), c(DType::f32, M * N);
@@ -402,20 +402,20 @@ void gemm_kernels(Report& report) {
   for (const Types types : {Types{f32, f32, f32}, Types{bf16, bf16, bf16}, Types{bf16, bf16, f32}, Types{f32, bf16, f32},
                             Types{f32, bf16, bf16}, Types{bf16, f32, f32}, Types{f64, f64, f64}}) {
     const bool wide = types.c != bf16;  // C can be added to
-    one_product(report, kFewRows, types, Layout::forward, true, false);
-    one_product(report, kFewRows, types, Layout::transposed, false, wide);
-    one_product(report, kRows, types, Layout::forward, true, false);
-    one_product(report, kRows, types, Layout::dx, false, wide);
-    one_product(report, kRows, types, Layout::dweight, false, false);
-    one_product(report, kNothing, types, Layout::forward, true, false);
+    one_matmul(report, kFewRows, types, Layout::forward, true, false);
+    one_matmul(report, kFewRows, types, Layout::transposed, false, wide);
+    one_matmul(report, kRows, types, Layout::forward, true, false);
+    one_matmul(report, kRows, types, Layout::dx, false, wide);
+    one_matmul(report, kRows, types, Layout::dweight, false, false);
+    one_matmul(report, kNothing, types, Layout::forward, true, false);
   }
   for (const Types types : {Types{f32, f32, f32}, Types{bf16, bf16, bf16}}) {
-    one_product(report, kManyRows, types, Layout::forward, false, false);
-    one_product(report, kManyRows, types, Layout::dweight, true, false);
+    one_matmul(report, kManyRows, types, Layout::forward, false, false);
+    one_matmul(report, kManyRows, types, Layout::dweight, true, false);
   }
   for (const DType dtype : {f32, bf16}) {
-    tiny_products(report, dtype, false);
-    tiny_products(report, dtype, true);
+    tiny_matmuls(report, dtype, false);
+    tiny_matmuls(report, dtype, true);
   }
 }
 

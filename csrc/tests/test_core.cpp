@@ -1,8 +1,13 @@
-// Philox against the known answers of its authors, and what the uniforms promise.
+// Philox against the known answers of its authors, and what its uniforms and the memory of kernels promise.
 #include <gtest/gtest.h>
+
+#include <cstring>
+#include <new>
+#include <thread>
 
 #include "core/cpu_dispatch.h"
 #include "core/philox.h"
+#include "core/scratch.h"
 
 namespace grpo_engine {
 
@@ -34,5 +39,49 @@ TEST(Philox, UniformIsOpenAndDependsOnSeedAndPosition) {
 }
 
 TEST(CpuDispatch, GenericIsAlwaysThere) { EXPECT_TRUE(cpu_has(CpuIsa::generic)); }
+
+constexpr int64_t kTooMuch = INT64_MAX / 2;
+
+bool aligned(const void* memory) { return memory != nullptr && reinterpret_cast<uintptr_t>(memory) % 64 == 0; }
+
+TEST(Scratch, GrowsAndKeepsItsBlockForSmallerRequests) {
+  Scratch scratch;
+  EXPECT_EQ(scratch.data(), nullptr);
+  EXPECT_TRUE(aligned(scratch.reserve(0)));
+  for (int64_t bytes : {1, 64, 1000, 100000}) {
+    void* memory = scratch.reserve(bytes);
+    EXPECT_TRUE(aligned(memory));
+    std::memset(memory, 7, bytes);
+    EXPECT_EQ(scratch.reserve(1), memory);
+    EXPECT_EQ(scratch.data(), memory);
+  }
+}
+
+TEST(Scratch, TooMuchMemoryIsAnExceptionAndTheNextRequestIsMet) {
+  EXPECT_THROW(Scratch{kTooMuch}, std::bad_alloc);
+  EXPECT_THROW(Arena{kTooMuch}, std::bad_alloc);
+  Scratch scratch(10);
+  EXPECT_THROW(scratch.reserve(kTooMuch), std::bad_alloc);
+  EXPECT_EQ(scratch.data(), nullptr);
+  std::memset(scratch.reserve(10), 7, 10);
+  EXPECT_THROW(thread_scratch<double>(ScratchUse::gemm_a, kTooMuch / 8), std::bad_alloc);
+  std::memset(thread_scratch<double>(ScratchUse::gemm_a, 3), 7, 24);
+}
+
+TEST(Scratch, AThreadHasABlockForEachUse) {
+  float* a = thread_scratch<float>(ScratchUse::gemm_a, 100);
+  EXPECT_EQ(thread_scratch<double>(ScratchUse::gemm_a, 50), static_cast<void*>(a));
+  EXPECT_NE(thread_scratch<float>(ScratchUse::gemm_b, 100), a);
+  std::thread([&] { EXPECT_NE(thread_scratch<float>(ScratchUse::gemm_a, 100), a); }).join();
+}
+
+TEST(Arena, ArraysAreAlignedAndLieBehindEachOther) {
+  Arena arena(Arena::bytes<float>(3) + Arena::bytes<double>(9));
+  float* first = arena.take<float>(3);
+  double* second = arena.take<double>(9);
+  EXPECT_TRUE(aligned(first));
+  EXPECT_EQ(static_cast<void*>(second), reinterpret_cast<char*>(first) + 64);
+  std::memset(second, 7, 72);
+}
 
 }  // namespace grpo_engine

@@ -72,7 +72,7 @@ TEST(CudaEmulator, reductions_give_every_thread_the_same) {
   }
 }
 
-TEST(CudaEmulator, a_product_of_the_tensor_cores_is_the_product_of_the_matrices) {
+TEST(CudaEmulator, an_mma_of_the_tensor_cores_is_the_matmul_of_its_matrices) {
   // small integers: exact in bfloat16 and float32
   const auto A = [](int row, int k) { return static_cast<float>((row * 7 + k * 3) % 11 - 5); };
   const auto B = [](int k, int column) { return static_cast<float>((k * 5 + column) % 13 - 6); };

@@ -40,40 +40,40 @@ uint64_t mix(uint64_t state, uint64_t value) {
   return state ^ (state >> 29);
 }
 
-struct Ask {
+struct Group {
   Tokens prompt, seeds, stop_ids;
   int64_t max_new_tokens;
 };
 
-int64_t draw(uint64_t prefix, int64_t seed, int64_t position) {
+int64_t sample(uint64_t prefix, int64_t seed, int64_t position) {
   return static_cast<int64_t>(mix(mix(prefix, seed), position) % 23);
 }
 
-// What answer g of a request must be: the same draws, with no scheduler and no pages.
-Tokens expected_answer(const Ask& ask, size_t g) {
+// What answer g of a group must be: the same samples, with no scheduler and no pages.
+Tokens expected_answer(const Group& group, size_t g) {
   uint64_t prefix = kEmptyPrefix;
-  for (int64_t token : ask.prompt) prefix = mix(prefix, token);
+  for (int64_t token : group.prompt) prefix = mix(prefix, token);
   Tokens answer;
-  while (static_cast<int64_t>(answer.size()) < ask.max_new_tokens) {
-    const auto position = static_cast<int64_t>(ask.prompt.size() + answer.size());
-    answer.push_back(draw(prefix, ask.seeds[g], position));
+  while (static_cast<int64_t>(answer.size()) < group.max_new_tokens) {
+    const auto position = static_cast<int64_t>(group.prompt.size() + answer.size());
+    answer.push_back(sample(prefix, group.seeds[g], position));
     prefix = mix(prefix, answer.back());
-    if (std::count(ask.stop_ids.begin(), ask.stop_ids.end(), answer.back())) break;
+    if (std::count(group.stop_ids.begin(), group.stop_ids.end(), answer.back())) break;
   }
   return answer;
 }
 
 // A model whose hidden state at position p is a hash of tokens 0..p, kept in KV slots as a real one
 // keeps keys and values. It reads the past only through the page table, so a wrong page, a missing
-// copy, or a slot that two sequences write changes what it draws, and verify() names it. Plans are run
+// copy, or a slot that two sequences write changes what it samples, and verify() names it. Plans are run
 // as soon as they are made, one after another, as a stream would.
 class FakeModel {
  public:
   FakeModel(int64_t num_pages, int64_t page_size)
       : page_size_(page_size), cells_(num_pages * page_size) {}
 
-  // The drawn tokens of a plan; `truth` holds what each sequence consists of so far, and `before` what
-  // the plan before drew.
+  // The sampled tokens of a plan; `truth` holds what each sequence consists of so far, and `before` what
+  // the plan before sampled.
   Tokens step(StepPlan plan, const std::map<int64_t, Tokens>& truth, const Tokens& before) {
     for (int64_t& token : plan.tokens) {
       if (token < 0) token = before.at(-1 - token);
@@ -86,7 +86,7 @@ class FakeModel {
     copy_pages(plan);
     write(plan);
     std::vector<bool> verified(N, false);
-    Tokens drawn;
+    Tokens sampled;
     for (size_t s = 0; s < plan.sample_row.size(); ++s) {
       const auto after = std::upper_bound(plan.cu_query.begin(), plan.cu_query.end(),
                                           static_cast<int32_t>(plan.sample_row[s]));
@@ -97,12 +97,12 @@ class FakeModel {
       EXPECT_EQ(plan.kv_len[n], static_cast<int64_t>(tokens.size()));
       verify(plan, n, tokens);
       verified[n] = true;
-      drawn.push_back(draw(cell(plan, n, plan.kv_len[n] - 1).prefix, plan.sample_seed[s],
+      sampled.push_back(sample(cell(plan, n, plan.kv_len[n] - 1).prefix, plan.sample_seed[s],
                            plan.sample_position[s]));
     }
     // Rows without a sample are chunks of one long prompt, which is checked when it is complete.
     EXPECT_LE(std::count(verified.begin(), verified.end(), false), 1);
-    return drawn;
+    return sampled;
   }
 
  private:
@@ -182,34 +182,34 @@ class Engine {
         model_(num_pages, page_size),
         lookahead_(lookahead) {}
 
-  int64_t add(const Ask& ask) {
-    const int64_t id = scheduler.add_group(ask.prompt, ask.seeds.size(), ask.max_new_tokens,
-                                           ask.seeds, ask.stop_ids);
-    asks[id] = ask;
-    for (size_t g = 0; g < ask.seeds.size(); ++g) truth_[id + g] = ask.prompt;
+  int64_t add(const Group& group) {
+    const int64_t id = scheduler.add_group(group.prompt, group.seeds.size(), group.max_new_tokens,
+                                           group.seeds, group.stop_ids);
+    groups[id] = group;
+    for (size_t g = 0; g < group.seeds.size(); ++g) truth_[id + g] = group.prompt;
     return id;
   }
 
   StepPlan schedule() {
     StepPlan plan = scheduler.schedule();
-    EXPECT_EQ(plan.one_each, plan.tokens.size() == plan.kv_len.size() &&
+    EXPECT_EQ(plan.decode_only, plan.tokens.size() == plan.kv_len.size() &&
                                  plan.sample_row.size() == plan.tokens.size() &&
                                  std::adjacent_find(plan.sample_row.begin(), plan.sample_row.end(),
                                                     std::greater_equal<>()) == plan.sample_row.end());
-    const Tokens before = open_.empty() ? Tokens{} : open_.back().drawn;
+    const Tokens before = open_.empty() ? Tokens{} : open_.back().tokens;
     open_.push_back({model_.step(plan, truth_, before), plan.sample_seq});
-    const auto& [drawn, sampled] = open_.back();
-    for (size_t s = 0; s < drawn.size(); ++s) truth_[sampled[s]].push_back(drawn[s]);
+    const auto& [tokens, sequences] = open_.back();
+    for (size_t s = 0; s < tokens.size(); ++s) truth_[sequences[s]].push_back(tokens[s]);
     return plan;
   }
 
   Tokens commit() {
-    const Tokens finished = scheduler.commit(open_.front().drawn);
+    const Tokens finished = scheduler.commit(open_.front().tokens);
     open_.erase(open_.begin());
     for (int64_t id : finished) {
       const Sequence& sequence = scheduler.sequence(id);
-      const Ask& ask = asks.at(sequence.request().id);
-      EXPECT_EQ(sequence.answer(), expected_answer(ask, sequence.index())) << "answer " << id;
+      const Group& group = groups.at(sequence.request().id);
+      EXPECT_EQ(sequence.answer(), expected_answer(group, sequence.index())) << "answer " << id;
     }
     return finished;
   }
@@ -227,14 +227,6 @@ class Engine {
     return plan;
   }
 
-  void preempt_all() {
-    scheduler.preempt_all();
-    for (const Step& step : open_) {
-      for (int64_t id : step.sampled) truth_[id].resize(scheduler.sequence(id).length());
-    }
-    open_.clear();
-  }
-
   // Runs to the end, as far ahead as allowed, and checks every answer.
   void finish() {
     while ((scheduler.has_work() || scheduler.step_open()) && !testing::Test::HasFatalFailure()) {
@@ -246,22 +238,19 @@ class Engine {
       scheduler.check();
     }
     EXPECT_EQ(scheduler.num_free_pages(), scheduler.num_pages());
-    for (const auto& [id, ask] : asks) {
-      for (size_t g = 0; g < ask.seeds.size(); ++g) {
-        const Sequence& sequence = scheduler.sequence(id + g);
-        if (sequence.finish() != Finish::cancelled) {
-          EXPECT_EQ(sequence.answer(), expected_answer(ask, g)) << "answer " << id + g;
-        }
+    for (const auto& [id, group] : groups) {
+      for (size_t g = 0; g < group.seeds.size(); ++g) {
+        EXPECT_EQ(scheduler.sequence(id + g).answer(), expected_answer(group, g)) << "answer " << id + g;
       }
     }
   }
 
   Scheduler scheduler;
-  std::map<int64_t, Ask> asks;
+  std::map<int64_t, Group> groups;
 
  private:
   struct Step {
-    Tokens drawn, sampled;
+    Tokens tokens, sequences;  // [S], and whose they are
   };
 
   FakeModel model_;
@@ -271,12 +260,12 @@ class Engine {
 };
 
 // Seeds and prompts differ by `salt`, so that no two requests look alike.
-Ask ask_of(int64_t prompt_length, int64_t group_size, int64_t max_new_tokens, int64_t salt = 0,
+Group group_of(int64_t prompt_length, int64_t group_size, int64_t max_new_tokens, int64_t salt = 0,
            Tokens stop_ids = {}) {
-  Ask ask{{}, {}, std::move(stop_ids), max_new_tokens};
-  for (int64_t i = 0; i < prompt_length; ++i) ask.prompt.push_back((i * 7 + salt) % 101);
-  for (int64_t g = 0; g < group_size; ++g) ask.seeds.push_back(1000 * salt + g - 3);
-  return ask;
+  Group group{{}, {}, std::move(stop_ids), max_new_tokens};
+  for (int64_t i = 0; i < prompt_length; ++i) group.prompt.push_back((i * 7 + salt) % 101);
+  for (int64_t g = 0; g < group_size; ++g) group.seeds.push_back(1000 * salt + g - 3);
+  return group;
 }
 
 template <typename Error, typename Call>
@@ -295,7 +284,7 @@ bool same(const StepPlan& a, const StepPlan& b) {
          a.page_copies == b.page_copies && a.sample_row == b.sample_row &&
          a.sample_seq == b.sample_seq && a.sample_seed == b.sample_seed &&
          a.sample_position == b.sample_position && a.preemptions == b.preemptions &&
-         a.one_each == b.one_each;
+         a.decode_only == b.decode_only;
 }
 
 // ---- plans ------------------------------------------------------------------------------------
@@ -334,7 +323,7 @@ TEST(Scheduler, AGroupSharesItsPromptAroundEveryPageBoundary) {
     for (int64_t prompt_length : {1, 3, 4, 5, 7, 8, 9, 12}) {
       SCOPED_TRACE("G " + std::to_string(group_size) + " prompt " + std::to_string(prompt_length));
       Engine engine(64, kPage, 8, 64);
-      engine.add(ask_of(prompt_length, group_size, 9));
+      engine.add(group_of(prompt_length, group_size, 9));
       StepPlan plan = engine.step();
       EXPECT_EQ(plan.counts.prefill, prompt_length);  // once, not G times
       EXPECT_EQ(plan.sample_row, Tokens(group_size, prompt_length - 1));
@@ -346,7 +335,7 @@ TEST(Scheduler, AGroupSharesItsPromptAroundEveryPageBoundary) {
       engine.finish();
       const SchedulerTotals& totals = engine.scheduler.totals();
       EXPECT_EQ(totals.tokens.prefill, prompt_length);
-      EXPECT_EQ(totals.tokens.decode, group_size * 8);  // the ninth is drawn, never computed
+      EXPECT_EQ(totals.tokens.decode, group_size * 8);  // the ninth is sampled, never computed
       EXPECT_EQ(totals.tokens.recomputed, 0);
       EXPECT_EQ(totals.prefill_pairs, prompt_length * (prompt_length + 1) / 2);
       EXPECT_EQ(totals.decode_pairs, group_size * (8 * prompt_length + 36));  // + 1, + 2 ... + 8
@@ -359,7 +348,7 @@ TEST(Scheduler, AGroupSharesItsPromptAroundEveryPageBoundary) {
 
 TEST(Scheduler, AGroupThatJustFitsIsNotPreempted) {
   Engine engine(4, 4, 3, 8);  // one full prompt page, and the second one three times
-  engine.add(ask_of(5, 3, 4));
+  engine.add(group_of(5, 3, 4));
   engine.finish();
   EXPECT_EQ(engine.scheduler.totals().preemptions, 0);
   EXPECT_EQ(engine.scheduler.totals().page_copies, 2);
@@ -367,9 +356,9 @@ TEST(Scheduler, AGroupThatJustFitsIsNotPreempted) {
 
 TEST(Scheduler, ALongPromptIsComputedInChunksBesideDecoding) {
   Engine engine(64, 4, 4, 10);
-  engine.add(ask_of(2, 2, 20, 1));
+  engine.add(group_of(2, 2, 20, 1));
   EXPECT_EQ(engine.step().tokens.size(), 2u);
-  engine.add(ask_of(21, 2, 3, 2));
+  engine.add(group_of(21, 2, 3, 2));
   const std::vector<std::pair<int64_t, size_t>> want = {{8, 2}, {8, 2}, {5, 4}};
   for (const auto& [prefill, samples] : want) {
     const StepPlan plan = engine.step();
@@ -411,7 +400,7 @@ TEST(Scheduler, TheFirstAnswerMayStopAtOnceAndItsSiblingsKeepThePrompt) {
 
 TEST(Scheduler, OneTokenAnswersNeverDecode) {
   Engine engine(8, 4, 8, 64);
-  engine.add(ask_of(6, 3, 1));
+  engine.add(group_of(6, 3, 1));
   engine.step();
   EXPECT_FALSE(engine.scheduler.has_work());
   EXPECT_STREQ(finish_name(engine.scheduler.sequence(2).finish()), "length");
@@ -429,9 +418,9 @@ TEST(Scheduler, SeedsKeepAll64Bits) {
 
 TEST(Scheduler, AdmissionFollowsArrivalAndNobodyIsOvertaken) {
   Engine engine(8, 4, 8, 64);
-  engine.add(ask_of(8, 1, 12, 1));            // runs, and leaves 6 pages less what it may grow by
-  engine.add(ask_of(20, 1, 4, 2));            // does not fit beside it
-  engine.add(ask_of(1, 1, 1, 3));             // would fit, and waits
+  engine.add(group_of(8, 1, 12, 1));            // runs, and leaves 6 pages less what it may grow by
+  engine.add(group_of(20, 1, 4, 2));            // does not fit beside it
+  engine.add(group_of(1, 1, 1, 3));             // would fit, and waits
   EXPECT_EQ(engine.step().sample_seq, Tokens{0});
   EXPECT_EQ(engine.scheduler.num_waiting(), 2);
   while (!engine.scheduler.sequence(0).finished()) EXPECT_EQ(engine.step().sample_seq, Tokens{0});
@@ -441,9 +430,9 @@ TEST(Scheduler, AdmissionFollowsArrivalAndNobodyIsOvertaken) {
 
 TEST(Scheduler, MaxRunningCountsEveryAnswerOfAGroup) {
   Engine engine(64, 4, 5, 64);
-  engine.add(ask_of(3, 2, 3, 1));
-  engine.add(ask_of(3, 3, 3, 2));
-  engine.add(ask_of(3, 1, 3, 3));
+  engine.add(group_of(3, 2, 3, 1));
+  engine.add(group_of(3, 3, 3, 2));
+  engine.add(group_of(3, 1, 3, 3));
   EXPECT_EQ(engine.step().sample_seq.size(), 5u);
   EXPECT_EQ(engine.scheduler.num_running(), 5);
   EXPECT_EQ(engine.scheduler.num_waiting(), 1);
@@ -453,8 +442,8 @@ TEST(Scheduler, MaxRunningCountsEveryAnswerOfAGroup) {
 TEST(Scheduler, TheYoungestIsPreemptedAndComesBackFirst) {
   // Four answers of one group write 1 + 12 tokens each: 4 pages each where the pool has 8.
   Engine engine(8, 4, 8, 64);
-  engine.add(ask_of(1, 4, 13, 1));
-  engine.add(ask_of(1, 1, 2, 2));  // arrives later: must wait for all of them
+  engine.add(group_of(1, 4, 13, 1));
+  engine.add(group_of(1, 1, 2, 2));  // arrives later: must wait for all of them
   std::vector<std::vector<int64_t>> ran;
   int64_t preemptions = 0;
   while (engine.scheduler.has_work()) {
@@ -497,21 +486,23 @@ TEST(Scheduler, APreemptedAnswerTakesThePromptPagesThatASiblingStillHolds) {
 TEST(Scheduler, AGroupWhoseAnswersNeverFitTogetherStillFinishes) {
   // 16 answers of 3 pages in a pool of 3 pages: one at a time.
   Engine engine(3, 4, 16, 16);
-  engine.add(ask_of(5, 16, 7, 1));
-  engine.add(ask_of(11, 1, 1, 2));
+  engine.add(group_of(5, 16, 7, 1));
+  engine.add(group_of(11, 1, 1, 2));
   engine.finish();
 }
 
-// ---- recomputation, failure, cancellation -------------------------------------------------------
+// ---- recomputation, failure ---------------------------------------------------------------------
 
 TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoAnswer) {
-  std::vector<Ask> asks;
+  std::vector<Group> groups;
+  int64_t prompt_tokens = 0;
   for (int64_t i = 0; i < 12; ++i) {
-    asks.push_back(ask_of(1 + (i * 5) % 19, 1 + i % 4, 1 + i * 2, i, {0, 5}));
+    groups.push_back(group_of(1 + (i * 5) % 19, 1 + i % 4, 1 + i * 2, i, {0, 5}));
+    prompt_tokens += static_cast<int64_t>(groups.back().prompt.size());
   }
   for (int64_t page_size : {1, 3, 4, 16}) {
     const int64_t smallest = (19 + 23 + page_size - 1) / page_size;  // the largest single request
-    int64_t preempted_when_scarce = 0;
+    int64_t preempted_when_scarce = 0, recomputed_when_scarce = 0;
     for (int64_t num_pages : {smallest, smallest + 2, 2 * smallest, 20 * smallest}) {
       for (const auto& [max_step_tokens, lookahead] : std::vector<std::pair<int64_t, bool>>{
                {4, false}, {7, false}, {256, false}, {4, true}, {7, true}, {256, true}}) {
@@ -520,43 +511,22 @@ TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoAnswer) {
                      (lookahead ? " ahead" : ""));
         const int64_t max_running = std::min<int64_t>(max_step_tokens, 24);
         Engine engine(num_pages, page_size, max_running, max_step_tokens, lookahead);
-        for (const Ask& ask : asks) engine.add(ask);
+        for (const Group& group : groups) engine.add(group);
         engine.finish();
-        EXPECT_EQ(engine.scheduler.totals().dropped_tokens > 0, lookahead);
+        const SchedulerTotals& totals = engine.scheduler.totals();
+        EXPECT_EQ(totals.dropped_tokens > 0, lookahead);
+        EXPECT_EQ(totals.tokens.prefill, prompt_tokens);
+        EXPECT_TRUE(totals.preemptions > 0 || totals.tokens.recomputed == 0);
         if (num_pages == smallest) {
-          preempted_when_scarce += engine.scheduler.totals().preemptions;
+          preempted_when_scarce += totals.preemptions;
+          recomputed_when_scarce += totals.tokens.recomputed;
         } else if (num_pages == 20 * smallest) {
-          EXPECT_EQ(engine.scheduler.totals().preemptions, 0);
+          EXPECT_EQ(totals.preemptions, 0);
         }
       }
     }
     EXPECT_GT(preempted_when_scarce, 0);
-  }
-}
-
-TEST(Scheduler, PreemptAllRecomputesTheSameAnswers) {
-  for (const bool lookahead : {false, true}) {
-    SCOPED_TRACE(lookahead ? "ahead" : "in step");
-    Engine engine(32, 4, 8, 12, lookahead);
-    engine.add(ask_of(9, 3, 12, 1));
-    engine.add(ask_of(17, 2, 12, 2));
-    for (int step = 0; engine.scheduler.has_work(); ++step) {
-      for (int given_up = 0; given_up < step % 3 && engine.can_schedule(); ++given_up) {
-        engine.schedule();
-      }
-      if (step % 4 != 0) {
-        engine.preempt_all();
-        engine.scheduler.check();
-        EXPECT_EQ(engine.scheduler.num_free_pages(), 32);
-        EXPECT_EQ(engine.scheduler.num_running(), 0);
-        EXPECT_FALSE(engine.scheduler.step_open());
-      }
-      while (engine.scheduler.step_open()) engine.commit();
-      for (int i = 0; i < 4 && engine.scheduler.has_work(); ++i) engine.step();
-    }
-    engine.finish();
-    EXPECT_GT(engine.scheduler.totals().tokens.recomputed, 0);
-    EXPECT_EQ(engine.scheduler.totals().tokens.prefill, 26);
+    EXPECT_GT(recomputed_when_scarce, preempted_when_scarce);
   }
 }
 
@@ -593,9 +563,9 @@ TEST(Scheduler, RunningOutOfMemoryChangesNothing) {
     int64_t token = 1;
     for (int step = 0; step < 60; ++step) {
       if (step % 12 == 0) {
-        const Ask ask = ask_of(1 + step % 17, 1 + step / 12 % 4, 16, step);
+        const Group group = group_of(1 + step % 17, 1 + step / 12 % 4, 16, step);
         const auto add = [&](Scheduler& to) {
-          return to.add_group(ask.prompt, ask.seeds.size(), 16, ask.seeds, ask.stop_ids);
+          return to.add_group(group.prompt, group.seeds.size(), 16, group.seeds, group.stop_ids);
         };
         int64_t id = -1;
         failures[0] += until_it_succeeds(scheduler, [&] { id = add(scheduler); });
@@ -629,7 +599,7 @@ TEST(Scheduler, AnInvalidTokenNamesItsSequenceAndLeavesTheStepOpen) {
   scheduler.schedule();
   EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.commit(Tokens{1, 1, 1, -1}); }),
             "commit: tokens must be >= 0, got -1 for sequence 3 (group 2, answer 1) at position 2: "
-            "its logits held nothing to draw from (NaN, or every token excluded)");
+            "its logits held nothing to sample from (NaN, or every token excluded)");
   EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.commit(Tokens{1}); }),
             "commit: tokens must hold one token for each of the plan's 4 samples, got 1");
   scheduler.check();
@@ -642,48 +612,20 @@ TEST(Scheduler, AnInvalidTokenNamesItsSequenceAndLeavesTheStepOpen) {
 TEST(Scheduler, CallsOutOfOrderAreRefusedWithASentence) {
   Scheduler scheduler(16, 4, 8, 64);
   EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.schedule(); }),
-            "Scheduler: schedule() without work; ask has_work() first");
+            "Scheduler: schedule() without work; call has_work() first");
   EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.commit(Tokens{}); }),
             "Scheduler: commit() without schedule(); each plan is committed once");
-  const int64_t group = scheduler.add_group(Tokens{1, 2, 3}, 2, 5, Tokens{1, 2}, Tokens{});
+  scheduler.add_group(Tokens{1, 2, 3}, 2, 5, Tokens{1, 2}, Tokens{});
   scheduler.schedule();
   EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.schedule(); }),
-            "Scheduler: schedule() was called twice; commit() the tokens of the first plan, or "
-            "call preempt_all() to give its step up");
-  EXPECT_EQ(message_of<std::logic_error>([&] { scheduler.cancel(group); }),
-            "Scheduler: cancel() between schedule() and commit(); commit the step first");
-  EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.drop(group); }),
-            "drop: every answer of group 0 must be finished, got sequence 0 (group 0, answer 0) "
-            "unfinished; cancel the group first");
+            "Scheduler: schedule() was called twice; commit() the tokens of the first plan");
   scheduler.commit(Tokens{1, 1});
   EXPECT_THROW(scheduler.commit(Tokens{1, 1}), std::logic_error);
   scheduler.check();
-}
-
-TEST(Scheduler, CancelFreesEveryStageOfAGroup) {
-  Engine engine(32, 4, 6, 8);
-  const int64_t done = engine.add(ask_of(3, 1, 1, 1));
-  const int64_t decoding = engine.add(ask_of(5, 2, 20, 2));
-  const int64_t in_prompt = engine.add(ask_of(30, 2, 20, 3));
-  const int64_t waiting = engine.add(ask_of(3, 2, 20, 4));
-  for (int i = 0; i < 3; ++i) engine.step();
-  EXPECT_EQ(engine.scheduler.cancel(done), 0);
-  for (int64_t group : {waiting, in_prompt, decoding}) {
-    EXPECT_EQ(engine.scheduler.sequence(group).pages().empty(), group == waiting);
-    EXPECT_EQ(engine.scheduler.cancel(group), 2);
-    engine.scheduler.check();
-    EXPECT_STREQ(finish_name(engine.scheduler.sequence(group + 1).finish()), "cancelled");
-    EXPECT_EQ(engine.scheduler.cancel(group), 0);
+  for (int64_t id : {-1, 2}) {
+    EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.sequence(id); }),
+              "Scheduler: no sequence has id " + std::to_string(id) + ", it was never given out");
   }
-  EXPECT_FALSE(engine.scheduler.has_work());
-  EXPECT_EQ(engine.scheduler.num_free_pages(), 32);
-  EXPECT_GE(engine.scheduler.sequence(decoding).answer().size(), 1u);  // what it had is kept
-  engine.scheduler.drop(decoding);
-  engine.scheduler.check();
-  EXPECT_EQ(message_of<std::invalid_argument>([&] { engine.scheduler.sequence(decoding + 1); }),
-            "Scheduler: no sequence has id 2; it was never given out, or its group was dropped");
-  EXPECT_THROW(engine.scheduler.cancel(decoding), std::invalid_argument);
-  EXPECT_THROW(engine.scheduler.sequence(-1), std::invalid_argument);
 }
 
 TEST(Scheduler, BadRequestsAreToldWhatWasWantedAndWhatCame) {
@@ -730,10 +672,10 @@ TEST(Scheduler, BadSizesAreRefused) {
 TEST(Scheduler, AheadTheInputsAreTheSamplesOfThePlanBefore) {
   Scheduler scheduler(16, 4, 8, 64, /*lookahead=*/true);
   scheduler.add_group(Tokens{5, 9}, 3, 4, Tokens{70, 71, 72}, Tokens{6});
-  EXPECT_FALSE(scheduler.schedule().one_each);
+  EXPECT_FALSE(scheduler.schedule().decode_only);
   StepPlan plan = scheduler.schedule();
   scheduler.check();
-  EXPECT_TRUE(plan.one_each);
+  EXPECT_TRUE(plan.decode_only);
   EXPECT_EQ(plan.tokens, (Tokens{-1, -2, -3}));
   EXPECT_EQ(plan.positions, (Tokens{2, 2, 2}));
   EXPECT_EQ(plan.kv_len, (std::vector<int32_t>{3, 3, 3}));
@@ -777,20 +719,17 @@ TEST(Scheduler, AheadAFullAnswerIsNotPlannedOnAndItsPagesServeTheNext) {
   EXPECT_STREQ(finish_name(scheduler.sequence(0).finish()), "length");
 }
 
-TEST(Scheduler, AheadThereIsOnePlanInFlightAndNothingIsTakenFromUnderIt) {
+TEST(Scheduler, AheadThereIsOnePlanInFlightAndItsRowsOfStoppedAnswersAreDropped) {
   Scheduler scheduler(16, 4, 8, 64, /*lookahead=*/true);
-  const int64_t group = scheduler.add_group(Tokens{5, 9}, 1, 4, Tokens{70}, Tokens{6});
+  scheduler.add_group(Tokens{5, 9}, 1, 4, Tokens{70}, Tokens{6});
   scheduler.schedule();
   scheduler.schedule();
   EXPECT_THROW(scheduler.schedule(), std::logic_error);
   EXPECT_EQ(scheduler.commit(Tokens{6}), Tokens{0});
-  EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.drop(group); }),
-            "drop: an open step has a row of sequence 0 (group 0, answer 0); commit it first");
-  EXPECT_THROW(scheduler.cancel(group), std::logic_error);
   EXPECT_FALSE(scheduler.has_work());
   EXPECT_TRUE(scheduler.commit(Tokens{3}).empty());
   EXPECT_EQ(scheduler.sequence(0).answer(), Tokens{6});
-  scheduler.drop(group);
+  EXPECT_EQ(scheduler.totals().dropped_tokens, 1);
   scheduler.check();
 }
 
@@ -806,7 +745,7 @@ TEST(Scheduler, AheadAPreemptedAnswerMayTurnOutToHaveStopped) {
   EXPECT_EQ(plan.tokens, Tokens{-1});
   EXPECT_EQ(scheduler.num_waiting(), 1);
   scheduler.check();
-  EXPECT_EQ(scheduler.commit(Tokens{5, 9}), Tokens{1});  // drawn before it was preempted
+  EXPECT_EQ(scheduler.commit(Tokens{5, 9}), Tokens{1});  // sampled before it was preempted
   scheduler.check();
   EXPECT_EQ(scheduler.num_waiting(), 0);
   EXPECT_EQ(scheduler.sequence(1).answer(), (Tokens{5, 5, 5, 9}));
@@ -820,7 +759,7 @@ TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
   const auto pick = [&](int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(random);
   };
-  int64_t operations = 0, preemptions = 0, shared = 0, copies = 0, cancelled = 0, finished = 0, dropped = 0;
+  int64_t operations = 0, preemptions = 0, shared = 0, copies = 0, finished = 0, dropped = 0;
   for (int round = 0; operations < 10000; ++round) {
     const int64_t page_size = pick(1, 6), max_running = pick(1, 12);
     const int64_t num_pages = pick(4, 40), max_step_tokens = pick(max_running, max_running + 30);
@@ -832,20 +771,10 @@ TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
       if (what < 12) {
         const int64_t room = std::min<int64_t>(num_pages * page_size, 60);
         const int64_t prompt_length = pick(1, room - 1);
-        Ask ask = ask_of(prompt_length, pick(1, std::min<int64_t>(max_running, 5)),
+        Group group = group_of(prompt_length, pick(1, std::min<int64_t>(max_running, 5)),
                          pick(1, std::min<int64_t>(room - prompt_length, 24)), pick(0, 1 << 20));
-        if (pick(0, 1)) ask.stop_ids = {pick(0, 22), pick(0, 22)};
-        engine.add(ask);
-      } else if (what < 15 && !engine.asks.empty() && !scheduler.step_open()) {
-        auto it = std::next(engine.asks.begin(), pick(0, engine.asks.size() - 1));
-        cancelled += scheduler.cancel(it->first);
-      } else if (what < 16 && !engine.asks.empty() && !scheduler.step_open()) {
-        auto it = std::next(engine.asks.begin(), pick(0, engine.asks.size() - 1));
-        scheduler.cancel(it->first);
-        scheduler.drop(it->first);
-        engine.asks.erase(it);
-      } else if (what < 17) {
-        engine.preempt_all();
+        if (pick(0, 1)) group.stop_ids = {pick(0, 22), pick(0, 22)};
+        engine.add(group);
       } else if (engine.can_schedule() && (what % 4 != 0 || !scheduler.step_open())) {
         engine.schedule();
       } else if (scheduler.step_open()) {
@@ -865,7 +794,6 @@ TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
   EXPECT_GT(preemptions, 300);
   EXPECT_GT(shared, 300);
   EXPECT_GT(copies, 100);
-  EXPECT_GT(cancelled, 30);
   EXPECT_GT(finished, 300);
   EXPECT_GT(dropped, 100);
 }

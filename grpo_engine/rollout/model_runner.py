@@ -271,11 +271,11 @@ class ModelRunner:
         if self._direct:
             inputs = StepInputs(**{name: torch.from_numpy(array) for name, array in arrays.items()})
             self.cache.copy_pages(inputs.page_copies)
-            sample = self._sample(inputs, plan.one_each)
+            sample = self._sample(inputs, plan.decode_only)
             return StartedStep((sample.token, sample.full_logprob, sample.entropy))
         host = self._host[self._turn]
         self._turn = 1 - self._turn
-        if self.graphs and plan.one_each:
+        if self.graphs and plan.decode_only:
             self._run_padded(arrays, host)
         else:
             shapes = {name: array.shape for name, array in arrays.items()}
@@ -283,7 +283,7 @@ class ModelRunner:
             _fill(staged.numpy(), shapes, arrays)
             inputs = _cut(staged.to(self.model.device, non_blocking=True), shapes)
             self.cache.copy_pages(inputs.page_copies)
-            self._draw(inputs, plan.one_each)
+            self._draw(inputs, plan.decode_only)
         host.samples.bytes.copy_(self._samples.bytes, non_blocking=True)
         if host.event is not None:
             host.event.record()
@@ -307,7 +307,7 @@ class ModelRunner:
         if step.graph is not None:
             step.graph.replay()
             return
-        self._draw(step.inputs, one_each=True)  # also loads the kernels, which recording must not do
+        self._draw(step.inputs, decode_only=True)  # also loads the kernels, which recording must not do
         step.graph = self._record(step.inputs)
 
     def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph | None:
@@ -318,25 +318,25 @@ class ModelRunner:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # other threads may go on using CUDA
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._draw(inputs, one_each=True)
+            self._draw(inputs, decode_only=True)
         return graph
 
-    def _draw(self, inputs: StepInputs, one_each: bool) -> None:
+    def _draw(self, inputs: StepInputs, decode_only: bool) -> None:
         """A step from the samples of the one before to its own."""
         if self.lookahead:
             # where the step before could not draw, its commit will say so; until then any token will do
             before = self._samples.token[(-1 - inputs.tokens).clamp_(min=0)].clamp_(min=0)
             inputs = inputs._replace(tokens=torch.where(inputs.tokens < 0, before, inputs.tokens))
-        sample = self._sample(inputs, one_each)
+        sample = self._sample(inputs, decode_only)
         S, to = sample.token.numel(), self._samples
         to.token[:S].copy_(sample.token)
         to.logprob[:S].copy_(sample.full_logprob)
         to.entropy[:S].copy_(sample.entropy)
 
-    def _sample(self, inputs: StepInputs, one_each: bool) -> ops.SampledToken:
+    def _sample(self, inputs: StepInputs, decode_only: bool) -> ops.SampledToken:
         hidden_TD = self.model(inputs.tokens, inputs.positions, PagedSequences(self.cache, inputs))
         return ops.sample_token(
-            self.model.logits(hidden_TD if one_each else hidden_TD[inputs.sample_row]),
+            self.model.logits(hidden_TD if decode_only else hidden_TD[inputs.sample_row]),
             seed=inputs.sample_seed,
             position=inputs.sample_position,
             temperature=inputs.temperature,

@@ -317,6 +317,38 @@ def test_avx2_and_avx512_give_the_same_bits():
     assert len(digests) == 1 and len(digests.pop().strip()) == 2 * hashlib.sha256().digest_size
 
 
+NO_MEMORY_SCRIPT = """
+import resource
+import torch
+from grpo_engine import ops
+from grpo_engine.threads import count_threads, num_threads
+
+def attend(length):
+    query, key, value = torch.zeros(3, length, 1, 1, dtype=torch.bfloat16)
+    return ops.ragged_attention(query, key, value, torch.tensor([0, length], dtype=torch.int32), scale=1.0)
+
+with num_threads(2):
+    attend(1000)
+    mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (80 << 20), resource.RLIM_INFINITY))
+    with count_threads() as threads:
+        try:
+            attend(4 << 20)  # 64 MiB of inputs, results and statistics; then each thread asks for 36 MiB at least
+        except MemoryError as error:
+            print(type(error).__name__)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(threads.number, attend(1000).abs().max().item())
+"""
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory by RLIMIT_AS")
+def test_kernels_without_memory_on_two_threads_raise_an_error():
+    command = [sys.executable, "-c", SAME_EXTENSION + NO_MEMORY_SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "MemoryError\n2 0.0\n"), done.stderr
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     "change,error,says",
