@@ -12,10 +12,13 @@ import torch
 
 from grpo_engine.config import RewardConfig, RunConfig, TaskConfig
 from grpo_engine.micro import pretrain
+from grpo_engine.micro.task import micro_task
+from grpo_engine.micro.tokenizer import MicroTokenizer
 from grpo_engine.model import hf_config, weights
 from grpo_engine.model.decoder import Model
 from grpo_engine.model.tokenizer import HFTokenizer, PromptTokens, Tokenizer
 from grpo_engine.system import device, plugins
+from grpo_engine.tasks.files import files_task
 from grpo_engine.tasks.subset import difficulty, subset
 from grpo_engine.train import footprint
 from grpo_engine.types import Problem, Task
@@ -34,8 +37,6 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
         FileNotFoundError, ValueError: see `HFTokenizer`.
     """
     if name_or_folder == "micro":
-        from grpo_engine.micro.tokenizer import MicroTokenizer
-
         return MicroTokenizer()
     return HFTokenizer(name_or_folder)
 
@@ -122,14 +123,10 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
     if plugins.is_target(config.name):
         task = _own_task(config, seed=seed, needed=needed)
     elif config.name == "files":
-        from grpo_engine.tasks.files import files_task
-
         task = files_task(
             train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=reward.behaviour
         )
     else:
-        from grpo_engine.micro.task import micro_task
-
         count = max(needed, config.train_problems or 0)
         task = micro_task(
             train_problems=count, eval_problems=config.eval_problems, seed=seed, selection=config.eval_draw == "selection"

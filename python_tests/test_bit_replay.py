@@ -33,7 +33,9 @@ RUN = [
 def digest(*parts) -> str:
     sha = hashlib.sha256()
     for part in parts:
-        sha.update(part if isinstance(part, bytes) else part.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if isinstance(part, torch.Tensor):
+            part = part.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        sha.update(part)
     return sha.hexdigest()[:16]
 
 
@@ -87,7 +89,8 @@ def op_bits(dtype):
     bits["token_logprob"] = both_ways(ops.token_logprob(x, head, target, temperature=0.7), x, head)
     logits = make(T, V, scale=4.0)
     bits["gather_logprob"] = both_ways(ops.gather_logprob(logits, target), logits)
-    sampled = ops.sample_token(logits.detach(), seed=torch.arange(T), position=position, temperature=0.8, top_k=50, top_p=0.9)
+    filters = dict(temperature=0.8, top_k=50, top_p=0.9)
+    sampled = ops.sample_token(logits.detach(), seed=torch.arange(T), position=position, **filters)
     bits["sample_token"] = digest(*sampled)
     with torch.no_grad():
         key_pages, value_pages = torch.zeros(4, K, E, 16, dtype=dtype), torch.zeros(4, K, 16, E, dtype=dtype)

@@ -65,12 +65,12 @@ def sharded(tmp_path):
 def test_round_trip_with_transformers(tmp_path, tied, shard, dtype):
     first = theirs(tied=tied, dtype=dtype)
     first.save_pretrained(tmp_path / "a", max_shard_size=shard)
-    assert (tmp_path / "a" / weights.INDEX_FILE).exists() == (shard == "10KB")
+    assert (tmp_path / "a" / hf_config.INDEX_FILE).exists() == (shard == "10KB")
 
     model = weights.load_model(tmp_path / "a", dtype=dtype)
     assert model.dtype == dtype and all(p.requires_grad for p in model.parameters())
     weights.save_checkpoint(model, tmp_path / "b", max_shard_bytes=10**10 if shard == "5GB" else 10_000)
-    assert (tmp_path / "b" / weights.INDEX_FILE).exists() == (shard == "10KB")
+    assert (tmp_path / "b" / hf_config.INDEX_FILE).exists() == (shard == "10KB")
 
     second, info = transformers.Qwen2ForCausalLM.from_pretrained(
         tmp_path / "b", dtype="auto", output_loading_info=True
@@ -122,13 +122,13 @@ def test_load_converts_to_the_wanted_dtype(saved):
     got = weights.load_model(saved, dtype=torch.bfloat16).state_dict()
     wanted = {k: v.to(torch.bfloat16) for k, v in ours(tied=False).state_dict().items()}
     assert same(got, wanted)
-    half = load_file(saved / weights.SINGLE_FILE)
+    half = load_file(saved / hf_config.SINGLE_FILE)
     assert half["lm_head.weight"].dtype == torch.float32  # the file is untouched
 
 
 def test_float16_files_are_read(copy):
-    tensors = {k: v.half() for k, v in load_file(copy / weights.SINGLE_FILE).items()}
-    save_file(tensors, copy / weights.SINGLE_FILE)
+    tensors = {k: v.half() for k, v in load_file(copy / hf_config.SINGLE_FILE).items()}
+    save_file(tensors, copy / hf_config.SINGLE_FILE)
     got = dict(weights.split_parameters(weights.load_model(copy)))
     assert same(got, {k: v.float() for k, v in tensors.items()})
 
@@ -242,16 +242,16 @@ def test_load_into_another_size_names_the_field(saved):
 # ------------------------------------------------------------------------------------------ bad files
 
 
-def edit(folder, change, file=weights.SINGLE_FILE):
+def edit(folder, change, file=hf_config.SINGLE_FILE):
     tensors = load_file(folder / file)
     change(tensors)
     save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def edit_index(folder, change):
-    index = json.loads((folder / weights.INDEX_FILE).read_text())
+    index = json.loads((folder / hf_config.INDEX_FILE).read_text())
     change(index["weight_map"])
-    (folder / weights.INDEX_FILE).write_text(json.dumps(index))
+    (folder / hf_config.INDEX_FILE).write_text(json.dumps(index))
 
 
 def truncate(path, by):
@@ -321,7 +321,7 @@ def test_a_bad_file_is_named(copy, damage, message):
     damage(copy)
     with pytest.raises(ValueError) as error:
         weights.load_model(copy)
-    assert str(error.value).startswith(f"{copy / weights.SINGLE_FILE}: ") and message in str(error.value)
+    assert str(error.value).startswith(f"{copy / hf_config.SINGLE_FILE}: ") and message in str(error.value)
 
 
 FIRST = "model-00001-of-"
@@ -332,7 +332,7 @@ def first_shard(folder):
 
 
 BAD_SHARDS = {
-    "missing shard": (lambda d: first_shard(d).unlink(), (weights.INDEX_FILE, FIRST, "is missing")),
+    "missing shard": (lambda d: first_shard(d).unlink(), (hf_config.INDEX_FILE, FIRST, "is missing")),
     "truncated shard": (lambda d: truncate(first_shard(d), 4), (FIRST, "truncated or overlong")),
     "index forgets a tensor": (
         lambda d: edit_index(d, lambda m: m.pop("model.embed_tokens.weight")),
@@ -340,7 +340,7 @@ BAD_SHARDS = {
     ),
     "index in the wrong place": (
         lambda d: edit_index(d, lambda m: m.update({NORM: first_shard(d).name})),
-        (FIRST, f"tensor {NORM} is missing, {weights.INDEX_FILE} places it here"),
+        (FIRST, f"tensor {NORM} is missing, {hf_config.INDEX_FILE} places it here"),
     ),
     "index invents a tensor": (
         lambda d: edit_index(d, lambda m: m.update({"bogus": first_shard(d).name})), (FIRST, "tensor bogus is missing"),
@@ -352,17 +352,17 @@ BAD_SHARDS = {
     "missing everywhere": (
         lambda d: (edit_index(d, lambda m: m.pop("model.embed_tokens.weight")),
                    edit(d, lambda t: t.pop("model.embed_tokens.weight"), first_shard(d).name)),
-        (weights.INDEX_FILE, "tensor model.embed_tokens.weight is missing, wanted shape [53, 24]"),
+        (hf_config.INDEX_FILE, "tensor model.embed_tokens.weight is missing, wanted shape [53, 24]"),
     ),
     "index outside the folder": (
-        lambda d: edit_index(d, lambda m: m.update({NORM: "../x.safetensors"})), (weights.INDEX_FILE, "'../x.safetens"),
+        lambda d: edit_index(d, lambda m: m.update({NORM: "../x.safetensors"})), (hf_config.INDEX_FILE, "'../x.safetens"),
     ),
     "index without a map": (
-        lambda d: (d / weights.INDEX_FILE).write_text("{}"), (weights.INDEX_FILE, "weight_map must be", "None"),
+        lambda d: (d / hf_config.INDEX_FILE).write_text("{}"), (hf_config.INDEX_FILE, "weight_map must be", "None"),
     ),
-    "index no JSON": (lambda d: (d / weights.INDEX_FILE).write_text("{"), (weights.INDEX_FILE, "not JSON")),
+    "index no JSON": (lambda d: (d / hf_config.INDEX_FILE).write_text("{"), (hf_config.INDEX_FILE, "not JSON")),
     "both kinds": (
-        lambda d: shutil.copy(first_shard(d), d / weights.SINGLE_FILE), (weights.INDEX_FILE, "got both"),
+        lambda d: shutil.copy(first_shard(d), d / hf_config.SINGLE_FILE), (hf_config.INDEX_FILE, "got both"),
     ),
 }  # fmt: skip
 
@@ -389,7 +389,7 @@ def test_absent_things(tmp_path, copy):
         weights.load_model("Qwen/Qwen2.5-0.5B")
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         weights.load_model(tmp_path)
-    (copy / weights.SINGLE_FILE).rename(copy / "pytorch_model.bin")
+    (copy / hf_config.SINGLE_FILE).rename(copy / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor .*; pytorch_model\.bin is not read"):
         weights.load_model(copy)
     (copy / hf_config.CONFIG_FILE).write_text("[1]")
@@ -405,7 +405,7 @@ def test_absent_things(tmp_path, copy):
 def test_shards_keep_to_the_limit(sharded):
     sizes = [sum(t.nbytes for t in load_file(p).values()) for p in sharded.glob("model-*")]
     assert max(sizes) <= 12_000
-    index = json.loads((sharded / weights.INDEX_FILE).read_text())
+    index = json.loads((sharded / hf_config.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
     assert set(index["weight_map"]) == set(weights.pieces(ours(tied=False).config))
 

@@ -375,7 +375,7 @@ FAULTS = (
         claim="one curve",
         says="a figure leaves out the points that not every run has",
         edits=(Edit(
-            file="grpo_engine/study/report/data.py",
+            file="grpo_engine/study/data.py",
             old="for at in points.values()]",
             new="for at in points.values() if len(at) == len(runs)]",
         ),),

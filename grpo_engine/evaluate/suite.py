@@ -28,6 +28,8 @@ import numpy as np
 
 from grpo_engine.config import RunConfig
 from grpo_engine.evaluate.evaluate import EVALUATION_STREAM
+from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.load import tokenizer_and_model
 from grpo_engine.model import hub
 from grpo_engine.model.tokenizer import PromptTokens, Tokenizer
 from grpo_engine.records import jsonl
@@ -36,7 +38,6 @@ from grpo_engine.rewards.extract import after_thinking, last_boxed
 from grpo_engine.rewards.math import spelling
 from grpo_engine.rewards.pool import RewardPool, reward_pool
 from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest, derive_seeds
-from grpo_engine.study.laws.bootstrap import LEVEL, interval
 from grpo_engine.system import device
 from grpo_engine.system import files as files_
 from grpo_engine.tasks.files import read_problems
@@ -131,8 +132,6 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
         ValueError: no set, a bad file, a reward.function, or a folder that holds another suite.
         RuntimeError: see `RewardPool`.
     """
-    from grpo_engine.load import tokenizer_and_model
-
     if not config.task.evals:
         raise ValueError("evaluate_suite: task.evals names no set")
     if config.reward.function is not None:

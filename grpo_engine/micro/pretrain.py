@@ -29,6 +29,7 @@ from grpo_engine.micro import facts as facts_
 from grpo_engine.micro import task
 from grpo_engine.micro.corpus import Corpus
 from grpo_engine.micro.ladder import Kind, MicroRecipe, architecture_of, recipe, schedule_of
+from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
 from grpo_engine.train.language import DocumentBatch, Progress, train_language
 
@@ -127,8 +128,6 @@ def ensure_model(
         RuntimeError: the training diverged.
         OSError: the cache folder cannot be written to.
     """
-    from grpo_engine.model import weights
-
     folder = Path(cache_dir or cache_root()) / "models" / model_key(size, kind, seed=seed)
     if folder.is_dir():
         return folder

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from grpo_engine.model.config import ModelConfig
-from grpo_engine.model.decoder import Model
+
+if TYPE_CHECKING:
+    from grpo_engine.model.decoder import Model
 
 
 def forward_flops(model: Model, *, tokens: int, pairs: int, head_rows: int) -> float:

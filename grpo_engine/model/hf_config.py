@@ -16,6 +16,20 @@ from grpo_engine.model.config import ModelConfig, RopeScaling
 from grpo_engine.records.jsonl import read_object
 
 CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+# copied beside the weights when a tokenizer folder is given: all that transformers or we read of it
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    GENERATION_FILE,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_engine.model.hf_config import CONFIG_FILE
-from grpo_engine.model.weights import INDEX_FILE, TOKENIZER_FILES
+from grpo_engine.model.hf_config import CONFIG_FILE, INDEX_FILE, TOKENIZER_FILES
 
 FILES = [CONFIG_FILE, INDEX_FILE, "*.safetensors", *TOKENIZER_FILES]  # all that is read of a model
 _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")

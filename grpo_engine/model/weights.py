@@ -38,24 +38,19 @@ from torch import Tensor
 
 from grpo_engine.model.config import ModelConfig
 from grpo_engine.model.decoder import Model
-from grpo_engine.model.hf_config import CONFIG_FILE, config_object, family_of, read_config
+from grpo_engine.model.hf_config import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+    config_object,
+    family_of,
+    read_config,
+)
 from grpo_engine.records.jsonl import read_object
 from grpo_engine.system.files import sync_folder, sync_tree
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-GENERATION_FILE = "generation_config.json"
-# copied beside the weights when a tokenizer folder is given: all that transformers or we read of it
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    GENERATION_FILE,
-)
 _READABLE = ("F32", "BF16", "F16")  # safetensors' names; F16 is read, never written
 _WRITABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _OBSOLETE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a function of rope_theta

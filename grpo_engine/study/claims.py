@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.special import ndtri
 
+from grpo_engine.evaluate.intervals import interval
 from grpo_engine.records.records import EvalRecord, Run
-from grpo_engine.study.laws.bootstrap import interval
 from grpo_engine.study.laws.results import Estimate
 
 if TYPE_CHECKING:
-    from grpo_engine.study.report import StudyData
+    from grpo_engine.study.data import StudyData
 
 Answer = Literal["supported", "not supported", "undecided"]
 Test = Literal["superiority", "equivalence", "non-inferiority"]

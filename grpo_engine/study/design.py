@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from grpo_engine.config import Config, ModelSource, Positive, RunConfig, apply_overrides, load_yaml, validate
+from grpo_engine.micro.ladder import training_tokens
 from grpo_engine.records.records import run_id
 from grpo_engine.study.forecast import Cost, EstimateConfig, forecast, num_params, pretraining
 
@@ -368,7 +369,5 @@ def _difference(config: RunConfig) -> list[str]:
 
 
 def _model_cost(need: ModelNeed, study: StudyConfig) -> Cost:
-    from grpo_engine.micro.ladder import training_tokens
-
     params = num_params(ModelSource(size=need.size, kind=need.kind))
     return pretraining(params, float(training_tokens(need.size, need.kind)), study.estimate)

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from grpo_engine.config import Config, ModelSource, RunConfig
+from grpo_engine.micro.ladder import architecture as embedded
+from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.flops import shape_flops
+from grpo_engine.model.hf_config import read_config
+from grpo_engine.model.hub import find_config
 from grpo_engine.study.gpus import GPUS
 from grpo_engine.train import footprint
 from grpo_engine.train.footprint import BYTES, Shapes, count_params
-
-if TYPE_CHECKING:
-    from grpo_engine.model.config import ModelConfig
 
 GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "l4", "mi300x"]
 
@@ -86,20 +88,14 @@ def architecture(source: ModelSource) -> ModelConfig | None:
         ValueError: the ladder has no such size, or a config.json of another kind of model.
     """
     if source.path is None:
-        from grpo_engine.micro.ladder import architecture as embedded
-
         return embedded(source.size)
-    from grpo_engine.model.hub import find_config
 
     if folder := find_config(source.path):
-        from grpo_engine.model.hf_config import read_config
-
         return read_config(folder)
     family, _, size = Path(source.path).name.partition("-")
     sizes = _QWEN25.get(size.partition("-")[0])
     if family != "Qwen2.5" or sizes is None:
         return None
-    from grpo_engine.model.config import ModelConfig
 
     layers, width, ffn, heads, kv_heads, tied = sizes
     return ModelConfig(
@@ -137,7 +133,6 @@ class _Work(Shapes):
         """See `grpo_engine.model.flops.forward_flops`."""
         if self.model is None:
             return 2.0 * self.params * tokens
-        from grpo_engine.model.flops import shape_flops
 
         return shape_flops(self.model, self.params, tokens=tokens, pairs=pairs, head_rows=head_rows)
 

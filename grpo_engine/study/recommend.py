@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grpo_engine.evaluate.intervals import interval
 from grpo_engine.study import gpus
-from grpo_engine.study.laws.bootstrap import interval
 from grpo_engine.study.laws.holdout import prediction
 from grpo_engine.study.laws.results import AxisFit, CurveLevel, Estimate, JointFit, draws_of
 

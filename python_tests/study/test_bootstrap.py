@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.special import ndtri, stdtrit
 
+from grpo_engine.evaluate.intervals import LEVEL, interval
 from grpo_engine.study.laws import bootstrap
 from grpo_engine.study.laws import forms as laws
-from grpo_engine.study.laws.bootstrap import LEVEL, interval, resample
+from grpo_engine.study.laws.bootstrap import resample
 from grpo_engine.study.laws.curves import Curve
 from grpo_engine.study.laws.law_fit import fit_curve
 

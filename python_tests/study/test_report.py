@@ -12,11 +12,11 @@ from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
 from grpo_engine.records import table as table_
 from grpo_engine.study.claims import _Drawer, study_claims
+from grpo_engine.study.data import StudyData
 from grpo_engine.study.design import AxesConfig, load_study, plan
 from grpo_engine.study.laws.curves import select_curves
 from grpo_engine.study.laws.fit import read_fits
 from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
-from grpo_engine.study.report.data import StudyData
 from grpo_engine.study.report.drawing import (
     BarPanel,
     Figure,

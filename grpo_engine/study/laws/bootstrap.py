@@ -18,30 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from grpo_engine.evaluate.intervals import LEVEL
 from grpo_engine.study.laws.curves import Curve
 from grpo_engine.study.laws.least_squares import Problem
 from grpo_engine.study.laws.noise import inflation, noise_of
-
-LEVEL = 0.95  # of every interval, where no other is asked for
-
-
-def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[Any, Any]:
-    """Percentile interval over the first axis.
-
-    Args:
-        draws: [draws, ...] float.
-        level: share of the draws inside.
-
-    Returns:
-        (low, high), each [...].
-    """
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
 
 
 def resample(

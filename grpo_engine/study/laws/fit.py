@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_engine.study.laws.bootstrap import LEVEL, interval, profile_limits, resample
+from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.study.laws.bootstrap import profile_limits, resample
 from grpo_engine.study.laws.curves import Curve, keep, select_curves
 from grpo_engine.study.laws.forms import CURVES, SLOPES, JointLaw, LogLinear, Slope
 from grpo_engine.study.laws.holdout import choose, growing_sizes, late_steps

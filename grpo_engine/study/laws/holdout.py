@@ -18,7 +18,8 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import stdtrit
 
-from grpo_engine.study.laws.bootstrap import interval, resample
+from grpo_engine.evaluate.intervals import interval
+from grpo_engine.study.laws.bootstrap import resample
 from grpo_engine.study.laws.curves import Curve, keep
 from grpo_engine.study.laws.forms import CURVES, LEVELS, SLOPES, LineLevel
 from grpo_engine.study.laws.law_fit import curve_problem

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_engine.study.laws.bootstrap import LEVEL, profile_interval, profile_limits
+from grpo_engine.evaluate.intervals import LEVEL
+from grpo_engine.study.laws.bootstrap import profile_interval, profile_limits
 from grpo_engine.study.laws.curves import Curve
 from grpo_engine.study.laws.forms import LEVELS, AdditiveLaw, CurveLaw, LossDecomposition, ReuseLaw
 from grpo_engine.study.laws.least_squares import Data, Problem

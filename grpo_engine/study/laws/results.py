@@ -11,8 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from grpo_engine.evaluate.intervals import LEVEL, interval
 from grpo_engine.records import jsonl
-from grpo_engine.study.laws.bootstrap import LEVEL, interval
 from grpo_engine.study.laws.curves import Selection
 from grpo_engine.study.laws.forms import SLOPES, JointLaw, Slope
 

@@ -14,7 +14,7 @@ Only records are read, so a report can be remade offline in seconds, and a finis
 while the rest runs.
 """
 
-from grpo_engine.study.report.data import StudyData, load_data
+from grpo_engine.study.data import StudyData, load_data
 from grpo_engine.study.report.fits import FITS_FILE, fit_study, recommendations
 from grpo_engine.study.report.page import REPORT, write_report
 from grpo_engine.study.report.tables import law_table

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo_engine.evaluate.intervals import interval
 from grpo_engine.records.cost import OTHER
 from grpo_engine.records.records import PHASES
 from grpo_engine.study.claims import Claim
-from grpo_engine.study.laws.bootstrap import interval
+from grpo_engine.study.data import Point, StudyData, costs_of, mean_steps, transfer_rows
 from grpo_engine.study.laws.fit import residuals
 from grpo_engine.study.laws.forms import LEVELS, ReuseLaw
 from grpo_engine.study.laws.results import Fits, draws_of
 from grpo_engine.study.plan_view import duration, human
-from grpo_engine.study.report.data import Point, StudyData, costs_of, mean_steps, transfer_rows
 from grpo_engine.study.report.drawing import (
     BLUE,
     GREY,

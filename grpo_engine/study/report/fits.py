@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo_engine.study.data import StudyData, load_data, params_of
 from grpo_engine.study.importers import write_table
 from grpo_engine.study.laws.curves import AXES, Curve, curves_by, select_curves
 from grpo_engine.study.laws.fit import fit_table
@@ -19,7 +20,6 @@ from grpo_engine.study.laws.holdout import other_set
 from grpo_engine.study.laws.law_fit import fit_reuse, fit_surface
 from grpo_engine.study.laws.results import AxisFit, Estimate, Fits, HeldOut, LawFit, read_fits, write_fits
 from grpo_engine.study.recommend import FrontierPoint, Recommendation, frontier, recommend
-from grpo_engine.study.report.data import StudyData, load_data, params_of
 from grpo_engine.study.report.drawing import tick_text
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grpo_engine.study.claims import Claim, study_claims
+from grpo_engine.study.data import StudyData, load_data
 from grpo_engine.study.design import Cell
 from grpo_engine.study.importers import TABLE_FILE
 from grpo_engine.study.plan_view import human, num_cores
-from grpo_engine.study.report.data import StudyData, load_data
 from grpo_engine.study.report.drawing import Figure, draw, import_matplotlib, plotly_spec
 from grpo_engine.study.report.figures import (
     claims_figure,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from grpo_engine.records.cost import COST_HEAD, cost_rows
 from grpo_engine.study.claims import Claim
+from grpo_engine.study.data import StudyData, costs_of, transfer_rows
 from grpo_engine.study.laws.results import Estimate, Fits, Verdict
 from grpo_engine.study.plan_view import duration, human, plan_rows
 from grpo_engine.study.recommend import FrontierPoint, Recommendation
-from grpo_engine.study.report.data import StudyData, costs_of, transfer_rows
 from grpo_engine.study.report.fits import AXIS_NAMES, Laws
 from grpo_engine.study.report.words import cautions, change_text, interval_text, listed, loss_text, rate_text, verdicts
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from grpo_engine.study.claims import Claim
+from grpo_engine.study.data import Point, StudyData, params_of
 from grpo_engine.study.importers import TABLE_FILE
 from grpo_engine.study.laws.results import AxisFit, Estimate, Fits
 from grpo_engine.study.plan_view import human
-from grpo_engine.study.report.data import Point, StudyData, params_of
 from grpo_engine.study.report.fits import AXIS_NAMES, Laws, axes_of
 
 NOISE = 2.0  # standard errors; a smaller difference is called no difference

@@ -1,0 +1,23 @@
+"""Percentile intervals of draws: of scores, laws and claims alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95  # of every interval, where no other is asked for
+
+
+def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[Any, Any]:
+    """Percentile interval over the first axis.
+
+    Args:
+        draws: [draws, ...] float.
+        level: share of the draws inside.
+
+    Returns:
+        (low, high), each [...].
+    """
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
