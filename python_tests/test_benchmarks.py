@@ -644,15 +644,15 @@ def test_files_that_cannot_be_imported_are_left_out_by_name():
     found = gpu_check.parse_collection(
         "python_tests/ops/test_rope.py::test_a[cuda-1 x]\npython_tests/ops/test_rope.py::test_b[cuda]\n"
         "=========== ERRORS ===========\n"
-        "____________ ERROR collecting python_tests/test_rollout.py ____________\nImportError while importing\n"
+        "____________ ERROR collecting python_tests/rollout/test_rollout.py ____________\nImportError while importing\n"
         "E   ModuleNotFoundError: No module named 'pydantic'\n"
-        "____________ ERROR collecting python_tests/test_model.py ____________\nE   SyntaxError: no\n"
+        "____________ ERROR collecting python_tests/model/test_model.py ____________\nE   SyntaxError: no\n"
         "=========== short test summary info ===========\n"
     )
     rope = "python_tests/ops/test_rope.py"
     assert found["tests"] == [f"{rope}::test_a[cuda-1 x]", f"{rope}::test_b[cuda]"]
-    assert found["missing"] == {"python_tests/test_rollout.py": "pydantic"}
-    assert found["files"] == [rope, "python_tests/test_model.py"]  # a broken file fails when run
+    assert found["missing"] == {"python_tests/rollout/test_rollout.py": "pydantic"}
+    assert found["files"] == [rope, "python_tests/model/test_model.py"]  # a broken file fails when run
     assert gpu_check.choose(found["tests"], 1) == found["tests"][:1]
 
 

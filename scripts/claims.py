@@ -262,7 +262,7 @@ FAULTS = (
             old="plan.sample_seed.push_back(sequence.request().seeds[sequence.index() + g]);",
             new="plan.sample_seed.push_back(sequence.request().seeds[sequence.index() + g] + totals_.preemptions);",
         ),),
-        tests=("python_tests/test_rollout.py::test_scarce_pages_and_threads_change_no_bit",),
+        tests=("python_tests/rollout/test_rollout.py::test_scarce_pages_and_threads_change_no_bit",),
         build="native",
     ),
     Fault(
@@ -274,7 +274,7 @@ FAULTS = (
             old="allocator_.refs(sequence.pages()[index]) > 1;",
             new="allocator_.refs(sequence.pages()[index]) > 2;",
         ),),
-        tests=("python_tests/test_rollout.py::test_logprobs_equal_the_trainers_bit_for_bit",),
+        tests=("python_tests/rollout/test_rollout.py::test_logprobs_equal_the_trainers_bit_for_bit",),
         build="native",
     ),
     Fault(
@@ -293,7 +293,7 @@ FAULTS = (
                 new="              num_tokens <= request_->prompt_length() + 1,",
             ),
         ),
-        tests=("python_tests/test_rollout.py::test_scarce_pages_and_threads_change_no_bit",),
+        tests=("python_tests/rollout/test_rollout.py::test_scarce_pages_and_threads_change_no_bit",),
         build="native",
     ),
     Fault(
@@ -305,7 +305,7 @@ FAULTS = (
             old="s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,",
             new="s.page_table, s.cu_query, s.kv_len, theta=layer.theta / 2, eps=layer.eps,",
         ),),
-        tests=("python_tests/test_rollout.py::test_logprobs_equal_the_trainers_bit_for_bit",),
+        tests=("python_tests/rollout/test_rollout.py::test_logprobs_equal_the_trainers_bit_for_bit",),
     ),
     Fault(
         name="nobody-compares",
@@ -316,7 +316,7 @@ FAULTS = (
             old="if on_policy and not _same_bits(scored):",
             new="if on_policy is None and not _same_bits(scored):",
         ),),
-        tests=("python_tests/test_train.py::test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token",),
+        tests=("python_tests/run/test_train.py::test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token",),
     ),
     # ---- the step -----------------------------------------------------------------------------
     Fault(
@@ -328,7 +328,7 @@ FAULTS = (
             old="num_tokens=minibatch.num_tokens,",
             new="num_tokens=micro.num_answer_tokens,",
         ),),
-        tests=("python_tests/test_batch.py::test_many_micro_batches_give_the_gradient_of_one",),
+        tests=("python_tests/train/test_batch.py::test_many_micro_batches_give_the_gradient_of_one",),
     ),
     Fault(
         name="own-reference",
@@ -339,7 +339,7 @@ FAULTS = (
             old="ref_logprob=score(reference, micro)",
             new="ref_logprob=score(policy, micro)",
         ),),
-        tests=("python_tests/test_grpo_step.py::test_a_step_repeats_itself_with_less_memory_too",),
+        tests=("python_tests/train/test_grpo_step.py::test_a_step_repeats_itself_with_less_memory_too",),
     ),
     Fault(
         name="late-warm-up",
@@ -350,14 +350,14 @@ FAULTS = (
             old="config.lr * min(1.0, step / config.warmup_steps)",
             new="config.lr * min(1.0, (step - 1) / config.warmup_steps)",
         ),),
-        tests=("python_tests/test_step.py::test_the_learning_rate_rises_from_the_first_step_and_then_stays",),
+        tests=("python_tests/train/test_step.py::test_the_learning_rate_rises_from_the_first_step_and_then_stays",),
     ),
     Fault(
         name="rloo-with-itself",
         claim="own advantage or loss",
         says="RLOO's baseline holds the response itself",
         edits=(Edit(file="grpo_engine/train/advantages.py", old=" * (G / (G - 1))", new=""),),
-        tests=("python_tests/test_advantages.py::test_an_estimator_is_its_formula",),
+        tests=("python_tests/train/test_advantages.py::test_an_estimator_is_its_formula",),
     ),
     Fault(
         name="own-loss-without-penalty",
@@ -368,7 +368,7 @@ FAULTS = (
             old="    if config.kl_coef > 0:  #",
             new="    if config.kl_coef > 99:  #",
         ),),
-        tests=("python_tests/test_loss.py::test_an_objective_in_torch_gives_the_loss_and_gradient_of_the_op",),
+        tests=("python_tests/train/test_loss.py::test_an_objective_in_torch_gives_the_loss_and_gradient_of_the_op",),
     ),
     Fault(
         name="curve-of-whole-steps",
@@ -388,8 +388,8 @@ FAULTS = (
         says="the extension is built without OpenMP: all that runs on several threads runs on one",
         options=("-DGRPO_ENGINE_OPENMP=OFF",),
         tests=(
-            "python_tests/test_doctor.py::test_all_threads_of_torch_are_counted_in_a_kernel",
-            "python_tests/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",
+            "python_tests/system/test_doctor.py::test_all_threads_of_torch_are_counted_in_a_kernel",
+            "python_tests/run/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",
         ),
         build="cmake",
     ),
@@ -402,7 +402,7 @@ FAULTS = (
             old='        lr=lr,\n        betas=group["betas"],',
             new='        lr=lr * (1 + 1e-6 * torch.get_num_threads()),\n        betas=group["betas"],',
         ),),
-        tests=("python_tests/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",),
+        tests=("python_tests/run/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",),
     ),
     # ---- a run that was killed ----------------------------------------------------------------
     Fault(
@@ -414,7 +414,7 @@ FAULTS = (
             old='yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
             new='yield f"{names[p]}:{kind}", torch.as_tensor(0 * value if "exp" in kind else value).detach().contiguous()',
         ),),
-        tests=("python_tests/test_checkpoint.py::test_resumed_steps_are_bit_identical",),
+        tests=("python_tests/train/test_checkpoint.py::test_resumed_steps_are_bit_identical",),
     ),
     Fault(
         name="records-cut-late",
@@ -427,8 +427,8 @@ FAULTS = (
                 "                truncate_to += len(read.readline())\n            self._file.truncate(truncate_to)\n",
         ),),
         tests=(
-            "python_tests/test_train.py::test_killed_three_times_and_resumed_gives_identical_records_and_weights",
-            "python_tests/test_records.py::test_truncating_puts_the_file_back_byte_for_byte",
+            "python_tests/run/test_train.py::test_killed_three_times_and_resumed_gives_identical_records_and_weights",
+            "python_tests/records/test_records.py::test_truncating_puts_the_file_back_byte_for_byte",
         ),
     ),
     Fault(
@@ -448,7 +448,7 @@ FAULTS = (
             ),
         ),
         tests=(
-            "python_tests/test_train.py::"
+            "python_tests/run/test_train.py::"
             "test_a_bfloat16_run_repeats_itself_resumed_and_with_checkpointed_activations[cpu]",
         ),
     ),
@@ -581,7 +581,7 @@ FAULTS = (
             old='"bnpo": {"aggregation": "token_mean"}',
             new='"bnpo": {"aggregation": "sequence_mean"}',
         ),),
-        tests=("python_tests/test_integrations_trl.py::test_ten_steps_are_trls[bnpo-token-0.0]",),
+        tests=("python_tests/integrations/test_integrations_trl.py::test_ten_steps_are_trls[bnpo-token-0.0]",),
     ),
     Fault(
         name="micro-batches-of-a-step",
@@ -592,7 +592,7 @@ FAULTS = (
             old="return loss / (tokens * micro_batches / a.steps_per_generation if self.model.training else tokens)",
             new="return loss / (tokens * micro_batches if self.model.training else tokens)",
         ),),
-        tests=("python_tests/test_integrations_trl.py::test_ten_steps_are_trls[dapo-token-0.0]",),
+        tests=("python_tests/integrations/test_integrations_trl.py::test_ten_steps_are_trls[dapo-token-0.0]",),
     ),
     Fault(
         name="mean-log-likelihood",
@@ -603,7 +603,7 @@ FAULTS = (
             old="float(score.double().sum())",
             new="float(score.double().mean())",
         ),),
-        tests=("python_tests/test_integrations_lm_eval.py::test_log_likelihoods_are_those_of_hflm",),
+        tests=("python_tests/integrations/test_integrations_lm_eval.py::test_log_likelihoods_are_those_of_hflm",),
     ),
     # ---- real problems ------------------------------------------------------------------------
     Fault(
@@ -626,7 +626,7 @@ FAULTS = (
             old="for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
             new="for place, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
         ),),
-        tests=("python_tests/test_suite.py::test_a_problem_with_some_of_its_answers_gets_all_of_them",),
+        tests=("python_tests/evaluate/test_suite.py::test_a_problem_with_some_of_its_answers_gets_all_of_them",),
     ),
     Fault(
         name="suite-draws-anew",
@@ -637,7 +637,7 @@ FAULTS = (
             old="seeds=seeds[chosen].flatten()",
             new="seeds=(seeds[: len(chosen)] if done else seeds[chosen]).flatten()",
         ),),
-        tests=("python_tests/test_suite.py::test_a_suite_that_was_killed_goes_on_and_gives_the_same_table",),
+        tests=("python_tests/evaluate/test_suite.py::test_a_suite_that_was_killed_goes_on_and_gives_the_same_table",),
     ),
     Fault(
         name="network-in-the-sandbox",
@@ -674,7 +674,7 @@ FAULTS = (
         claim="families",
         says="gate and up of a checkpoint are read in each other's place",
         edits=(Edit(file="grpo_engine/model/weights.py", old='for x in ("gate", "up")', new='for x in ("up", "gate")'),),
-        tests=("python_tests/test_families.py::test_logits_equal_transformers",),
+        tests=("python_tests/model/test_families.py::test_logits_equal_transformers",),
     ),
     Fault(
         name="no-head-norm",
@@ -685,7 +685,7 @@ FAULTS = (
             old="        if norm is not None:\n",
             new="        if norm is not None and norm.dim() > 1:\n",
         ),),
-        tests=("python_tests/test_families.py::test_logits_equal_transformers",),
+        tests=("python_tests/model/test_families.py::test_logits_equal_transformers",),
     ),
     Fault(
         name="tied-head-counted-twice",
@@ -694,7 +694,7 @@ FAULTS = (
         edits=(Edit(
             file="grpo_engine/train/footprint.py", old="(1 if model.tie_word_embeddings else 2)", new="2",
         ),),
-        tests=("python_tests/test_families.py::test_parameters_of_published_models_are_those_of_transformers",),
+        tests=("python_tests/model/test_families.py::test_parameters_of_published_models_are_those_of_transformers",),
     ),
     Fault(
         name="no-optimizer-in-memory",
@@ -716,7 +716,7 @@ FAULTS = (
             old="(2 * D + (2 * H + 2 * K) * E + 2 * F)",
             new="(2 * D + (2 * H + 2 * K) * E + F)",
         ),),
-        tests=("python_tests/test_footprint.py::test_activations_are_what_autograd_keeps",),
+        tests=("python_tests/train/test_footprint.py::test_activations_are_what_autograd_keeps",),
     ),
     # ---- prompts and problems -----------------------------------------------------------------
     Fault(
@@ -728,7 +728,7 @@ FAULTS = (
             old="for i in ids if isinstance(ids, list) else [ids]:",
             new="for i in ids[:1] if isinstance(ids, list) else [ids]:",
         ),),
-        tests=("python_tests/test_tokenizer.py::test_stops",),
+        tests=("python_tests/model/test_tokenizer.py::test_stops",),
     ),
     Fault(
         name="no-generation-prompt",
@@ -739,7 +739,7 @@ FAULTS = (
             old="add_generation_prompt=True",
             new="add_generation_prompt=False",
         ),),
-        tests=("python_tests/test_tokenizer.py::test_prompts",),
+        tests=("python_tests/model/test_tokenizer.py::test_prompts",),
     ),
     Fault(
         name="curriculum-in-file-order",

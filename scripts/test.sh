@@ -50,7 +50,7 @@ for half in csrc/ops/*_cuda.*; do
   name=$(basename "$half")
   tests+=("python_tests/ops/test_${name%_cuda.*}.py")
 done
-tests+=(python_tests/test_model.py python_tests/test_rollout.py python_tests/test_grpo_step.py python_tests/test_optimizer.py)
+tests+=(python_tests/model/test_model.py python_tests/rollout/test_rollout.py python_tests/train/test_grpo_step.py python_tests/train/test_optimizer.py)
 GRPO_ENGINE_ONE_OP_TEST_IN=${GRPO_ENGINE_ONE_OP_TEST_IN:-3} GRPO_ENGINE_EXTENSION=build/native/emulated \
   "$PYTHON" -m pytest "${tests[@]}" >build/emulated.log 2>&1 &
 emulated=$!

@@ -8,7 +8,7 @@ import models
 
 from grpo_engine.model import weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_model_and_an_optimizer_are_made_without_torchs_compiler(tmp_path):
