@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from benchmarks.lengths import stopping_criteria
 from benchmarks.limits import part
 from benchmarks.table import Missing, Run, failure, tensors
-from grpo_engine.model import hf_config, weights
+from grpo_engine.model.config import FAMILIES, family_of, weights
 from grpo_engine.model.decoder import Model
 
 EAGER, COMPILED = "torch eager", "torch.compile"
@@ -439,7 +439,7 @@ def as_transformers(model: Model, attention: str = "sdpa", *, dtype: torch.dtype
     """
     import transformers
 
-    c, kind = model.config, hf_config.family_of(model.config)
+    c, kind = model.config, family_of(model.config)
     if c.rope_scaling is not None:
         raise ValueError(f"as_transformers: model must have no rope_scaling, got {c.rope_scaling}")
     config = transformers.CONFIG_MAPPING[kind](
@@ -453,7 +453,7 @@ def as_transformers(model: Model, attention: str = "sdpa", *, dtype: torch.dtype
     )  # fmt: skip
     dtype = dtype or model.dtype
     with torch.device(model.device):
-        theirs = getattr(transformers, hf_config.FAMILIES[kind].architecture)._from_config(config, dtype=dtype)
+        theirs = getattr(transformers, FAMILIES[kind].architecture)._from_config(config, dtype=dtype)
     share = share and dtype == model.dtype
     absent, surplus = theirs.load_state_dict(dict(weights.split_parameters(model)), strict=False, assign=share)
     if surplus or set(absent) - {"lm_head.weight"}:
@@ -565,7 +565,7 @@ def write_gguf(model: Model, path: Path) -> None:
     """
     import gguf
 
-    c, kind = model.config, hf_config.family_of(model.config)
+    c, kind = model.config, family_of(model.config)
     arch = {"qwen2": gguf.MODEL_ARCH.QWEN2, "llama": gguf.MODEL_ARCH.LLAMA}[kind]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_block_count(c.num_hidden_layers)

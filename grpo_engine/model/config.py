@@ -1,9 +1,32 @@
-"""The sizes of a decoder. No torch: plans and forecasts read them too."""
+"""The families of models, one row each, and the sizes of a decoder. No torch: plans and forecasts read them too."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What a model_type says about the arithmetic, and what its config.json implies without saying it.
+
+    All families have RMSNorm with a weight, a SwiGLU with silu, rotary positions and causal attention over all tokens.
+    """
+
+    architecture: str  # transformers' class
+    qkv_bias: bool = False  # biases of the query, key and value projections
+    qk_norm: bool = False  # RMSNorm of each query and key head
+    head_dim: int | None = None  # where config.json has none; None: width / heads
+    max_position_embeddings: int  # likewise
+    window: int | None = None  # sliding_window where config.json has none, and then it is refused; None: no such setting
+
+
+FAMILIES = {  # by model_type
+    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True, max_position_embeddings=32768),
+    "llama": Family(architecture="LlamaForCausalLM", max_position_embeddings=2048),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True, head_dim=128, max_position_embeddings=32768),
+    "mistral": Family(architecture="MistralForCausalLM", max_position_embeddings=131072, window=4096),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +87,29 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim must be even (rotary pairs), got {self.head_dim}")
 
+    model_type: str | None = field(default=None, compare=False)  # a key of FAMILIES, as it was read; None: see `family_of`
+
     @property
     def fused(self) -> bool:
         """Whether a layer is the fused op's; see `Layer`."""
         return not self.qk_norm and self.rope_scaling is None
+
+
+def family_of(config: ModelConfig) -> str:
+    """The model_type of a configuration.
+
+    Args:
+        config: any.
+
+    Returns:
+        A key of `FAMILIES`: the one that it was read with, else the first with its qkv_bias and qk_norm.
+
+    Raises:
+        ValueError: no family has that combination of qkv_bias and qk_norm.
+    """
+    if config.model_type is not None:
+        return config.model_type
+    for name, family in FAMILIES.items():
+        if (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm):
+            return name
+    raise ValueError(f"no family has qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm}")

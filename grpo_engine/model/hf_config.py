@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from grpo_engine.model.config import ModelConfig, RopeScaling
+from grpo_engine.model.config import FAMILIES, Family, ModelConfig, RopeScaling, family_of
 from grpo_engine.records.jsonl import read_object
 
 CONFIG_FILE = "config.json"
@@ -32,22 +32,6 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What an architecture's config.json implies without saying it."""
-
-    architecture: str
-    qkv_bias: bool
-    qk_norm: bool
-    head_dim: int | None  # where config.json has none; None: width / heads
-    max_position_embeddings: int  # likewise
-
-
-FAMILIES = {  # by model_type
-    "qwen2": Family("Qwen2ForCausalLM", True, False, None, 32768),
-    "llama": Family("LlamaForCausalLM", False, False, None, 2048),
-    "qwen3": Family("Qwen3ForCausalLM", False, True, 128, 32768),
-}
 _LLAMA3 = tuple(f.name for f in fields(RopeScaling))
 
 
@@ -112,6 +96,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
             ),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
+            model_type=raw["model_type"],
         )
     except ValueError as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
@@ -136,6 +121,9 @@ def _refuse_other_arithmetic(raw: Mapping[str, Any], where: str, family: Family)
         demand("mlp_bias", (False, None), "false")
     demand("hidden_act", ("silu",), "'silu'")
     demand("use_sliding_window", (False, None), "false")
+    if family.window is not None and raw.get("sliding_window", family.window) is not None:
+        window = raw.get("sliding_window", f"none (then it is {family.window})")
+        raise ValueError(f"{where}: sliding_window must be null (attention inside a window is not computed), got {window}")
     demand("attention_dropout", (0, None), "0")
     demand("quantization_config", (None,), "absent (quantized weights are not read)")
     others = set(raw.get("layer_types") or ()) - {"full_attention"}
@@ -197,8 +185,10 @@ def config_object(config: ModelConfig, dtype: str) -> dict[str, Any]:
     model_type = family_of(config)
     family = FAMILIES[model_type]
     sizes = {f.name: getattr(config, f.name) for f in fields(config)}
-    for ours in ("qkv_bias", "qk_norm", "rope_scaling"):
+    for ours in ("qkv_bias", "qk_norm", "rope_scaling", "model_type"):
         del sizes[ours]
+    if family.window is not None:
+        sizes["sliding_window"] = None
     if family.head_dim is None and config.head_dim * config.num_attention_heads == config.hidden_size:
         del sizes["head_dim"]  # Qwen2's config has no such field; transformers computes it
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
@@ -215,21 +205,3 @@ def config_object(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_sliding_window": False,
     }
-
-
-def family_of(config: ModelConfig) -> str:
-    """The model_type of a configuration.
-
-    Args:
-        config: any.
-
-    Returns:
-        A key of `FAMILIES`.
-
-    Raises:
-        ValueError: no family has that combination of qkv_bias and qk_norm.
-    """
-    for name, family in FAMILIES.items():
-        if (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm):
-            return name
-    raise ValueError(f"no family has qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm}")

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_engine.model.config import ModelConfig
+from grpo_engine.model.config import ModelConfig, family_of
 from grpo_engine.model.decoder import Model
 from grpo_engine.model.hf_config import (
     CONFIG_FILE,
@@ -45,7 +45,6 @@ from grpo_engine.model.hf_config import (
     SINGLE_FILE,
     TOKENIZER_FILES,
     config_object,
-    family_of,
     read_config,
 )
 from grpo_engine.records.jsonl import read_object
@@ -171,7 +170,7 @@ def load_into(model: Model, folder: str | os.PathLike[str]) -> None:
     found = read_config(folder)
     for f in fields(ModelConfig):
         theirs, ours = getattr(found, f.name), getattr(model.config, f.name)
-        if theirs != ours and f.name != "max_position_embeddings":
+        if f.compare and theirs != ours and f.name != "max_position_embeddings":
             raise ValueError(f"{Path(folder) / CONFIG_FILE}: {f.name} must be {ours} (the model's), got {theirs}")
     _fill(model, _checked_tensors(Path(folder), model.config))
 

@@ -1,8 +1,9 @@
-"""Qwen2.5, Llama 3 and Qwen3: sizes as published, the arithmetic of transformers, one model for sampling and training."""
+"""Families: sizes as published, the arithmetic of transformers, one model for sampling and training."""
 
 import copy
 import dataclasses
 import json
+import re
 
 import models
 import pytest
@@ -12,6 +13,7 @@ from published import LLAMA3, PUBLISHED, published
 
 from grpo_engine.config import RolloutConfig
 from grpo_engine.model import hf_config, weights
+from grpo_engine.model.config import FAMILIES
 from grpo_engine.model.decoder import Model, Packed, packed_positions, rope_frequencies
 from grpo_engine.rollout.engine import derive_seeds, generate
 from grpo_engine.train.footprint import count_params
@@ -55,6 +57,8 @@ def tiny(kind):
                  num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=kind != "llama")  # fmt: skip
     if kind == "qwen3":
         sizes["head_dim"] = 12  # not the quotient
+    if kind == "mistral":
+        sizes["sliding_window"] = None
     if kind == "llama":  # a reach so short that the angles of this test are slowed, kept and mixed
         sizes |= {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 64}}
     model = transformers.AutoModelForCausalLM.from_config(
@@ -66,7 +70,7 @@ def tiny(kind):
     return model
 
 
-@pytest.fixture(scope="module", params=hf_config.FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "theirs"
     theirs = tiny(request.param)
@@ -150,7 +154,8 @@ def test_a_saved_model_is_the_same_in_transformers(both, tmp_path):
     assert type(again) is type(theirs) and hf_config.read_config(tmp_path / "m") == model.config
     ours, wanted = again.state_dict(), theirs.state_dict()
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[k], wanted[k]) for k in ours)
-    for name in ("rope_parameters", "rms_norm_eps", "tie_word_embeddings", "head_dim"):
+    assert hf_config.read_config(tmp_path / "m").model_type == model.config.model_type == theirs.config.model_type
+    for name in ("rope_parameters", "rms_norm_eps", "tie_word_embeddings", "head_dim", "sliding_window"):
         assert getattr(again.config, name, None) == getattr(theirs.config, name, None)
 
 
@@ -174,6 +179,17 @@ def test_scaled_frequencies_are_those_of_transformers(name, tmp_path):
     want, scale = ROPE_INIT_FUNCTIONS["llama3"](transformers.AutoConfig.from_pretrained(tmp_path))
     ours = rope_frequencies(c.rope_theta, c.head_dim, c.rope_scaling, torch.device("cpu"))
     assert scale == 1.0 and torch.equal(ours, want)
+
+
+@pytest.mark.parametrize("window,got", [(4096, "4096"), (..., "none (then it is 4096)")])
+def test_a_mistral_with_a_window_is_refused(window, got, tmp_path):
+    tiny("mistral").config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw.pop("sliding_window") is None
+    raw |= {} if window is ... else {"sliding_window": window}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="sliding_window must be null .*, got " + re.escape(got)):
+        hf_config.read_config(tmp_path)
 
 
 def test_a_model_that_no_family_knows_is_not_saved(tmp_path):

@@ -165,8 +165,10 @@ def set_fields(folder, **values):
 
 
 BAD_FIELDS = {
-    "another architecture": (dict(model_type="gemma"), "model_type must be one of 'qwen2', 'llama', 'qwen3', got 'gemma'"),
-    "no architecture": (dict(model_type=...), "model_type must be one of 'qwen2', 'llama', 'qwen3', got None"),
+    "another architecture": (
+        dict(model_type="gemma"), "model_type must be one of 'qwen2', 'llama', 'qwen3', 'mistral', got 'gemma'",
+    ),
+    "no architecture": (dict(model_type=...), "model_type must be one of 'qwen2', 'llama', 'qwen3', 'mistral', got None"),
     "another's architecture": (dict(model_type="llama"), "architectures must be ['LlamaForCausalLM'], got ['Qwen2For"),
     "biases that Llama has not": (
         dict(model_type="llama", architectures=None, attention_bias=True), "attention_bias must be false, got True",

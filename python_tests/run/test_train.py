@@ -152,7 +152,8 @@ def test_scarce_pages_change_no_record(folder, undisturbed, tmp_path):
 def script(out: Path, folder: Path, *, pause: float = 0.0) -> str:
     """A program that runs the configuration; it waits `pause` seconds before each record that it writes."""
     return (
-        "import sys, time; from pathlib import Path; sys.path.append('..'); import test_train as t; from grpo_engine.records.jsonl import JsonlWriter; "
+        "import sys, time; from pathlib import Path; sys.path.append('..'); import test_train as t; "
+        "from grpo_engine.records.jsonl import JsonlWriter; "
         "from grpo_engine.run.run import train; write = JsonlWriter.write; "
         f"JsonlWriter.write = lambda self, record: (time.sleep({pause}), write(self, record)); "
         f"train(t.run_config(Path({str(folder)!r})), {str(out)!r}, quiet=True)"
