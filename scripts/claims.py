@@ -510,9 +510,9 @@ FAULTS = (
         claim="intervals",
         says="the intervals of the bootstrap are a fifth too narrow",
         edits=(Edit(
-            file="grpo_engine/study/laws/bootstrap.py",
-            old="    return low, high\n\n\ndef resample(",
-            new="    return low + 0.1 * (high - low), high - 0.1 * (high - low)\n\n\ndef resample(",
+            file="grpo_engine/evaluate/intervals.py",
+            old="    return low, high\n",
+            new="    return low + 0.1 * (high - low), high - 0.1 * (high - low)\n",
         ),),
         tests=("python_tests/study/test_bootstrap.py",),
     ),
