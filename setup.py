@@ -22,8 +22,15 @@ class CMakeBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         build = Path(os.environ.get("GRPO_ENGINE_BUILD_DIR", ROOT / "build" / "native"))
         configure = [
-            "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-DGRPO_ENGINE_CUDA={'ON' if cuda else 'OFF'}",
+            "cmake",
+            "-S",
+            ROOT,
+            "-B",
+            build,
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DGRPO_ENGINE_CUDA={'ON' if cuda else 'OFF'}",
             f"-DGRPO_ENGINE_OPENMP={'ON' if self._openmp_wanted() else 'OFF'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

@@ -28,7 +28,8 @@ def forward(name, T, D, dtype, *, compiled):
         peers={
             **peers.plain(peers.rms_norm, x, weight, compiled=compiled),
             "F.rms_norm": lambda: torch.nn.functional.rms_norm(x, (D,), weight, EPS),
-        } | (libraries(x, weight) if x.is_cuda else {}),
+        }
+        | (libraries(x, weight) if x.is_cuda else {}),
         expected=lambda: peers.rms_norm(x.double(), weight.double()),
         tolerance=TOLERANCE[dtype],
         alone=lambda whole: same_bits(ops.rms_norm(x[3:4], weight, eps=EPS), whole[3:4]),

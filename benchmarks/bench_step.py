@@ -67,9 +67,7 @@ class Steps:
         self.optimizer = optimizer_of(self.policy, LR)
         self.config = RunConfig(
             rollout=RolloutConfig(max_new_tokens=max(lengths)),
-            batch=BatchConfig(
-                prompts=len(problems), group_size=group_size, tokens_per_micro_batch=tokens_per_micro_batch
-            ),
+            batch=BatchConfig(prompts=len(problems), group_size=group_size, tokens_per_micro_batch=tokens_per_micro_batch),
             loss=LossConfig(kl_coef=kl_coef),
             optimizer=OptimizerConfig(lr=LR),
         )

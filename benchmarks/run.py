@@ -224,11 +224,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="print the names and end")
     parser.add_argument("--quick", action="store_true", help="fewer cases and samples")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--part", choices=PARTS, default="all", 
-                        help="ops: single ops; whole: steps and rollouts; real: those of published sizes")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        default="all",
+        help="ops: single ops; whole: steps and rollouts; real: those of published sizes",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names(), default=None)
-    parser.add_argument("--threads", type=table.thread_count, default=None, metavar="N|all",
-                        help="of every benchmark; by default ops run on one thread, large ops and whole steps on all too")
+    parser.add_argument(
+        "--threads",
+        type=table.thread_count,
+        default=None,
+        metavar="N|all",
+        help="of every benchmark; by default ops run on one thread, large ops and whole steps on all too",
+    )
     parser.add_argument("--limit-s", type=float, default=3600.0, help="a benchmark is killed after this many seconds")
     parser.add_argument("--out", type=Path, default=None, help="folder for the records; none are kept without it")
     args = parser.parse_args(argv)

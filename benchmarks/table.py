@@ -664,8 +664,13 @@ def main(
     parser.add_argument("--real", action="store_true", help="the shapes of published checkpoints instead")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--keep-going", action="store_true", help="run the other cases when one fails")
-    parser.add_argument("--record", type=Path, default=None, metavar="FILE",
-                        help="write the record there too, after every case: a run that is stopped leaves what it measured")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="write the record there too, after every case: a run that is stopped leaves what it measured",
+    )
     args = parser.parse_args(argv)
     if args.device == "cuda":
         if cuda is None:

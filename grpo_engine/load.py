@@ -71,9 +71,7 @@ def tokenizer_and_model(
         sizes, longest = hf_config.read_config(folder), _longest(train_on, encode, config.rollout.max_prompt_tokens)
         _require_positions(sizes.max_position_embeddings, longest, config)
         pages_stay = footprint.require_room(config, sizes, longest)
-    model = weights.load_model(
-        folder, dtype=DTYPES[m.dtype], device=config.device, batch_invariant=m.batch_invariant
-    )
+    model = weights.load_model(folder, dtype=DTYPES[m.dtype], device=config.device, batch_invariant=m.batch_invariant)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"

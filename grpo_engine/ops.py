@@ -311,8 +311,7 @@ class PolicyStats(NamedTuple):
     def merge(self, other: PolicyStats) -> PolicyStats:
         """The statistics of both calls together."""
         joined = {
-            name: max(a, b) if name.endswith("_max") else a + b
-            for name, a, b in zip(self._fields, self, other, strict=True)
+            name: max(a, b) if name.endswith("_max") else a + b for name, a, b in zip(self._fields, self, other, strict=True)
         }
         return PolicyStats(**joined)
 
@@ -424,9 +423,7 @@ def policy_loss(
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None) -> Tensor: ...
 @overload
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square normalisation of each row: ``x / sqrt(mean_d x^2 + eps) * weight``.
 
     With ``residual`` it is ``x + residual`` that is normalised, and the sum is returned too, as a
@@ -484,9 +481,7 @@ def _rms_norm_residual_backward(ctx, dy, dsum, _drstd=None):
     return dx, dx, dweight, None
 
 
-_rms_norm_residual = _differentiable(
-    "rms_norm_residual", _rms_norm_residual_setup, _rms_norm_residual_backward, visible=2
-)
+_rms_norm_residual = _differentiable("rms_norm_residual", _rms_norm_residual_setup, _rms_norm_residual_backward, visible=2)
 
 
 # ---------------------------------------------------------------- rope
@@ -634,9 +629,7 @@ _linear = _differentiable("linear", _linear_setup, _linear_backward)
 # ---------------------------------------------------------------- kv_write
 
 
-def kv_write(
-    key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slot: Tensor
-) -> None:
+def kv_write(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slot: Tensor) -> None:
     """Store the keys and values of new tokens in the paged cache, in place.
 
     Args:
@@ -705,9 +698,7 @@ def paged_attention(
     Source:
         Kwon et al. 2023, arXiv:2309.06180.
     """
-    return _ops.paged_attention(
-        query, key_pages, value_pages, page_table, cu_query, kv_len, scale
-    )
+    return _ops.paged_attention(query, key_pages, value_pages, page_table, cu_query, kv_len, scale)
 
 
 # ---------------------------------------------------------------- ragged_attention
@@ -949,6 +940,4 @@ def adamw(
     Source:
         Loshchilov and Hutter 2019, arXiv:1711.05101; master weights: Micikevicius et al. 2018, arXiv:1710.03740.
     """
-    return float(
-        _ops.adamw(params, grads, exp_avg, exp_avg_sq, steps, master_low, lr, *betas, eps, weight_decay, clip_norm)
-    )
+    return float(_ops.adamw(params, grads, exp_avg, exp_avg_sq, steps, master_low, lr, *betas, eps, weight_decay, clip_norm))

@@ -29,9 +29,7 @@ def philox_uniform(seed, position):
     """Uniforms in (0, 1) of seeds and positions, int64 tensors: 53 bits of one Philox block."""
     low = 0xFFFFFFFF
     zero = torch.zeros_like(position)
-    words = philox4x32_10(
-        (position & low, position >> 32 & low, zero, zero), (seed & low, seed >> 32 & low)
-    )
+    words = philox4x32_10((position & low, position >> 32 & low, zero, zero), (seed & low, seed >> 32 & low))
     return ((words[0] << 21 | words[1] >> 11).double() + 0.5) / 2**53
 
 
@@ -74,9 +72,7 @@ def sample_token(logits, u, *, temperature=1.0, top_k=None, top_p=None, min_p=No
     full = torch.log_softmax(logits.double() / temperature, dim=0)
     p = full.exp()
     entropy = -torch.special.xlogy(p, p).sum()
-    keep, margin = kept_tokens(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+    keep, margin = kept_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     q = torch.where(keep, p, 0.0)
     q = q / q.sum()
     cumulative = q.cumsum(0)
@@ -125,9 +121,7 @@ def policy_loss(
     keep = torch.ones(len(logprob), dtype=torch.bool) if mask is None else mask
     num_tokens = max(int(keep.sum()), 1) if num_tokens is None else num_tokens
     num_sequences = max(N, 1) if num_sequences is None else num_sequences
-    names = (
-        "tokens policy_loss kl_loss kl ratio ratio_max clip_low clip_high dual_clip mismatch_max"
-    )
+    names = "tokens policy_loss kl_loss kl ratio ratio_max clip_low clip_high dual_clip mismatch_max"
     stats = dict.fromkeys(names.split(), 0.0)
     loss = torch.zeros((), dtype=torch.float64)
     for n in range(N):
@@ -192,9 +186,7 @@ def rope(x, position, theta, frequency=None):
         frequency = 1 / (theta ** exponent.double()).float()
     angle = (position.float()[:, None] * frequency).double()[:, None, :]
     first, second = x.double().chunk(2, dim=-1)
-    turned = torch.view_as_complex(torch.stack([first, second], dim=-1)) * torch.polar(
-        torch.ones_like(angle), angle
-    )
+    turned = torch.view_as_complex(torch.stack([first, second], dim=-1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 

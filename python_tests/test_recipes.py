@@ -33,3 +33,9 @@ def test_a_recipe_works_as_it_is_written(name, tmp_path):
 
 def test_both_recipes_are_there():
     assert len(RECIPES) == 2
+
+
+def test_the_row_of_a_family_is_the_one_in_the_code():
+    recipe = (ROOT / "CONTRIBUTING.md").read_text().split("## Adding a model family")[1]
+    row = re.search(r"^```python\n(.*?)\n^```", recipe, re.S | re.M)[1]
+    assert row in (ROOT / "grpo_engine" / "model" / "config.py").read_text()

@@ -120,13 +120,15 @@ FAULTS = (
         name="order-by-batch",
         claim="ops",
         says="rms_norm adds a row in another order when the batch has more than one row",
-        edits=(Edit(
-            file="csrc/ops/rms_norm_cpu.cpp",
-            old="  const A mean = sum(squares) / static_cast<A>(a.D);\n",
-            new="  A lanes[kLanes], in_order = 0;\n  store(squares, lanes, kLanes);\n"
+        edits=(
+            Edit(
+                file="csrc/ops/rms_norm_cpu.cpp",
+                old="  const A mean = sum(squares) / static_cast<A>(a.D);\n",
+                new="  A lanes[kLanes], in_order = 0;\n  store(squares, lanes, kLanes);\n"
                 "  for (int i = 0; i < kLanes; ++i) in_order += lanes[i];\n"
                 "  const A mean = (a.T > 1 ? in_order : sum(squares)) / static_cast<A>(a.D);\n",
-        ),),
+            ),
+        ),
         tests=("python_tests/ops/test_rms_norm.py::test_a_row_has_the_same_bits_alone_and_in_a_batch",),
         build="native",
     ),
@@ -134,10 +136,11 @@ FAULTS = (
         name="order-by-thread",
         claim="ops",
         says="rms_norm adds the first row of a thread's part from its end",
-        edits=(Edit(
-            file="csrc/ops/rms_norm_cpu.cpp",
-            old="    a.residual ? forward_row<S, true>(a, t) : forward_row<S, false>(a, t);\n",
-            new="    a.residual ? forward_row<S, true>(a, t) : forward_row<S, false>(a, t);\n"
+        edits=(
+            Edit(
+                file="csrc/ops/rms_norm_cpu.cpp",
+                old="    a.residual ? forward_row<S, true>(a, t) : forward_row<S, false>(a, t);\n",
+                new="    a.residual ? forward_row<S, true>(a, t) : forward_row<S, false>(a, t);\n"
                 "    if (t == begin && begin > 0) {\n"
                 "      using A = Arith<S>;\n"
                 "      const S* x = static_cast<const S*>(a.residual ? a.sum : a.x) + t * a.D;\n"
@@ -150,7 +153,8 @@ FAULTS = (
                 "        from_arith(to_arith(x[d]) * rstd * weight, static_cast<S*>(a.y) + t * a.D + d);\n"
                 "      }\n"
                 "    }\n",
-        ),),
+            ),
+        ),
         tests=("python_tests/ops/test_rms_norm.py::test_a_row_has_the_same_bits_alone_and_in_a_batch",),
         build="native",
     ),
@@ -158,11 +162,13 @@ FAULTS = (
         name="k3-sign",
         claim="ops",
         says="the k3 estimate of the KL divergence has the sign of k1 in its log-ratio",
-        edits=(Edit(
-            file="csrc/ops/policy_loss.cuh",
-            old="return {exp_e - e.value - c.one, (c.one - exp_e) * e.inside};",
-            new="return {exp_e + e.value - c.one, (c.one - exp_e) * e.inside};",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/ops/policy_loss.cuh",
+                old="return {exp_e - e.value - c.one, (c.one - exp_e) * e.inside};",
+                new="return {exp_e + e.value - c.one, (c.one - exp_e) * e.inside};",
+            ),
+        ),
         tests=("python_tests/ops/test_policy_loss.py::test_loss_gradient_and_stats_match_the_reference",),
         build="native",
     ),
@@ -170,11 +176,13 @@ FAULTS = (
         name="masked-token-counts",
         claim="ops",
         says="a masked token counts in the length of its sequence",
-        edits=(Edit(
-            file="csrc/ops/policy_loss_cpu.cpp",
-            old="count += mask[t];",
-            new="count += mask[t] || !mask[t];",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/ops/policy_loss_cpu.cpp",
+                old="count += mask[t];",
+                new="count += mask[t] || !mask[t];",
+            ),
+        ),
         tests=(
             "python_tests/ops/test_policy_loss.py::test_masked_garbage_never_leaks",
             "python_tests/ops/test_policy_loss.py::test_loss_gradient_and_stats_match_the_reference",
@@ -185,11 +193,13 @@ FAULTS = (
         name="entropy-gradient-sign",
         claim="ops",
         says="the gradient of an entropy has the wrong sign",
-        edits=(Edit(
-            file="csrc/ops/gather_logprob_cpu.cpp",
-            old="ge = V::set1(-g_entropy * scale);",
-            new="ge = V::set1(g_entropy * scale);",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/ops/gather_logprob_cpu.cpp",
+                old="ge = V::set1(-g_entropy * scale);",
+                new="ge = V::set1(g_entropy * scale);",
+            ),
+        ),
         tests=("python_tests/ops/test_gather_logprob.py::test_gradcheck",),
         build="native",
     ),
@@ -197,11 +207,13 @@ FAULTS = (
         name="uniform-of-the-next-position",
         claim="ops",
         says="a token is drawn with the uniform number of the next position",
-        edits=(Edit(
-            file="csrc/ops/sample_token_cpu.cpp",
-            old="philox_uniform(a.seed[b], a.position[b])",
-            new="philox_uniform(a.seed[b], a.position[b] + 1)",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/ops/sample_token_cpu.cpp",
+                old="philox_uniform(a.seed[b], a.position[b])",
+                new="philox_uniform(a.seed[b], a.position[b] + 1)",
+            ),
+        ),
         tests=("python_tests/ops/test_sample_token.py::test_the_uniform_is_that_of_seed_and_position",),
         build="native",
     ),
@@ -220,11 +232,13 @@ FAULTS = (
         name="no-dual-clip",
         claim="ops",
         says="the dual clip is read and never applied",
-        edits=(Edit(
-            file="csrc/ops/policy_loss.cpp",
-            old="c.args.dual_clip = dual_clip.value_or(std::numeric_limits<double>::infinity());",
-            new="c.args.dual_clip = std::numeric_limits<double>::infinity();",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/ops/policy_loss.cpp",
+                old="c.args.dual_clip = dual_clip.value_or(std::numeric_limits<double>::infinity());",
+                new="c.args.dual_clip = std::numeric_limits<double>::infinity();",
+            ),
+        ),
         tests=("python_tests/ops/test_policy_loss.py::test_dual_clip_bounds_the_loss_of_a_bad_token",),
         build="native",
     ),
@@ -232,11 +246,13 @@ FAULTS = (
         name="population-std",
         claim="ops",
         says="advantages are divided by the population's standard deviation although the unbiased one was asked for",
-        edits=(Edit(
-            file="csrc/ops/group_advantages.cuh",
-            old="std_mode == AdvantageStd::unbiased ? G - 1 : G",
-            new="std_mode == AdvantageStd::none ? G - 1 : G",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/ops/group_advantages.cuh",
+                old="std_mode == AdvantageStd::unbiased ? G - 1 : G",
+                new="std_mode == AdvantageStd::none ? G - 1 : G",
+            ),
+        ),
         tests=("python_tests/ops/test_group_advantages.py::test_matches_float64_reference",),
         build="native",
     ),
@@ -244,11 +260,13 @@ FAULTS = (
         name="another-instruction-set",
         claim="ops",
         says="GRPO_ENGINE_ISA is not read: the op tests of every instruction set run the best one",
-        edits=(Edit(
-            file="csrc/core/cpu_dispatch.cpp",
-            old='const char* wanted = std::getenv("GRPO_ENGINE_ISA");',
-            new="const char* wanted = nullptr;",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/core/cpu_dispatch.cpp",
+                old='const char* wanted = std::getenv("GRPO_ENGINE_ISA");',
+                new="const char* wanted = nullptr;",
+            ),
+        ),
         tests=("python_tests/test_house_rules.py::test_a_wrong_instruction_set_is_an_error",),
         build="native",
     ),
@@ -257,11 +275,13 @@ FAULTS = (
         name="seed-moves-with-preemption",
         claim="sampler = trainer",
         says="an answer's seed changes with every preemption",
-        edits=(Edit(
-            file="csrc/rollout/scheduler.cpp",
-            old="plan.sample_seed.push_back(sequence.request().seeds[sequence.index() + g]);",
-            new="plan.sample_seed.push_back(sequence.request().seeds[sequence.index() + g] + totals_.preemptions);",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/rollout/scheduler.cpp",
+                old="plan.sample_seed.push_back(sequence.request().seeds[sequence.index() + g]);",
+                new="plan.sample_seed.push_back(sequence.request().seeds[sequence.index() + g] + totals_.preemptions);",
+            ),
+        ),
         tests=("python_tests/rollout/test_rollout.py::test_scarce_pages_and_threads_change_no_bit",),
         build="native",
     ),
@@ -269,11 +289,13 @@ FAULTS = (
         name="two-write-one-page",
         claim="sampler = trainer",
         says="the last two answers that hold a page both write to it",
-        edits=(Edit(
-            file="csrc/rollout/scheduler.cpp",
-            old="allocator_.refs(sequence.pages()[index]) > 1;",
-            new="allocator_.refs(sequence.pages()[index]) > 2;",
-        ),),
+        edits=(
+            Edit(
+                file="csrc/rollout/scheduler.cpp",
+                old="allocator_.refs(sequence.pages()[index]) > 1;",
+                new="allocator_.refs(sequence.pages()[index]) > 2;",
+            ),
+        ),
         tests=("python_tests/rollout/test_rollout.py::test_logprobs_equal_the_trainers_bit_for_bit",),
         build="native",
     ),
@@ -300,22 +322,26 @@ FAULTS = (
         name="rope-base-in-pages",
         claim="sampler = trainer",
         says="queries and keys in pages are turned with another base than in training",
-        edits=(Edit(
-            file="grpo_engine/rollout/model_runner.py",
-            old="s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,",
-            new="s.page_table, s.cu_query, s.kv_len, theta=layer.theta / 2, eps=layer.eps,",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/rollout/model_runner.py",
+                old="s.page_table, s.cu_query, s.kv_len, theta=layer.theta, eps=layer.eps,",
+                new="s.page_table, s.cu_query, s.kv_len, theta=layer.theta / 2, eps=layer.eps,",
+            ),
+        ),
         tests=("python_tests/rollout/test_rollout.py::test_logprobs_equal_the_trainers_bit_for_bit",),
     ),
     Fault(
         name="nobody-compares",
         claim="sampler = trainer",
         says="a step does not compare the sampler's bits with the trainer's",
-        edits=(Edit(
-            file="grpo_engine/train/step.py",
-            old="if on_policy and not _same_bits(scored):",
-            new="if on_policy is None and not _same_bits(scored):",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/step.py",
+                old="if on_policy and not _same_bits(scored):",
+                new="if on_policy is None and not _same_bits(scored):",
+            ),
+        ),
         tests=("python_tests/run/test_train.py::test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token",),
     ),
     # ---- the step -----------------------------------------------------------------------------
@@ -323,33 +349,39 @@ FAULTS = (
         name="denominator-by-micro-batch",
         claim="GRPO step",
         says="a micro-batch is divided by its own tokens and not by the minibatch's",
-        edits=(Edit(
-            file="grpo_engine/train/loss.py",
-            old="num_tokens=minibatch.num_tokens,",
-            new="num_tokens=micro.num_answer_tokens,",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/loss.py",
+                old="num_tokens=minibatch.num_tokens,",
+                new="num_tokens=micro.num_answer_tokens,",
+            ),
+        ),
         tests=("python_tests/train/test_batch.py::test_many_micro_batches_give_the_gradient_of_one",),
     ),
     Fault(
         name="own-reference",
         claim="GRPO step",
         says="the reference of the KL term is the policy itself",
-        edits=(Edit(
-            file="grpo_engine/train/step.py",
-            old="ref_logprob=score(reference, micro)",
-            new="ref_logprob=score(policy, micro)",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/step.py",
+                old="ref_logprob=score(reference, micro)",
+                new="ref_logprob=score(policy, micro)",
+            ),
+        ),
         tests=("python_tests/train/test_grpo_step.py::test_a_step_repeats_itself_with_less_memory_too",),
     ),
     Fault(
         name="late-warm-up",
         claim="GRPO step",
         says="the warm-up of the learning rate begins one step late, with a rate of 0",
-        edits=(Edit(
-            file="grpo_engine/train/step.py",
-            old="config.lr * min(1.0, step / config.warmup_steps)",
-            new="config.lr * min(1.0, (step - 1) / config.warmup_steps)",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/step.py",
+                old="config.lr * min(1.0, step / config.warmup_steps)",
+                new="config.lr * min(1.0, (step - 1) / config.warmup_steps)",
+            ),
+        ),
         tests=("python_tests/train/test_step.py::test_the_learning_rate_rises_from_the_first_step_and_then_stays",),
     ),
     Fault(
@@ -363,22 +395,26 @@ FAULTS = (
         name="own-loss-without-penalty",
         claim="own advantage or loss",
         says="an objective of one's own is trained without the KL penalty",
-        edits=(Edit(
-            file="grpo_engine/train/loss.py",
-            old="    if config.kl_coef > 0:  #",
-            new="    if config.kl_coef > 99:  #",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/loss.py",
+                old="    if config.kl_coef > 0:  #",
+                new="    if config.kl_coef > 99:  #",
+            ),
+        ),
         tests=("python_tests/train/test_loss.py::test_an_objective_in_torch_gives_the_loss_and_gradient_of_the_op",),
     ),
     Fault(
         name="curve-of-whole-steps",
         claim="one curve",
         says="a figure leaves out the points that not every run has",
-        edits=(Edit(
-            file="grpo_engine/study/data.py",
-            old="for at in points.values()]",
-            new="for at in points.values() if len(at) == len(runs)]",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/data.py",
+                old="for at in points.values()]",
+                new="for at in points.values() if len(at) == len(runs)]",
+            ),
+        ),
         tests=("python_tests/study/test_report.py::test_laws_figures_and_claims_take_the_same_points",),
     ),
     # ---- a run --------------------------------------------------------------------------------
@@ -397,11 +433,13 @@ FAULTS = (
         name="rate-by-threads",
         claim="threads of a run",
         says="the last bits of the learning rate depend on the number of threads",
-        edits=(Edit(
-            file="grpo_engine/train/optimizer.py",
-            old='        lr=lr,\n        betas=group["betas"],',
-            new='        lr=lr * (1 + 1e-6 * torch.get_num_threads()),\n        betas=group["betas"],',
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/optimizer.py",
+                old='        lr=lr,\n        betas=group["betas"],',
+                new='        lr=lr * (1 + 1e-6 * torch.get_num_threads()),\n        betas=group["betas"],',
+            ),
+        ),
         tests=("python_tests/run/test_train.py::test_one_two_and_three_threads_give_the_same_records_and_weights",),
     ),
     # ---- a run that was killed ----------------------------------------------------------------
@@ -409,23 +447,28 @@ FAULTS = (
         name="no-moments",
         claim="killed run",
         says="a checkpoint holds no moments: they are zero after it is loaded",
-        edits=(Edit(
-            file="grpo_engine/train/checkpoint.py",
-            old='yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
-            new='yield f"{names[p]}:{kind}", torch.as_tensor(0 * value if "exp" in kind else value).detach().contiguous()',
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/checkpoint.py",
+                old='yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
+                new='value = 0 * value if "exp" in kind else value\n'
+                '                    yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
+            ),
+        ),
         tests=("python_tests/train/test_checkpoint.py::test_resumed_steps_are_bit_identical",),
     ),
     Fault(
         name="records-cut-late",
         claim="killed run",
         says="a resumed run keeps one record that was written after its checkpoint",
-        edits=(Edit(
-            file="grpo_engine/records/jsonl.py",
-            old="            self._file.truncate(truncate_to)\n",
-            new='            with open(self.path, "rb") as read:\n                read.seek(truncate_to)\n'
+        edits=(
+            Edit(
+                file="grpo_engine/records/jsonl.py",
+                old="            self._file.truncate(truncate_to)\n",
+                new='            with open(self.path, "rb") as read:\n                read.seek(truncate_to)\n'
                 "                truncate_to += len(read.readline())\n            self._file.truncate(truncate_to)\n",
-        ),),
+            ),
+        ),
         tests=(
             "python_tests/run/test_train.py::test_killed_three_times_and_resumed_gives_identical_records_and_weights",
             "python_tests/records/test_records.py::test_truncating_puts_the_file_back_byte_for_byte",
@@ -457,33 +500,39 @@ FAULTS = (
         name="finished-cell-again",
         claim="killed study",
         says="a study runs its finished cells again",
-        edits=(Edit(
-            file="grpo_engine/study/jobs.py",
-            old="wanted = [c for c in the_plan.cells if c.name not in skipped]",
-            new="wanted = list(the_plan.cells)",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/jobs.py",
+                old="wanted = [c for c in the_plan.cells if c.name not in skipped]",
+                new="wanted = list(the_plan.cells)",
+            ),
+        ),
         tests=("python_tests/study/test_run.py::test_a_second_run_does_nothing",),
     ),
     Fault(
         name="missing-cell-done",
         claim="killed study",
         says="a cell that wrote no summary counts as done",
-        edits=(Edit(
-            file="grpo_engine/study/run.py",
-            old="ended = code == 0 and (t.job.cell is None or records.is_complete(folder / t.job.cell.folder))",
-            new="ended = code == 0",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/run.py",
+                old="ended = code == 0 and (t.job.cell is None or records.is_complete(folder / t.job.cell.folder))",
+                new="ended = code == 0",
+            ),
+        ),
         tests=("python_tests/study/test_run.py::test_a_cell_that_ends_without_a_summary_has_failed",),
     ),
     Fault(
         name="begun-cell-done",
         claim="killed study",
         says="a cell that was begun counts as finished when the study is started again",
-        edits=(Edit(
-            file="grpo_engine/records/records.py",
-            old="return (Path(run_dir) / SUMMARY_FILE).is_file() and (Path(run_dir) / RUN_FILE).is_file()",
-            new="return (Path(run_dir) / RUN_FILE).is_file()",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/records/records.py",
+                old="return (Path(run_dir) / SUMMARY_FILE).is_file() and (Path(run_dir) / RUN_FILE).is_file()",
+                new="return (Path(run_dir) / RUN_FILE).is_file()",
+            ),
+        ),
         tests=("python_tests/study/test_run.py::test_a_study_killed_twice_and_started_again_has_the_same_records",),
     ),
     # ---- laws ---------------------------------------------------------------------------------
@@ -498,77 +547,91 @@ FAULTS = (
         name="steps-for-prompts",
         claim="the paper's law",
         says="the reader of digitised figures takes the number of steps for the number of prompts",
-        edits=(Edit(
-            file="grpo_engine/study/importers.py",
-            old="""seen = _whole(cells["D"], f"{where} 'D'")""",
-            new="""seen = _whole(cells["step"], f"{where} 'D'")""",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/importers.py",
+                old="""seen = _whole(cells["D"], f"{where} 'D'")""",
+                new="""seen = _whole(cells["step"], f"{where} 'D'")""",
+            ),
+        ),
         tests=("python_tests/study/test_fit.py::test_published_fit_of_base_models",),
     ),
     Fault(
         name="narrow-intervals",
         claim="intervals",
         says="the intervals of the bootstrap are a fifth too narrow",
-        edits=(Edit(
-            file="grpo_engine/evaluate/intervals.py",
-            old="    return low, high\n",
-            new="    return low + 0.1 * (high - low), high - 0.1 * (high - low)\n",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/evaluate/intervals.py",
+                old="    return low, high\n",
+                new="    return low + 0.1 * (high - low), high - 0.1 * (high - low)\n",
+            ),
+        ),
         tests=("python_tests/study/test_bootstrap.py",),
     ),
     Fault(
         name="narrow-profiles",
         claim="intervals",
         says="the profile intervals of a curve's law are a fifth too narrow",
-        edits=(Edit(
-            file="grpo_engine/study/laws/bootstrap.py",
-            old="return factor * float(stdtrit(freedom, (1 + level) / 2))",
-            new="return 0.8 * factor * float(stdtrit(freedom, (1 + level) / 2))",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/laws/bootstrap.py",
+                old="return factor * float(stdtrit(freedom, (1 + level) / 2))",
+                new="return 0.8 * factor * float(stdtrit(freedom, (1 + level) / 2))",
+            ),
+        ),
         tests=("python_tests/study/test_bootstrap.py",),
     ),
     Fault(
         name="target-in-the-fit",
         claim="held-out tests",
         says="the largest size, which is to be predicted, is among the sizes that the law is fitted to",
-        edits=(Edit(
-            file="grpo_engine/study/laws/holdout.py",
-            old="below = keep(curves, [c.kind == target.kind and c.params < top for c in curves])",
-            new="below = keep(curves, [c.kind == target.kind and c.params <= top for c in curves])",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/laws/holdout.py",
+                old="below = keep(curves, [c.kind == target.kind and c.params < top for c in curves])",
+                new="below = keep(curves, [c.kind == target.kind and c.params <= top for c in curves])",
+            ),
+        ),
         tests=("python_tests/study/test_holdout.py::test_the_target_is_not_looked_at",),
     ),
     Fault(
         name="late-points-in-the-fit",
         claim="held-out tests",
         says="the late steps of a curve, which are to be predicted, are among the points that its law is fitted to",
-        edits=(Edit(
-            file="grpo_engine/study/laws/holdout.py",
-            old="head, tail = round(first * n), max(1, round(last * n))",
-            new="head, tail = n, max(1, round(last * n))",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/laws/holdout.py",
+                old="head, tail = round(first * n), max(1, round(last * n))",
+                new="head, tail = n, max(1, round(last * n))",
+            ),
+        ),
         tests=("python_tests/study/test_holdout.py::test_the_target_is_not_looked_at",),
     ),
     Fault(
         name="log-line-dropped",
         claim="other trainers' logs",
         says="the last row of a CSV file is not read",
-        edits=(Edit(
-            file="grpo_engine/study/importers.py",
-            old="    return header, rows\n",
-            new="    return header, rows[:-1]\n",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/importers.py",
+                old="    return header, rows\n",
+                new="    return header, rows[:-1]\n",
+            ),
+        ),
         tests=("python_tests/study/test_importers.py::test_csv_fills_in_what_follows",),
     ),
     Fault(
         name="killed-steps-counted",
         claim="other trainers' logs",
         says="steps of a verl run that a kill threw away stay, where its log does not come to them again",
-        edits=(Edit(
-            file="grpo_engine/study/importers.py",
-            old="            del steps[later]\n",
-            new="            pass\n",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/study/importers.py",
+                old="            del steps[later]\n",
+                new="            pass\n",
+            ),
+        ),
         tests=("python_tests/study/test_importers.py::test_verl_run_that_was_resumed",),
     ),
     # ---- integrations -------------------------------------------------------------------------
@@ -576,33 +639,39 @@ FAULTS = (
         name="another-normalisation",
         claim="TRL",
         says="TRL's bnpo is a mean over sequences and not over tokens",
-        edits=(Edit(
-            file="grpo_engine/integrations/trl.py",
-            old='"bnpo": {"aggregation": "token_mean"}',
-            new='"bnpo": {"aggregation": "sequence_mean"}',
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/integrations/trl.py",
+                old='"bnpo": {"aggregation": "token_mean"}',
+                new='"bnpo": {"aggregation": "sequence_mean"}',
+            ),
+        ),
         tests=("python_tests/integrations/test_integrations_trl.py::test_ten_steps_are_trls[bnpo-token-0.0]",),
     ),
     Fault(
         name="micro-batches-of-a-step",
         claim="TRL",
         says="TRL's dapo divides by the tokens of a micro-batch times the micro-batches, whatever the rollout held",
-        edits=(Edit(
-            file="grpo_engine/integrations/trl.py",
-            old="return loss / (tokens * micro_batches / a.steps_per_generation if self.model.training else tokens)",
-            new="return loss / (tokens * micro_batches if self.model.training else tokens)",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/integrations/trl.py",
+                old="return loss / (tokens * micro_batches / a.steps_per_generation if self.model.training else tokens)",
+                new="return loss / (tokens * micro_batches if self.model.training else tokens)",
+            ),
+        ),
         tests=("python_tests/integrations/test_integrations_trl.py::test_ten_steps_are_trls[dapo-token-0.0]",),
     ),
     Fault(
         name="mean-log-likelihood",
         claim="lm-evaluation-harness",
         says="the log-likelihood of a continuation is the mean over its tokens and not their sum",
-        edits=(Edit(
-            file="grpo_engine/integrations/lm_eval.py",
-            old="float(score.double().sum())",
-            new="float(score.double().mean())",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/integrations/lm_eval.py",
+                old="float(score.double().sum())",
+                new="float(score.double().mean())",
+            ),
+        ),
         tests=("python_tests/integrations/test_integrations_lm_eval.py::test_log_likelihoods_are_those_of_hflm",),
     ),
     # ---- real problems ------------------------------------------------------------------------
@@ -610,33 +679,40 @@ FAULTS = (
         name="several-answers",
         claim="real problems",
         says="several answers of which one is right are worth as much as the right one",
-        edits=(Edit(
-            file="grpo_engine/rewards/math.py",
-            old='if "," not in plain_gold and _is_list(plain_found):\n        return False',
-            new='if "," not in plain_gold and _is_list(plain_found):\n        return plain_gold in plain_found.split(",")',
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/rewards/math.py",
+                old='if "," not in plain_gold and _is_list(plain_found):\n        return False',
+                new='if "," not in plain_gold and _is_list(plain_found):\n'
+                '        return plain_gold in plain_found.split(",")',
+            ),
+        ),
         tests=("python_tests/rewards/test_math.py",),
     ),
     Fault(
         name="suite-forgets",
         claim="real problems",
         says="a suite that was killed takes a problem with some of its answers for a finished one",
-        edits=(Edit(
-            file="grpo_engine/evaluate/suite.py",
-            old="for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
-            new="for place, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/evaluate/suite.py",
+                old="for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
+                new="for place, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
+            ),
+        ),
         tests=("python_tests/evaluate/test_suite.py::test_a_problem_with_some_of_its_answers_gets_all_of_them",),
     ),
     Fault(
         name="suite-draws-anew",
         claim="real problems",
         says="a suite that was killed answers what is left with the seeds of the first problems",
-        edits=(Edit(
-            file="grpo_engine/evaluate/suite.py",
-            old="seeds=seeds[chosen].flatten()",
-            new="seeds=(seeds[: len(chosen)] if done else seeds[chosen]).flatten()",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/evaluate/suite.py",
+                old="seeds=seeds[chosen].flatten()",
+                new="seeds=(seeds[: len(chosen)] if done else seeds[chosen]).flatten()",
+            ),
+        ),
         tests=("python_tests/evaluate/test_suite.py::test_a_suite_that_was_killed_goes_on_and_gives_the_same_table",),
     ),
     Fault(
@@ -658,11 +734,13 @@ FAULTS = (
         name="objects-in-the-judge",
         claim="sandbox",
         says="the program's names hide those of Python in its tests",
-        edits=(Edit(
-            file="grpo_engine/rewards/sandbox.py",
-            old='if not hasattr(builtins, name) and name[:2] != "__"}',
-            new='if name[:2] != "__"}',
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/rewards/sandbox.py",
+                old='if not hasattr(builtins, name) and name[:2] != "__"}',
+                new='if name[:2] != "__"}',
+            ),
+        ),
         tests=(
             "python_tests/rewards/test_humaneval.py::"
             "test_a_hostile_program_is_worth_nothing_and_leaves_no_trace[names of builtins]",
@@ -680,42 +758,52 @@ FAULTS = (
         name="no-head-norm",
         claim="families",
         says="Qwen3's norm of queries and keys is left out",
-        edits=(Edit(
-            file="grpo_engine/model/decoder.py",
-            old="        if norm is not None:\n",
-            new="        if norm is not None and norm.dim() > 1:\n",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/model/decoder.py",
+                old="        if norm is not None:\n",
+                new="        if norm is not None and norm.dim() > 1:\n",
+            ),
+        ),
         tests=("python_tests/model/test_families.py::test_logits_equal_transformers",),
     ),
     Fault(
         name="tied-head-counted-twice",
         claim="families",
         says="a tied head is counted once more",
-        edits=(Edit(
-            file="grpo_engine/train/footprint.py", old="(1 if model.tie_word_embeddings else 2)", new="2",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/footprint.py",
+                old="(1 if model.tie_word_embeddings else 2)",
+                new="2",
+            ),
+        ),
         tests=("python_tests/model/test_families.py::test_parameters_of_published_models_are_those_of_transformers",),
     ),
     Fault(
         name="no-optimizer-in-memory",
         claim="memory",
         says="the prediction of memory forgets the optimizer's moments",
-        edits=(Edit(
-            file="grpo_engine/train/footprint.py",
-            old='"optimizer": 2 * wide + master}',
-            new='"optimizer": master}',
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/footprint.py",
+                old='"optimizer": 2 * wide + master}',
+                new='"optimizer": master}',
+            ),
+        ),
         tests=("python_tests/study/test_forecast.py::test_memory_at_the_7b_shape_is_what_the_documents_count",),
     ),
     Fault(
         name="activations-of-half-the-layer",
         claim="memory",
         says="the prediction of memory counts gate or up, but not both",
-        edits=(Edit(
-            file="grpo_engine/train/footprint.py",
-            old="(2 * D + (2 * H + 2 * K) * E + 2 * F)",
-            new="(2 * D + (2 * H + 2 * K) * E + F)",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/train/footprint.py",
+                old="(2 * D + (2 * H + 2 * K) * E + 2 * F)",
+                new="(2 * D + (2 * H + 2 * K) * E + F)",
+            ),
+        ),
         tests=("python_tests/train/test_footprint.py::test_activations_are_what_autograd_keeps",),
     ),
     # ---- prompts and problems -----------------------------------------------------------------
@@ -723,44 +811,52 @@ FAULTS = (
         name="stop-token-left-out",
         claim="where answers stop",
         says="of several tokens to stop at only the first is taken",
-        edits=(Edit(
-            file="grpo_engine/model/tokenizer.py",
-            old="for i in ids if isinstance(ids, list) else [ids]:",
-            new="for i in ids[:1] if isinstance(ids, list) else [ids]:",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/model/tokenizer.py",
+                old="for i in ids if isinstance(ids, list) else [ids]:",
+                new="for i in ids[:1] if isinstance(ids, list) else [ids]:",
+            ),
+        ),
         tests=("python_tests/model/test_tokenizer.py::test_stops",),
     ),
     Fault(
         name="no-generation-prompt",
         claim="chat prompts",
         says="a chat prompt ends with the user's turn",
-        edits=(Edit(
-            file="grpo_engine/model/tokenizer.py",
-            old="add_generation_prompt=True",
-            new="add_generation_prompt=False",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/model/tokenizer.py",
+                old="add_generation_prompt=True",
+                new="add_generation_prompt=False",
+            ),
+        ),
         tests=("python_tests/model/test_tokenizer.py::test_prompts",),
     ),
     Fault(
         name="curriculum-in-file-order",
         claim="order of problems",
         says="a curriculum takes its problems in the order of their file",
-        edits=(Edit(
-            file="grpo_engine/load.py",
-            old="train=train if config.shuffle else sorted(train, key=difficulty)",
-            new="train=train if config.shuffle else sorted(train, key=lambda p: 0.0)",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/load.py",
+                old="train=train if config.shuffle else sorted(train, key=difficulty)",
+                new="train=train if config.shuffle else sorted(train, key=lambda p: 0.0)",
+            ),
+        ),
         tests=("python_tests/tasks/test_files.py::test_a_curriculum_and_its_subsets_in_every_format",),
     ),
     Fault(
         name="subset-without-strata",
         claim="fewer problems",
         says="a subset is drawn without regard to difficulty",
-        edits=(Edit(
-            file="grpo_engine/tasks/subset.py",
-            old="key=lambda i: (difficulty(problems[i]), ties[i])",
-            new="key=lambda i: (0.0, ties[i])",
-        ),),
+        edits=(
+            Edit(
+                file="grpo_engine/tasks/subset.py",
+                old="key=lambda i: (difficulty(problems[i]), ties[i])",
+                new="key=lambda i: (0.0, ties[i])",
+            ),
+        ),
         tests=("python_tests/tasks/test_subset.py::test_a_draw_has_the_mix_of_the_whole_and_its_order",),
     ),
 )

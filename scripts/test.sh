@@ -42,6 +42,7 @@ else
 fi
 
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
 
 # the CUDA emulator is slow and has one thread: beside the rest, and of the op tests one in three, or all if
 # GRPO_ENGINE_ONE_OP_TEST_IN=1

@@ -130,6 +130,4 @@ def control_step(
             norms.append(update(optimizer, lr=schedule.rate(share), clip_norm=CLIP_NORM))
         losses.append(float(loss.detach()))
         done += T
-    return ControlOutcome(
-        trained_tokens=done, loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms)
-    )
+    return ControlOutcome(trained_tokens=done, loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms))

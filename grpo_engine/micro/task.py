@@ -116,9 +116,7 @@ def _grades(domain: str) -> tuple[int, ...]:
     return {"code": LIST_LENGTHS, "logic": NAME_COUNTS}.get(domain, TERMS)
 
 
-def problems(
-    domain: str, count: int, *, seed: int, test: bool, without: Collection[str] = frozenset()
-) -> list[Problem]:
+def problems(domain: str, count: int, *, seed: int, test: bool, without: Collection[str] = frozenset()) -> list[Problem]:
     """Different problems of one family, the grades in turn.
 
     Args:

@@ -38,9 +38,7 @@ class MicroTokenizer:
         try:
             return [self._ids[word] for word in text.split()]
         except KeyError as e:
-            raise ValueError(
-                f"MicroTokenizer.encode: {e.args[0]!r} in {text!r} is no word of the micro tasks"
-            ) from None
+            raise ValueError(f"MicroTokenizer.encode: {e.args[0]!r} in {text!r} is no word of the micro tasks") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words of some ids, special tokens left out.

@@ -106,9 +106,7 @@ class Layer(nn.Module):
         h_TD = ops.rms_norm(x_TD, self.attn_norm, eps=self.eps)
         heads = linear(h_TD, self.qkv_weight, self.qkv_bias).view(x_TD.shape[0], -1, E)
         query, key, value = heads.split([heads.shape[1] - 2 * K, K, K], dim=1)
-        attn = attend(
-            self._turned(query, self.q_norm, positions_T), self._turned(key, self.k_norm, positions_T), value
-        )
+        attn = attend(self._turned(query, self.q_norm, positions_T), self._turned(key, self.k_norm, positions_T), value)
         out_TD = linear(attn.flatten(1), self.out_weight)
         h_TD, x_TD = ops.rms_norm(out_TD, self.mlp_norm, eps=self.eps, residual=x_TD)
         return x_TD + linear(ops.swiglu(linear(h_TD, self.gate_up_weight)), self.down_weight)

@@ -69,8 +69,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         head_dim = family.head_dim
     elif width % heads:
         raise ValueError(
-            f"{where}: hidden_size must be a multiple of num_attention_heads={heads} where head_dim is absent, "
-            f"got {width}"
+            f"{where}: hidden_size must be a multiple of num_attention_heads={heads} where head_dim is absent, got {width}"
         )
     else:
         head_dim = width // heads
@@ -91,9 +90,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
             rope_scaling=scaling and RopeScaling(**scaling),
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
             tie_word_embeddings=tied,
-            max_position_embeddings=_integer(
-                raw, "max_position_embeddings", where, default=family.max_position_embeddings
-            ),
+            max_position_embeddings=_integer(raw, "max_position_embeddings", where, default=family.max_position_embeddings),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             model_type=raw["model_type"],

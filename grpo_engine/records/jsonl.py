@@ -61,9 +61,7 @@ def _plain(value: Any, where: str, non_finite: dict[str, str]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {
-            str(k): _plain(v, f"{where}.{k}" if where else str(k), non_finite) for k, v in value.items()
-        }
+        return {str(k): _plain(v, f"{where}.{k}" if where else str(k), non_finite) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, f"{where}[{i}]", non_finite) for i, v in enumerate(value)]
     if isinstance(value, os.PathLike):
@@ -94,9 +92,7 @@ def from_json(cls: type[Record], obj: Mapping[str, Any], *, where: str = "record
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}")
     required = [
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing := [n for n in required if n not in values]:
         raise ValueError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")

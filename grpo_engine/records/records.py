@@ -220,7 +220,5 @@ def read_run(run_dir: str | os.PathLike[str], *, allow_incomplete: bool = False)
     if summary is not None and summary.get("steps", 0) > 0:
         last = run.steps[-1].step if run.steps else 0
         if last != summary["steps"]:
-            raise ValueError(
-                f"{path / STEPS_FILE}: the last step must be {summary['steps']} (summary.json), got {last}"
-            )
+            raise ValueError(f"{path / STEPS_FILE}: the last step must be {summary['steps']} (summary.json), got {last}")
     return run

@@ -122,9 +122,7 @@ class Run:
         if c.model.path is not None:
             folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
         # problems first: a wrong file is found before a model of the ladder is pretrained
-        self.task = load_task(
-            c.task, seed=c.seed, needed=c.steps * c.batch.prompts, reward=c.reward
-        )
+        self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts, reward=c.reward)
         self.tokenizer, self.encode, self.model, pages_stay = tokenizer_and_model(c, folder, self.task)
         self.engine = Engine(self.model, keep=pages_stay)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
@@ -245,9 +243,7 @@ class Run:
 
     def _write_timing(self, step: int) -> None:
         before, self.clock = self.clock, time.perf_counter()
-        self.timings.write(
-            records.TimingRecord(step=step, phase=self.ledger.close_step(), seconds=self.clock - before)
-        )
+        self.timings.write(records.TimingRecord(step=step, phase=self.ledger.close_step(), seconds=self.clock - before))
 
     def _checkpoint(self) -> None:
         for writer in (self.steps, self.evals, self.timings):
@@ -283,9 +279,7 @@ class Run:
 
     def _problems(self, step: int) -> list[Problem]:
         c = self.config
-        return problems_of_step(
-            self.task.train, step=step, count=c.batch.prompts, seed=c.seed, shuffle=c.task.shuffle
-        )
+        return problems_of_step(self.task.train, step=step, count=c.batch.prompts, seed=c.seed, shuffle=c.task.shuffle)
 
     def _pretrain_step(self, step: int) -> records.StepRecord:
         outcome = control.control_step(

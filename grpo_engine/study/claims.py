@@ -334,9 +334,7 @@ def _difference(drawer: _Drawer, label: str, groups: Sequence[Sequence[Run]], ev
     )  # fmt: skip
 
 
-def _claim(
-    name: str, statement: str, test: Test, margin: float, pairs: Sequence[_Pair], drawer: _Drawer
-) -> Claim | None:
+def _claim(name: str, statement: str, test: Test, margin: float, pairs: Sequence[_Pair], drawer: _Drawer) -> Claim | None:
     if not pairs:
         return None
     # a margin is tested from one side at a time, so its interval leaves out twice as much (Schuirmann 1987)

@@ -199,9 +199,7 @@ class SlurmExecutor:
             if earlier is not None and earlier.state in _ALIVE:
                 return _Handle(job, earlier)
         self._executor.update_parameters(name=job.name.replace(" ", "-"))
-        submitted = self._executor.submit(
-            run_command, job.command, os.fspath(job.log.resolve()), os.getcwd(), self.threads
-        )
+        submitted = self._executor.submit(run_command, job.command, os.fspath(job.log.resolve()), os.getcwd(), self.threads)
         known.write_text(submitted.job_id)
         return _Handle(job, submitted)
 

@@ -179,9 +179,7 @@ def load_data(study_dir: str | os.PathLike[str]) -> StudyData:
 
 
 def _headline(folder: Path, runs: Mapping[str, Run]) -> str:
-    counts = Counter(
-        e.eval_set for r in runs.values() for e in r.evals if e.mode == "sample" and e.in_domain
-    )
+    counts = Counter(e.eval_set for r in runs.values() for e in r.evals if e.mode == "sample" and e.in_domain)
     if not counts:
         raise ValueError(f"{folder}: no run evaluated an in-domain set with sampling (evaluation.count is 0?)")
     return counts.most_common(1)[0][0]

@@ -16,6 +16,7 @@ from grpo_engine.study.status import last_line
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+
 class Display:
     """A live table on a terminal, plain lines elsewhere (one when a job starts or ends, and one a minute)."""
 

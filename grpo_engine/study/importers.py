@@ -42,6 +42,8 @@ _INTEGERS = (
 _FLOATS = (
     "params_nominal", "tau", "compute_6nt", "compute_ledger", "temperature", "pass1", "loss", "stderr",
 )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInfo:
     """What a foreign log does not say about its run. None stays null in the table."""
@@ -236,9 +238,7 @@ def read_csv(
         if row["compute_6nt"] is None and row["trained_tokens"] is not None and row["params_non_embedding"] is not None:
             row["compute_6nt"] = 6.0 * row["params_non_embedding"] * row["trained_tokens"]
         if row["run_id"] is None:
-            row["run_id"] = f"{path.stem}-{row['size']}-{row['kind']}" + (
-                "" if row["seed"] is None else f"-{row['seed']}"
-            )
+            row["run_id"] = f"{path.stem}-{row['size']}-{row['kind']}" + ("" if row["seed"] is None else f"-{row['seed']}")
         row["cell"] = row["cell"] or row["run_id"]
         rows.append(row)
     return _table(rows, str(path))

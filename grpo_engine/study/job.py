@@ -1,6 +1,6 @@
 """What a started process does: one cell, or one model.
 
-    python -m grpo_engine.study.job cell FOLDER
+python -m grpo_engine.study.job cell FOLDER
 """
 
 from __future__ import annotations

@@ -91,9 +91,7 @@ def jobs_of(folder: Path, the_plan: Plan, skipped: set[str]) -> dict[str, Tracke
 
     def length(name: str) -> float:
         if name not in chain:
-            chain[name] = found[name].seconds + max(
-                (length(j.name) for j in found.values() if name in j.after), default=0.0
-            )
+            chain[name] = found[name].seconds + max((length(j.name) for j in found.values() if name in j.after), default=0.0)
         return chain[name]
 
     ranks = {name: position for position, name in enumerate(found)}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """The plan as rows for a table or for JSON: models first, then cells.
 

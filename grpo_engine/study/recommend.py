@@ -440,9 +440,7 @@ def _level(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
     return v.mean(axis=-1) + slope * (log_n - u.mean())
 
 
-def _unmeasured(
-    joint: JointFit, same: Sequence[CurveLevel], n: float, rng: np.random.Generator
-) -> tuple[_Line, str]:
+def _unmeasured(joint: JointFit, same: Sequence[CurveLevel], n: float, rng: np.random.Generator) -> tuple[_Line, str]:
     """The law of a size without a curve, and a note."""
     if len(same) < 2:
         raise ValueError(f"sizes: the level of a size that was not measured needs two measured ones, got {len(same)}")
@@ -458,9 +456,7 @@ def _unmeasured(
     # what the procedure gets wrong where the answer is known: interior sizes for interpolation, the ends otherwise
     places = range(1, len(same) - 1) if inside else (0, len(same) - 1)
     errors = [
-        float(_level(known[i], np.delete(known, i), np.delete(levels, i))) - levels[i]
-        for i in places
-        if len(same) > 2
+        float(_level(known[i], np.delete(known, i), np.delete(levels, i))) - levels[i] for i in places if len(same) > 2
     ]
     scatter = float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0
     line = _Line(

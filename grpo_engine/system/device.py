@@ -88,6 +88,4 @@ def move(record: Record, device: torch.device) -> Record:
         return record
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    return dataclasses.replace(
-        record, **{name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()}
-    )
+    return dataclasses.replace(record, **{name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()})

@@ -10,9 +10,7 @@ from torch import Tensor
 from grpo_engine.types import Problem
 
 
-def problems_of_step(
-    problems: Sequence[Problem], *, step: int, count: int, seed: int, shuffle: bool
-) -> list[Problem]:
+def problems_of_step(problems: Sequence[Problem], *, step: int, count: int, seed: int, shuffle: bool) -> list[Problem]:
     """The prompts of one step: the set in order, again and again, each pass in an order of its own.
 
     Args:

@@ -1,8 +1,8 @@
 """Rows of a file of problems, whatever its format; what a row means is `files`' to say.
 
-    NAME.parquet    parquet
-    NAME.jsonl      one JSON object a line; empty lines are passed over
-    FOLDER          what `datasets` calls save_to_disk: Arrow files, read without that library
+NAME.parquet    parquet
+NAME.jsonl      one JSON object a line; empty lines are passed over
+FOLDER          what `datasets` calls save_to_disk: Arrow files, read without that library
 """
 
 from __future__ import annotations

@@ -83,9 +83,7 @@ def pack(rollout: RolloutBatch, advantage: Tensor, *, sequences: Sequence[int]) 
     )
 
 
-def minibatches(
-    rollout: RolloutBatch, advantage: Tensor, *, count: int, tokens_per_micro_batch: int
-) -> Iterator[Minibatch]:
+def minibatches(rollout: RolloutBatch, advantage: Tensor, *, count: int, tokens_per_micro_batch: int) -> Iterator[Minibatch]:
     """The optimizer steps of a rollout, in order.
 
     Args:

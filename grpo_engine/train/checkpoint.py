@@ -232,9 +232,7 @@ def _read(folder: Path, config_hash: str) -> State:
         found = _fingerprint(file)
         if found != fingerprint:
             raise DamagedError(f"{file}: sha256 must be {fingerprint['sha256']}, got {found['sha256']}")
-    return State(
-        folder=folder, step=facts["step"], lengths=facts["lengths"], meta=facts["meta"], groups=facts["groups"]
-    )
+    return State(folder=folder, step=facts["step"], lengths=facts["lengths"], meta=facts["meta"], groups=facts["groups"])
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -105,9 +105,7 @@ def grpo_step(
 
     # 3. One optimizer step for each minibatch.
     batch = config.batch
-    cut = minibatches(
-        rollout, advantage_N, count=batch.minibatches, tokens_per_micro_batch=batch.tokens_per_micro_batch
-    )
+    cut = minibatches(rollout, advantage_N, count=batch.minibatches, tokens_per_micro_batch=batch.tokens_per_micro_batch)
     updates = [
         train_minibatch(policy, reference, optimizer, minibatch, config, step=step, on_policy=i == 0, ledger=ledger)
         for i, minibatch in enumerate(cut)

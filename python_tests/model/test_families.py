@@ -111,10 +111,12 @@ def test_greedy_tokens_equal_transformers_and_training_has_the_bits_of_sampling(
     logprob, *others = on_threads(lambda: model.logprobs(rollout.tokens, rollout.cu_seqlens)[0].detach())
     assert all(torch.equal(logprob, other) for other in others)
     starts = zip(rollout.cu_seqlens[:-1].tolist(), rollout.prompt_len.tolist(), strict=True)
-    answered = torch.cat([
-        torch.arange(first + prompt, end)
-        for (first, prompt), end in zip(starts, rollout.cu_seqlens[1:].tolist(), strict=True)
-    ])
+    answered = torch.cat(
+        [
+            torch.arange(first + prompt, end)
+            for (first, prompt), end in zip(starts, rollout.cu_seqlens[1:].tolist(), strict=True)
+        ]
+    )
     sequence = torch.bucketize(answered, rollout.cu_seqlens[1:], right=True)
     assert torch.equal(logprob[answered - 1 - sequence], rollout.logprob[answered])
 

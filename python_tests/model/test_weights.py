@@ -72,9 +72,7 @@ def test_round_trip_with_transformers(tmp_path, tied, shard, dtype):
     weights.save_checkpoint(model, tmp_path / "b", max_shard_bytes=10**10 if shard == "5GB" else 10_000)
     assert (tmp_path / "b" / hf_config.INDEX_FILE).exists() == (shard == "10KB")
 
-    second, info = transformers.Qwen2ForCausalLM.from_pretrained(
-        tmp_path / "b", dtype="auto", output_loading_info=True
-    )
+    second, info = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "b", dtype="auto", output_loading_info=True)
     assert same(first.state_dict(), second.state_dict())
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert second.config.rope_parameters == first.config.rope_parameters

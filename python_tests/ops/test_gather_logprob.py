@@ -50,9 +50,7 @@ def test_forward_and_backward_are_as_good_as_torch(T, V, temperature, dtype):
     upstream = torch.randn(2, T, generator=torch.Generator().manual_seed(5))
     got = values_and_gradient(ours, logits, target, temperature, upstream)
     theirs = values_and_gradient(plain, logits, target, temperature, upstream)
-    exact = values_and_gradient(
-        reference.gather_logprob, logits.double(), target, temperature, upstream.double()
-    )
+    exact = values_and_gradient(reference.gather_logprob, logits.double(), target, temperature, upstream.double())
     assert got[0].dtype == got[1].dtype == torch.float32 and got[2].dtype == dtype
     # a block of 512 is 16 chains of 32 float32 additions: relative error of the sum below 2^-19
     for a, b, truth in zip(got, theirs, exact, strict=True):
@@ -70,9 +68,7 @@ def test_gradcheck(temperature, used):
 
 def test_float64_matches_the_reference():
     logits, target = make(5, 700, torch.float64, scale=10.0)
-    for got, want in zip(
-        ours(logits, target, 0.7), reference.gather_logprob(logits, target, 0.7), strict=True
-    ):
+    for got, want in zip(ours(logits, target, 0.7), reference.gather_logprob(logits, target, 0.7), strict=True):
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
@@ -81,8 +77,7 @@ def test_a_gradient_that_comes_from_only_one_output_is_honoured():
     logits, target = make(3, 40, torch.float32)
     both = values_and_gradient(ours, logits, target, 0.5, torch.tensor([[2.0], [-3.0]]))[2]
     parts = [
-        values_and_gradient(ours, logits, target, 0.5, torch.tensor([[a], [b]]))[2]
-        for a, b in ((2.0, 0.0), (0.0, -3.0))
+        values_and_gradient(ours, logits, target, 0.5, torch.tensor([[a], [b]]))[2] for a, b in ((2.0, 0.0), (0.0, -3.0))
     ]
     alone = []
     for i, factor in enumerate((2.0, -3.0)):
@@ -238,9 +233,7 @@ def logits_and_target(d, V=5, dtype=torch.float32, target=torch.int64):
         (logits_and_target, NAN, ValueError, "temperature must be finite and > 0, got nan"),
     ],
 )  # fmt: skip
-def test_a_bad_input_is_told_what_was_wanted_and_what_came(
-    device, make_inputs, temperature, error, says
-):
+def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, make_inputs, temperature, error, says):
     with pytest.raises(error, match="gather_logprob: .*" + says):
         gather_logprob(*make_inputs(device), temperature=temperature)
 
@@ -270,9 +263,5 @@ def test_registration(dtype):
     logits, target = make(3, 19, dtype)
     _, _, saved = torch.ops.grpo_engine.gather_logprob(logits, target, 0.7)
     g = torch.ones(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.library.opcheck(
-        torch.ops.grpo_engine.gather_logprob_backward.default, (g, g, logits, target, saved, 0.7)
-    )
-    torch.library.opcheck(
-        torch.ops.grpo_engine.gather_logprob.default, (logits.requires_grad_(), target, 0.7)
-    )
+    torch.library.opcheck(torch.ops.grpo_engine.gather_logprob_backward.default, (g, g, logits, target, saved, 0.7))
+    torch.library.opcheck(torch.ops.grpo_engine.gather_logprob.default, (logits.requires_grad_(), target, 0.7))

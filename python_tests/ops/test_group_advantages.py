@@ -18,9 +18,7 @@ def test_matches_float64_reference(std, P, G):
     out = group_advantages(rewards, std=std)
     assert out.dtype == torch.float32
     # the op works in double, so the only rounding is the last cast: one float32 ulp
-    torch.testing.assert_close(
-        out.double(), reference.group_advantages(rewards, std, 1e-6), rtol=2**-23, atol=1e-12
-    )
+    torch.testing.assert_close(out.double(), reference.group_advantages(rewards, std, 1e-6), rtol=2**-23, atol=1e-12)
 
 
 @pytest.mark.parametrize("std", MODES)

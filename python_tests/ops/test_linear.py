@@ -78,9 +78,7 @@ def test_float32_output_of_bfloat16_is_not_rounded(device):
     assert torch.equal(y.bfloat16(), linear(x, weight, bias))
     grads = torch.autograd.grad(y, (x, weight), dy.float())
     assert [g.dtype for g in grads] == [torch.bfloat16] * 2
-    for got, want in zip(
-        grads, (dy.float() @ weight.float(), dy.float().T @ x.float()), strict=True
-    ):
+    for got, want in zip(grads, (dy.float() @ weight.float(), dy.float().T @ x.float()), strict=True):
         torch.testing.assert_close(got.float(), want, rtol=2.0**-7, atol=1e-4)
 
 
@@ -397,9 +395,7 @@ def test_bfloat16_rounds_once_to_nearest_even():
         ),
     ],
 )
-def test_a_bad_input_is_told_what_was_wanted_and_what_came(
-    device, x, weight, bias, dtypes, out, error, says
-):
+def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, x, weight, bias, dtypes, out, error, says):
     kinds = {"f": torch.float32, "b": torch.bfloat16, "i": torch.int32}
     tensors = [
         None if s is None else torch.zeros(s, dtype=kinds[d], device=device)

@@ -22,15 +22,12 @@ class Cache:
         g = torch.Generator().manual_seed(seed)
         self.lengths, self.page = lengths, page
         self.query, self.key, self.value = (
-            [torch.randn(n, heads, E, generator=g).to(dtype) for n in lengths]
-            for heads in (H, K, K)
+            [torch.randn(n, heads, E, generator=g).to(dtype) for n in lengths] for heads in (H, K, K)
         )
         self.scale = E**-0.5
         pages = [-(-n // page) for n in lengths]
         spare = 3
-        order = torch.randperm(
-            sum(pages) + spare, generator=torch.Generator().manual_seed(shuffle)
-        ).int()
+        order = torch.randperm(sum(pages) + spare, generator=torch.Generator().manual_seed(shuffle)).int()
         width = max(pages, default=0) + 2
         self.page_table = torch.full((len(lengths), width), -1, dtype=torch.int32)
         used = 0
@@ -46,9 +43,7 @@ class Cache:
     def write(self, n, begin, end):
         position = torch.arange(begin, end)
         slot = self.page_table[n, position // self.page].long() * self.page + position % self.page
-        kv_write(
-            self.key[n][begin:end], self.value[n][begin:end], self.key_pages, self.value_pages, slot
-        )
+        kv_write(self.key[n][begin:end], self.value[n][begin:end], self.key_pages, self.value_pages, slot)
 
     def arguments(self, queries, sequences=None, kv_len=None):
         """The last queries[i] tokens of each sequence, or those that end at kv_len[i]."""
@@ -73,14 +68,9 @@ def plain(cache, queries):
     out = []
     for n, count in enumerate(queries):
         L = cache.lengths[n]
-        q, k, v = (
-            x.transpose(0, 1)[None]
-            for x in (cache.query[n][L - count :], cache.key[n], cache.value[n])
-        )
+        q, k, v = (x.transpose(0, 1)[None] for x in (cache.query[n][L - count :], cache.key[n], cache.value[n]))
         mask = torch.ones(count, L, dtype=torch.bool).tril(L - count)
-        y = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=True, scale=cache.scale
-        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, scale=cache.scale)
         out.append(y[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -404,6 +394,4 @@ def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, name, value, 
 def test_registration():
     cache = Cache([20, 3], 4, 2, 8, torch.float32)
     cache.key_pages.nan_to_num_(), cache.value_pages.nan_to_num_()
-    torch.library.opcheck(
-        torch.ops.grpo_engine.paged_attention.default, (*cache.arguments([2, 1]), 0.3)
-    )
+    torch.library.opcheck(torch.ops.grpo_engine.paged_attention.default, (*cache.arguments([2, 1]), 0.3))

@@ -28,9 +28,7 @@ METHODS = {
 }
 OPTIONS = [
     {"ratio": r, "objective": o, "kl": k, **a}
-    for r, o, k, a in itertools.product(
-        ("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"), AGGREGATIONS.values()
-    )
+    for r, o, k, a in itertools.product(("token", "sequence"), ("clip", "cispo"), ("k1", "k2", "k3"), AGGREGATIONS.values())
 ]
 OPTIONS += [o | {"kl_ratio": True} for o in OPTIONS if o["aggregation"] == "sequence_mean"]
 
@@ -81,16 +79,12 @@ def assert_close_to_reference(data, **options):
     largest = max(1.0, float(want_stats[5])) * max(1.0, float(data["advantage"].abs().max()))
     largest *= max(1.0, float(data["logprob"].abs().max()))
     assert abs(float(loss) - float(want_loss)) <= relative * largest
-    assert float((grad.double() - want_grad.double()).abs().max()) <= relative * max(
-        float(want_grad.abs().max()), 1e-3
-    )
+    assert float((grad.double() - want_grad.double()).abs().max()) <= relative * max(float(want_grad.abs().max()), 1e-3)
     counts = [0, 6, 7, 8]
     assert torch.equal(stats[counts], want_stats[counts])
     rest = [i for i in range(10) if i not in counts]
     scale = max(1.0, float(want_stats[0]))
-    torch.testing.assert_close(
-        stats[rest], want_stats[rest], rtol=relative, atol=relative * largest * scale
-    )
+    torch.testing.assert_close(stats[rest], want_stats[rest], rtol=relative, atol=relative * largest * scale)
 
 
 # ---------------------------------------------------------------- against the reference
@@ -208,9 +202,7 @@ def test_gradcheck(options):
     sign = torch.tensor([1.0, 1, 1, -1, 1, 1, 1, 1]).double()
     logprob = (data.pop("logprob") + sign).requires_grad_()
     data["mask"] = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1]).bool()
-    assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, **data, kl_coef=0.3, dual_clip=3.3, **options).loss, (logprob,)
-    )
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, **data, kl_coef=0.3, dual_clip=3.3, **options).loss, (logprob,))
 
 
 @pytest.mark.parametrize("upstream", [0.0, 1.0, -2.5, 1e4])
@@ -279,9 +271,7 @@ def test_clip_low_and_high_are_distances_from_one():
     # ratios 0.5, 0.75, 1.4, 1.6 with both signs of A, clip [0.6, 1.5]
     ratios = torch.tensor([0.5, 0.75, 1.4, 1.6] * 2).double()
     data = tokens(ratios.log().tolist(), [1.0] * 4 + [-1.0] * 4, old=[0.0] * 8)
-    loss, grad, stats = run(
-        policy_loss, data, clip_low=0.4, clip_high=0.5, dual_clip=None, num_tokens=1
-    )
+    loss, grad, stats = run(policy_loss, data, clip_low=0.4, clip_high=0.5, dual_clip=None, num_tokens=1)
     want = torch.tensor([-0.5, -0.75, -1.4, 0.0, 0.0, 0.75, 1.4, 1.6]).double()
     torch.testing.assert_close(grad, want)
     values = torch.tensor([-0.5, -0.75, -1.4, -1.5, 0.6, 0.75, 1.4, 1.6]).double()
@@ -435,9 +425,7 @@ def test_one_batch_of_eight_equals_eight_micro_batches_of_one(options):
     merged = PolicyStats(*parts[0][2].tolist())
     for p in parts[1:]:
         merged = merged.merge(PolicyStats(*p[2].tolist()))
-    torch.testing.assert_close(
-        torch.tensor(merged, dtype=torch.float64), stats, rtol=1e-13, atol=1e-13
-    )
+    torch.testing.assert_close(torch.tensor(merged, dtype=torch.float64), stats, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=name_of)

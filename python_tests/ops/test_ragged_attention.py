@@ -37,9 +37,7 @@ def plain(query, key, value, cu, *, scale):
     out = []
     for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
-        y = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True, scale=scale
-        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
         out.append(y[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -84,9 +82,7 @@ def test_large_scores_do_not_overflow():
 def test_gradcheck(H, K, E):
     query, key, value, cu, _ = make([0, 3, 1, 18], H, K, E, torch.float64)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: ragged_attention(q, k, v, cu, scale=0.7), inputs, nondet_tol=0.0
-    )
+    assert torch.autograd.gradcheck(lambda q, k, v: ragged_attention(q, k, v, cu, scale=0.7), inputs, nondet_tol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -311,7 +307,9 @@ def test_avx2_and_avx512_give_the_same_bits():
         done = subprocess.run(
             [sys.executable, "-c", SAME_EXTENSION + ISA_SCRIPT],
             env={**os.environ, "GRPO_ENGINE_ISA": isa},
-            capture_output=True, text=True, check=True,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         digests.add(done.stdout)
     assert len(digests) == 1 and len(digests.pop().strip()) == 2 * hashlib.sha256().digest_size
@@ -441,9 +439,7 @@ def test_tokens_without_a_sequence_or_group_become_nan_on_cuda(cu, groups, lost)
     query, key, value, good, dout = make([4, 5], 4, 2, 8, torch.float32)
     clean = run(ragged_attention, query, key, value, good, dout, 0.3)
     cu_groups = None if groups is None else torch.tensor(groups, dtype=torch.int32)
-    bad = run(
-        ragged_attention, query, key, value, torch.tensor(cu, dtype=torch.int32), dout, 0.3, cu_groups=cu_groups
-    )
+    bad = run(ragged_attention, query, key, value, torch.tensor(cu, dtype=torch.int32), dout, 0.3, cu_groups=cu_groups)
     whole = [[0, 1, 2, 3], [4, 5, 6, 7, 8]]  # what is not lost is computed as before where its sequence is the same
     for a, b in zip(bad, clean, strict=True):
         assert a[list(lost)].isnan().all()

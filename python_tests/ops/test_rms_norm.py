@@ -171,9 +171,7 @@ def test_a_bad_residual_is_told_what_was_wanted_and_what_came(device):
         ((2, 0), (0,), torch.float32, ValueError, "D >= 1"),
     ],
 )
-def test_a_bad_input_is_told_what_was_wanted_and_what_came(
-    device, shape, weight, dtype, error, says
-):
+def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, shape, weight, dtype, error, says):
     x = torch.zeros(shape, dtype=dtype, device=device)
     with pytest.raises(error, match="rms_norm: .*" + says):
         rms_norm(x, torch.zeros(weight, dtype=dtype, device=device), eps=1e-6)

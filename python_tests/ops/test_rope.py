@@ -178,6 +178,4 @@ def test_a_negative_position_makes_its_row_nan_on_cuda():
 def test_registration():
     x, position = make(3, 2, 10, torch.float32)
     for frequency in (None, torch.rand(5)):
-        torch.library.opcheck(
-            torch.ops.grpo_engine.rope.default, (x.requires_grad_(), position, 1e4, False, frequency)
-        )
+        torch.library.opcheck(torch.ops.grpo_engine.rope.default, (x.requires_grad_(), position, 1e4, False, frequency))

@@ -40,9 +40,7 @@ def draw(logits, *, seed=11, position=None, **options):
     """One draw a row, at positions 0, 1, ... of one request unless told otherwise."""
     B = logits.shape[0]
     seed = seed if isinstance(seed, torch.Tensor) else torch.full((B,), seed)
-    return sample_token(
-        logits, seed=seed, position=torch.arange(B) if position is None else position, **options
-    )
+    return sample_token(logits, seed=seed, position=torch.arange(B) if position is None else position, **options)
 
 
 def float32(value):
@@ -61,23 +59,17 @@ def assert_matches_reference(out, logits, u, temperature=1.0, **filters):
     filters = {k: v if k == "top_k" else float32(v) for k, v in filters.items()}
     near = 0
     for b in range(logits.shape[0]):
-        token, *_, margin = reference.sample_token(
-            logits[b], float(u[b]), temperature=temperature, **filters
-        )
+        token, *_, margin = reference.sample_token(logits[b], float(u[b]), temperature=temperature, **filters)
         got = int(out.token[b])
         if margin < 4e-6:  # the float32 sum of a block: relative error below 2^-19
             near += 1
             continue
         assert got == token, f"row {b}: token {got}, wanted {token}, margin {margin:.2e}"
-        want = torch.tensor(
-            reference.sample_token(logits[b], float(u[b]), temperature=temperature, **filters)[1:4]
-        )
+        want = torch.tensor(reference.sample_token(logits[b], float(u[b]), temperature=temperature, **filters)[1:4])
         # z is rounded twice to float32; then the sum of the block as above
         size = float(logits[b][torch.isfinite(logits[b])].abs().max()) / (temperature or 1.0)
         got = torch.stack([out.logprob[b], out.full_logprob[b], out.entropy[b]])
-        torch.testing.assert_close(
-            got.double(), want.double(), rtol=2**-22, atol=2**-19 + 2**-22 * size
-        )
+        torch.testing.assert_close(got.double(), want.double(), rtol=2**-22, atol=2**-19 + 2**-22 * size)
     assert near <= 1 + logits.shape[0] // 10
 
 
@@ -203,9 +195,7 @@ def test_many_tail_race():
     before = place[chosen] <= head * each
     ids = torch.where(before, place[chosen] / each, (place[chosen] - 1) / each + 1)[hit[chosen]]
     # past the head the float32 sum of its block, 1 + 2^-24, is worth 48 tail tokens
-    assert (
-        (out.token[hit[chosen]] - ids).abs() <= torch.where(before[hit[chosen]], 1.5, 100)
-    ).all()
+    assert ((out.token[hit[chosen]] - ids).abs() <= torch.where(before[hit[chosen]], 1.5, 100)).all()
 
 
 def test_many_tail_race_drawn_in_full():
@@ -322,9 +312,7 @@ def test_random_filter_mixes_against_the_brute_force_kept_set():
     out = draw(logits, top_k=top_k, top_p=top_p, min_p=min_p)
     checked = 0
     for b in range(rows):
-        keep, margin = reference.kept_tokens(
-            logits[b], top_k=int(top_k[b]), top_p=float(top_p[b]), min_p=float(min_p[b])
-        )
+        keep, margin = reference.kept_tokens(logits[b], top_k=int(top_k[b]), top_p=float(top_p[b]), min_p=float(min_p[b]))
         if margin < 1e-6:
             continue
         checked += 1
@@ -508,9 +496,7 @@ def mixed(B, V, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_alone_reversed_and_among_other_neighbours(
-    on_threads, dtype
-):
+def test_a_row_has_the_same_bits_alone_reversed_and_among_other_neighbours(on_threads, dtype):
     logits, options = mixed(61, 1100, dtype)
     one, *others = on_threads(lambda: sample_token(logits, **options))
     for other in others:
@@ -523,9 +509,7 @@ def test_a_row_has_the_same_bits_alone_reversed_and_among_other_neighbours(
     # the same rows beside neighbours without any filter
     plain = {
         k: torch.where(torch.arange(61) % 2 == 0, v, off)
-        for (k, v), off in zip(
-            options.items(), (options["seed"], options["position"], 1.0, 0, 1.0, 0.0), strict=True
-        )
+        for (k, v), off in zip(options.items(), (options["seed"], options["position"], 1.0, 0, 1.0, 0.0), strict=True)
     }
     assert_same_bits([x[::2] for x in sample_token(logits, **plain)], [x[::2] for x in one])
 
@@ -593,9 +577,7 @@ def test_an_empty_batch():
 
 def call(d, *, B=2, V=4, dtype=torch.float32, **options):
     options = {"seed": torch.zeros(B).long(), "position": torch.zeros(B).long()} | options
-    on_device = {
-        name: value(d) if callable(value) else value.to(d) for name, value in options.items()
-    }
+    on_device = {name: value(d) if callable(value) else value.to(d) for name, value in options.items()}
     return sample_token(torch.zeros(B, V, dtype=dtype, device=d), **on_device)
 
 

@@ -115,9 +115,7 @@ def test_gradcheck():
     small = make(4, 5, 11, torch.float64)
     small[0].requires_grad_(), small[1].requires_grad_()
     for h, w, t in ((hidden, weight, target), small):
-        assert torch.autograd.gradcheck(
-            lambda a, b, t=t: token_logprob(a, b, t, temperature=0.8), (h, w)
-        )
+        assert torch.autograd.gradcheck(lambda a, b, t=t: token_logprob(a, b, t, temperature=0.8), (h, w))
 
 
 @pytest.mark.parametrize("V", [1, 511, 512, 513, 1025])
@@ -140,9 +138,7 @@ def test_the_same_bits_as_the_ops_on_materialised_logits(dtype, temperature):
     logprob, entropy = token_logprob(hidden, weight, target, temperature=temperature)
     other_logprob, other_entropy = gather_logprob(logits, target, temperature=temperature)
     assert torch.equal(logprob, other_logprob) and torch.equal(entropy, other_entropy)
-    sampled = sample_token(
-        logits, seed=torch.arange(37), position=torch.zeros(37).long(), temperature=temperature
-    )
+    sampled = sample_token(logits, seed=torch.arange(37), position=torch.zeros(37).long(), temperature=temperature)
     scored = token_logprob(hidden, weight, sampled.token, temperature=temperature)
     assert torch.equal(scored[0], sampled.logprob) and torch.equal(scored[1], sampled.entropy)
 
@@ -184,10 +180,7 @@ def test_the_weight_gradient_does_not_depend_on_the_windows():
     log_p = torch.log_softmax(logits.double(), -1)
     onehot = torch.nn.functional.one_hot(target, 90)
     entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
-    dlogits = (
-        grads[0][:, None] * (onehot - log_p.exp())
-        - grads[1][:, None] * log_p.exp() * (log_p + entropy)
-    ).float()
+    dlogits = (grads[0][:, None] * (onehot - log_p.exp()) - grads[1][:, None] * log_p.exp() * (log_p + entropy)).float()
     backward = torch.ops.grpo_engine.linear_backward
     want = backward(dlogits, hidden, weight, True, True, False)
     # equal chains of inputs that differ in the last bits of exp
@@ -313,14 +306,9 @@ def test_a_target_out_of_range_makes_its_row_nan_on_cuda(bad):
         ((2, 4), (5, 4), (2,), "ffl", math.inf, ValueError, "temperature must be finite"),
     ],
 )
-def test_a_bad_input_is_told_what_was_wanted_and_what_came(
-    device, hidden, weight, target, dtypes, temperature, error, says
-):
+def test_a_bad_input_is_told_what_was_wanted_and_what_came(device, hidden, weight, target, dtypes, temperature, error, says):
     kinds = {"f": torch.float32, "b": torch.bfloat16, "l": torch.int64}
-    tensors = [
-        torch.zeros(s, dtype=kinds[d], device=device)
-        for s, d in zip((hidden, weight, target), dtypes, strict=True)
-    ]
+    tensors = [torch.zeros(s, dtype=kinds[d], device=device) for s, d in zip((hidden, weight, target), dtypes, strict=True)]
     with pytest.raises(error, match="token_logprob: .*" + says):
         token_logprob(*tensors, temperature=temperature)
 
@@ -335,9 +323,7 @@ def test_a_strided_hidden_is_rejected():
 def test_registration(batch_invariant):
     hidden, weight, target = make(3, 7, 40, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(
-        torch.ops.grpo_engine.token_logprob.default, (hidden, weight, target, 0.9, *batch_invariant)
-    )
+    torch.library.opcheck(torch.ops.grpo_engine.token_logprob.default, (hidden, weight, target, 0.9, *batch_invariant))
     saved = torch.ops.grpo_engine.token_logprob(hidden, weight, target, 0.9)[2].detach()
     torch.library.opcheck(
         torch.ops.grpo_engine.token_logprob_backward.default,

@@ -398,8 +398,6 @@ def fix_spaces(text):
     return re.sub(" +", lambda m: "-" if len(m[0]) > 2 else "_" * len(m[0]), text)
 
 
-
-
 def match_parens(lst):
     def closes(text):
         depths = list(accumulate((1 if c == "(" else -1 for c in text), initial=0))

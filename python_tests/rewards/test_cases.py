@@ -19,9 +19,7 @@ def test_what_an_answer_is_worth(scorer):
     ours = import_scorer(SCORERS[OURS.get(scorer, scorer)])
     papers = import_scorer(SCORERS[f"paper_{scorer}"]) if f"paper_{scorer}" in SCORERS else None
     cases = [case[1:] for case in CASES if case[0] == scorer]
-    found = [
-        [t, r, round(ours(r, problem(t)), 6), papers and round(papers(r, problem(t)), 6)] for t, r, *_ in cases
-    ]
+    found = [[t, r, round(ours(r, problem(t)), 6), papers and round(papers(r, problem(t)), 6)] for t, r, *_ in cases]
     assert found == cases
 
 

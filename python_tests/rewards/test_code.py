@@ -135,9 +135,7 @@ def test_a_program_without_end_is_ended(quick, program):
 
 def test_children_end_with_the_program(quick):
     name = f"5{os.getpid()}"  # seconds, and how the process is found
-    assert code.passes(
-        f"import subprocess\nsubprocess.Popen(['sleep', '{name}'], start_new_session=True)", tests="pass"
-    )
+    assert code.passes(f"import subprocess\nsubprocess.Popen(['sleep', '{name}'], start_new_session=True)", tests="pass")
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline and (alive := _sleepers(name)):
         time.sleep(0.05)

@@ -64,9 +64,7 @@ def test_a_huge_answer_is_not_parsed():
     assert score("<answer>" * 100_000, problem(GOLD)) == 0
 
 
-@pytest.mark.parametrize(
-    "gold", ["", "{}", '{"header": ["a"], "rows": [["1", "2"]]}', '{"header": [], "rows": []}', "[1]"]
-)
+@pytest.mark.parametrize("gold", ["", "{}", '{"header": ["a"], "rows": [["1", "2"]]}', '{"header": [], "rows": []}', "[1]"])
 def test_a_true_answer_that_is_no_grid_is_refused(gold):
     with pytest.raises(ValueError, match="header and rows"):
         score("<answer>{}</answer>", problem(gold))

@@ -135,9 +135,7 @@ def test_progress_counts_answers(model, prompts):
 def test_requests_of_different_kinds_are_sampled_together_as_alone(model, prompts):
     kinds = [(prompts, 4, 1.0, 24), (prompts[:3], 1, 0.0, 5), (prompts[2:], 3, 0.7, 11)]
     requests = [
-        SamplingRequest(
-            prompts=p, group_size=g, seeds=derive_seeds(1, i, count=len(p) * g), temperature=t, max_new_tokens=n
-        )
+        SamplingRequest(prompts=p, group_size=g, seeds=derive_seeds(1, i, count=len(p) * g), temperature=t, max_new_tokens=n)
         for i, (p, g, t, n) in enumerate(kinds)
     ]
     for config in (PLENTY, SCARCE):

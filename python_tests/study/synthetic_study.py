@@ -33,9 +33,7 @@ def make_study(
     standard deviation over runs of the loss at the end.
     """
     axes = axes or (AxesConfig(kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),)
-    study = StudyConfig(
-        name="synthetic", run={"steps": steps}, sizes={s: SizeConfig() for s in sizes}, axes=tuple(axes)
-    )
+    study = StudyConfig(name="synthetic", run={"steps": steps}, sizes={s: SizeConfig() for s in sizes}, axes=tuple(axes))
     the_plan = plan(study)
     folder.mkdir(parents=True, exist_ok=True)
     _write_plan(folder, the_plan)

@@ -113,9 +113,7 @@ def test_a_command_has_its_log_its_folder_and_its_threads(tmp_path):
 
 def test_a_command_dies_with_the_process_that_started_it(tmp_path):
     """And so does a grandchild, when the worker is only interrupted."""
-    inner = (
-        "import os, subprocess; p = subprocess.Popen(['sleep', '61']); print(os.getpid(), p.pid, flush=True); p.wait()"
-    )
+    inner = "import os, subprocess; p = subprocess.Popen(['sleep', '61']); print(os.getpid(), p.pid, flush=True); p.wait()"
     log = tmp_path / "log"
     code = f"""
 import signal, sys

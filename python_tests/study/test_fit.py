@@ -130,6 +130,7 @@ def test_projection_finds_the_optimum_of_the_full_problem(objective):
 def test_single_size_is_least_squares(objective):
     curves, _, _ = select_curves(law_table(noise=0.02, seed=4), axis="data")
     for c, s in zip(curves, fit.fit_sizes(curves, objective=objective, n_boot=20), strict=True):
+
         def residual(v, c=c):
             y = v[1] - v[0] * np.log(c.x)
             return y - np.log(c.loss) if objective == "log" else np.exp(y) - c.loss

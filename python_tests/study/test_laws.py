@@ -80,9 +80,7 @@ def test_additive_law():
     assert law.loss(4e6, 200.0) == pytest.approx(0.15 + 0.1 + 0.1)
 
 
-DECOMPOSITION = laws.LossDecomposition(
-    L_inf=0.05, A=0.3, alpha=0.4, beta=1.5, lam=(0.1, 0.3), D0=(500.0, 4000.0), n_ref=1e9
-)
+DECOMPOSITION = laws.LossDecomposition(L_inf=0.05, A=0.3, alpha=0.4, beta=1.5, lam=(0.1, 0.3), D0=(500.0, 4000.0), n_ref=1e9)
 
 
 def test_loss_decomposition_is_the_formula():

@@ -76,8 +76,7 @@ def test_candidates_that_cannot_be_told_apart():
     same = {r["step"]: r["loss"] for r in law_table(sizes=sizes).to_pylist() if r["size"] == "l"}
     rng = np.random.default_rng(1)
     rows = [
-        r | {"loss": same[r["step"]] + rng.normal(0, 0.01)} if r["size"] in ("l", "twin") else r
-        for r in table.to_pylist()
+        r | {"loss": same[r["step"]] + rng.normal(0, 0.01)} if r["size"] in ("l", "twin") else r for r in table.to_pylist()
     ]
     got = fit.fit_axis(pa.Table.from_pylist(rows, schema=table.schema), axis="data", n_boot=60, shapes=False)
     r = recommend(got, prompts=1000)
@@ -180,9 +179,7 @@ def test_target_loss_takes_the_least_compute(data_fit):
             assert c.tokens == pytest.approx(TOKENS * c.prompts)
             assert c.reuse == pytest.approx(c.prompts / 800)
             assert c.loss.value == target
-    assert r.candidates[1].behind.value == pytest.approx(
-        np.log(r.candidates[1].needs.value / r.candidates[0].needs.value)
-    )
+    assert r.candidates[1].behind.value == pytest.approx(np.log(r.candidates[1].needs.value / r.candidates[0].needs.value))
     assert "needs" in r.render_text() and r.group_size == 8
     never = recommend(data_fit, target_loss=1e-6)
     assert not never.decided and any("beyond the last measured point" in w for w in never.distrust)
@@ -214,9 +211,7 @@ def test_frontier_moves_to_larger_models():
 def test_reasons_not_to_trust(data_fit):
     assert recommend(data_fit, prompts=5000).distrust == ()
     again = recommend(data_fit, prompts=5000, unique_prompts=1000)
-    assert again.distrust == (
-        "Each prompt would be seen 5 times, and the law was fitted to runs with a reuse of 1.",
-    )
+    assert again.distrust == ("Each prompt would be seen 5 times, and the law was fitted to runs with a reuse of 1.",)
     assert "each prompt 5 times" in again.render_text() and "Do not trust this: Each prompt" in again.render_text()
 
 

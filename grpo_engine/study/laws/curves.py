@@ -197,9 +197,7 @@ def select_curves(
     return curves, selection, left_out
 
 
-def curves_by(
-    table: pyarrow.Table, column: str, *, size: str | None = None, **selection: Any
-) -> dict[Any, list[Curve]]:
+def curves_by(table: pyarrow.Table, column: str, *, size: str | None = None, **selection: Any) -> dict[Any, list[Curve]]:
     """Curves for each value of "tau" or "eval_set": what reuse laws and tests across sets compare.
 
     Args:

@@ -328,9 +328,7 @@ def _joint_verdict(
         values = [w.parameters[name] for w in without]
         if values and min(*values, parameters[name].value) > 0 and max(values) / min(values) >= 3:
             worst = max(without, key=lambda w: abs(math.log(w.parameters[name] / parameters[name].value)))
-            cautions.append(
-                f"{name} moves to {worst.parameters[name]:.3g} without size {worst.size}: it hangs on that size"
-            )
+            cautions.append(f"{name} moves to {worst.parameters[name]:.3g} without size {worst.size}: it hangs on that size")
     for c in levels:
         if c.r2 is not None and c.r2 < 0:
             cautions.append(f"the law describes {c.label} worse than a constant would (R2 {c.r2:.2f})")
@@ -450,7 +448,12 @@ def fit_table(
         objective=objective,
         fits=tuple(
             fit_axis(
-                table, axis=a, kind=k, objective=objective, n_boot=n_boot, seed=seed,
+                table,
+                axis=a,
+                kind=k,
+                objective=objective,
+                n_boot=n_boot,
+                seed=seed,
                 shapes=shapes and not (k == "all" and len(kinds) > 1),  # each kind has them already
                 **selection,
             )

@@ -34,9 +34,7 @@ FEWEST = 5  # points that a curve law may be fitted to
 DRAWS = 100
 
 
-def largest_size(
-    curves: Sequence[Curve], *, objective: str = "linear", draws: int = DRAWS, seed: int = 0
-) -> list[HeldOut]:
+def largest_size(curves: Sequence[Curve], *, objective: str = "linear", draws: int = DRAWS, seed: int = 0) -> list[HeldOut]:
     """Predicts every curve of the largest size from the smaller ones, by each pair of a slope law and a level law.
 
     A joint law is fitted to the smaller sizes, its levels are taken at the target's middle X (the X that was planned,
@@ -68,9 +66,7 @@ def largest_size(
     return out
 
 
-def growing_sizes(
-    curves: Sequence[Curve], *, objective: str = "linear", draws: int = DRAWS, seed: int = 0
-) -> list[HeldOut]:
+def growing_sizes(curves: Sequence[Curve], *, objective: str = "linear", draws: int = DRAWS, seed: int = 0) -> list[HeldOut]:
     """`largest_size` for every size that has three smaller ones, each from those below it, the smallest target first.
 
     Args:
@@ -211,7 +207,14 @@ def late_steps(curve: Curve, *, first: float = FIRST, last: float = LAST, object
         y = problem.data.y
         error = problem.error(theta, y)
         sets = resample(
-            [seen], y, y + error, log=problem.data.log, draws=DRAWS, rng=rng, design=problem.design(theta), alone=True,
+            [seen],
+            y,
+            y + error,
+            log=problem.data.log,
+            draws=DRAWS,
+            rng=rng,
+            design=problem.design(theta),
+            alone=True,
             level=LEVEL,
         )
         found = problem.solve(sets, np.repeat(theta[None], DRAWS, axis=0))
@@ -253,9 +256,7 @@ def other_set(curves_by_set: dict[str, Sequence[Curve]], target: str) -> list[He
         ]  # fmt: skip
         if len(others) < 2 or not c.loss_before:
             continue
-        fall = np.array(
-            [np.interp(np.log(c.x), np.log(o.x), np.log(o.loss) - math.log(o.loss_before)) for o in others]
-        )
+        fall = np.array([np.interp(np.log(c.x), np.log(o.x), np.log(o.loss) - math.log(o.loss_before)) for o in others])
         middle, m = fall.mean(axis=0), len(others)
         wide = fall.std(axis=0, ddof=1) * math.sqrt(1 + 1 / m) * float(stdtrit(m - 1, (1 + LEVEL) / 2))
         fitted = c.loss_before * np.exp(middle)

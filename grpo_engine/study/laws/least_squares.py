@@ -76,9 +76,7 @@ class Space:
             for _ in range(w)
         ]
         low, high = np.array(ends).reshape(-1, 2).T
-        return cls(
-            form=form, names=names, widths=widths, low=low, high=high, fixed={**form.fixed(*coordinates), **known}
-        )
+        return cls(form=form, names=names, widths=widths, low=low, high=high, fixed={**form.fixed(*coordinates), **known})
 
     def part(self, name: str) -> slice:
         """Where a parameter is in theta."""
@@ -97,9 +95,7 @@ class Space:
     def theta(self, **values: float | Sequence[float]) -> np.ndarray:
         """theta [q] of given parameters; the inverse of `values`."""
         parts = [np.atleast_1d(np.asarray(values[q], dtype=np.float64)) for q in self.names]
-        return np.concatenate(
-            [np.log(v) if q in self.form.LOG else v for q, v in zip(self.names, parts, strict=True)]
-        )
+        return np.concatenate([np.log(v) if q in self.form.LOG else v for q, v in zip(self.names, parts, strict=True)])
 
     def law(self, theta: np.ndarray) -> Law:
         """The law of one theta [q]: scalars as floats, per-curve parameters as tuples."""
@@ -195,9 +191,7 @@ class Data:
         return np.sum(self.weight * residual**2, axis=-1)
 
 
-def solve(
-    residual: Residual, data: Data, y: np.ndarray, theta: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> np.ndarray:
+def solve(residual: Residual, data: Data, y: np.ndarray, theta: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """The best parameters of each row.
 
     Args:
@@ -249,9 +243,7 @@ class Problem:
         high = np.broadcast_to(self.space.high if high is None else high, theta.shape)
         rows = max(1, CHUNK // (theta.shape[1] * y.shape[1]))
         parts = [slice(i, i + rows) for i in range(0, len(theta), rows)]
-        return np.concatenate(
-            [solve(self.residual, self.data, y[p], theta[p], low[p], high[p]) for p in parts]
-        )
+        return np.concatenate([solve(self.residual, self.data, y[p], theta[p], low[p], high[p]) for p in parts])
 
     def cost(self, theta: np.ndarray, y: np.ndarray) -> np.ndarray:
         """The objective [B] of theta [B, q] on data sets [B, n]."""

@@ -70,9 +70,7 @@ def _whitener(model: int, n: int) -> tuple[np.ndarray, float]:
     return np.linalg.inv(root), float(2 * np.sum(np.log(np.diag(root))))
 
 
-def noise_of(
-    residuals: Sequence[np.ndarray], designs: Sequence[np.ndarray], deviations: Sequence[np.ndarray] = ()
-) -> Noise:
+def noise_of(residuals: Sequence[np.ndarray], designs: Sequence[np.ndarray], deviations: Sequence[np.ndarray] = ()) -> Noise:
     """The noise behind the residuals of fitted curves.
 
     Args:

@@ -119,9 +119,7 @@ def _ladder(loss: Callable[[float, np.ndarray, int], np.ndarray]) -> Simulate:
 
 
 def _single(loss: np.ndarray, before: float | None = None) -> Simulate:
-    return lambda rng, runs, drift: [
-        make_curve(rng, loss, params=1e6, runs=runs, label="m", drift=drift, before=before)
-    ]
+    return lambda rng, runs, drift: [make_curve(rng, loss, params=1e6, runs=runs, label="m", drift=drift, before=before)]
 
 
 def _joint(slope: Any) -> Plant:
@@ -306,9 +304,7 @@ def main() -> None:
     parser.add_argument("--chain", type=float, default=Drift().chain, help="its correlation between evaluations")
     args = parser.parse_args()
     drift = Drift(size=args.drift, chain=args.chain)
-    rows = [
-        row for law in args.laws for runs in args.runs for row in measure(law, runs=runs, sets=args.sets, drift=drift)
-    ]
+    rows = [row for law in args.laws for runs in args.runs for row in measure(law, runs=runs, sets=args.sets, drift=drift)]
     print(table(rows))
 
 

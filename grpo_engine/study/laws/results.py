@@ -235,9 +235,7 @@ class JointFit:
     @property
     def law(self) -> JointLaw:
         """The fitted law, curves in the order of `curves`."""
-        return JointLaw(
-            slope=self.slope, n=tuple(c.params for c in self.curves), E=tuple(c.E.value for c in self.curves)
-        )
+        return JointLaw(slope=self.slope, n=tuple(c.params for c in self.curves), E=tuple(c.E.value for c in self.curves))
 
     def index(self, label: str) -> int:
         """Place of a curve in `curves`.

@@ -187,8 +187,18 @@ def transfer_table(data: StudyData) -> Table:
         rows.append(row + ([rate_text(g[4]), rate_text(g[5]), change_text(g[4], g[5])] if g else ["", "", ""]))
     return Table(
         name="transfer",
-        head=("set", "domain", "model", "size", "before", "after", "change", "greedy before", "greedy after",
-              "greedy change"),
+        head=(
+            "set",
+            "domain",
+            "model",
+            "size",
+            "before",
+            "after",
+            "change",
+            "greedy before",
+            "greedy after",
+            "greedy change",
+        ),
         rows=rows,
         text_columns=4,
         summary="All values, with the greedy ones",
