@@ -57,6 +57,7 @@ ROWS = {
     "memory": "memory predicted before anything is allocated",
     "own advantage or loss": "an advantage estimator or a loss of your own",
     "one curve": "laws, figures and claims take the same points",
+    "kept bits": "have the bits that were kept",
 }
 
 # Promises that the table has no row for: where they are made, and some words of them (white space does not count).
@@ -417,6 +418,19 @@ FAULTS = (
         ),
         tests=("python_tests/study/test_report.py::test_laws_figures_and_claims_take_the_same_points",),
     ),
+    Fault(
+        name="another-epsilon",
+        claim="kept bits",
+        says="the epsilon of the advantages is ten times as large",
+        edits=(
+            Edit(
+                file="grpo_engine/train/advantages.py",
+                old="std=config.std, eps=config.eps)",
+                new="std=config.std, eps=10 * config.eps)",
+            ),
+        ),
+        tests=("python_tests/test_bit_replay.py::test_a_run_has_the_bits_that_were_kept",),
+    ),
     # ---- a run --------------------------------------------------------------------------------
     Fault(
         name="serial-build",
@@ -452,7 +466,7 @@ FAULTS = (
                 file="grpo_engine/train/checkpoint.py",
                 old='yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
                 new='value = 0 * value if "exp" in kind else value\n'
-                '                    yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
+                '            yield f"{names[p]}:{kind}", torch.as_tensor(value).detach().contiguous()',
             ),
         ),
         tests=("python_tests/train/test_checkpoint.py::test_resumed_steps_are_bit_identical",),
