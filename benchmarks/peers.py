@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from benchmarks.lengths import stopping_criteria
 from benchmarks.limits import part
 from benchmarks.table import Missing, Run, failure, tensors
-from grpo_engine.model.config import FAMILIES, family_of, weights
+from grpo_engine.model import weights
+from grpo_engine.model.config import FAMILIES, family_of
 from grpo_engine.model.decoder import Model
 
 EAGER, COMPILED = "torch eager", "torch.compile"

@@ -29,7 +29,7 @@ def collect_versions() -> dict[str, str | None]:
     return out
 
 
-def collect_source(package: Path = Path(__file__).parent) -> dict[str, str | None]:
+def collect_source(package: Path = Path(__file__).parents[1]) -> dict[str, str | None]:
     """Which code a run was made by.
 
     Args:

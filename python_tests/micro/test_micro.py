@@ -139,7 +139,7 @@ def test_a_batch_ends_with_the_document_that_reaches_its_tokens():
 
 @pytest.mark.parametrize("domain", facts.DOMAINS)
 def test_native_problems_repeat_the_reference(domain):
-    source, rng = task_._source(domain), random.Random(domain)
+    source, rng = task_.native_source(domain), random.Random(domain)
     for grade in list(reference.GRADES[domain]) * 200:
         item = reference.draw(rng, domain, grade)
         assert source.item(getattr(_C.Domain, domain), grade) == (item.key, item.prompt, item.values[-1])
@@ -147,7 +147,7 @@ def test_native_problems_repeat_the_reference(domain):
 
 
 def test_a_key_of_every_length_has_the_same_hash_in_both_languages():
-    source = task_._source("")
+    source = task_.native_source("")
     assert [source.is_test("x" * n) for n in range(129)] == [task_.is_test("x" * n) for n in range(129)]
     with pytest.raises(ValueError, match="at most 128 bytes"):
         source.is_test("x" * 129)

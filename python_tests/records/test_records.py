@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from conftest import ROOT
 
 from grpo_engine.records import jsonl, records
 from grpo_engine.records import table as table_
@@ -267,6 +268,8 @@ def test_the_source_is_a_commit_or_a_wheel(tmp_path):
         subprocess.run([*git, *command], check=True)
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert machine.collect_source(package) == {"commit": commit, "wheel": None}
+    here = machine.collect_source()  # of this package: a checkout, or what is installed
+    assert (here["commit"] is None) == (not (ROOT / ".git").exists()) and (here["wheel"] is None) != (here["commit"] is None)
     (package / "changed.py").write_text("")
     subprocess.run([*git, "add", "."], check=True)
     assert machine.collect_source(package)["commit"] == f"{commit}-dirty"
