@@ -7,7 +7,8 @@ the user's cache folder, named by a hash of everything that decides their weight
 wherever they were made.
 
 The *control* goes on with that training instead of RL: the base's own corpus, learning rate and annealing, for at
-least as many tokens a step as RL trains on."""
+least as many tokens a step as RL trains on.
+"""
 
 from __future__ import annotations
 

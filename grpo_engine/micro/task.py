@@ -15,7 +15,8 @@ Test problems are chosen by a hash of the sum itself, whatever its template: the
 corpus, which `check_disjoint` asserts wherever problems or documents are made. Sums of two terms are the facts that
 everything else is made of; there are too few to hold any out, so none is ever tested. From the same pool comes a
 second draw, the *selection* sets, which share no problem with the test sets: what a study settles beforehand (learning
-rates, the difficulty of the tasks) is settled on them."""
+rates, the difficulty of the tasks) is settled on them.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ There is no padding and no second definition: rollout calls the model with seque
 training with packed ones, and both use the same ops, whose rows do not depend on the batch. So the log-prob that
 sampling returns is, bit for bit, the one that training recomputes.
 
-A family is three settings of `ModelConfig`: qkv_bias, qk_norm and rope_scaling."""
+A family is three settings of `ModelConfig`: qkv_bias, qk_norm and rope_scaling.
+"""
 
 from __future__ import annotations
 

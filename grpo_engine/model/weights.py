@@ -17,7 +17,8 @@ The model holds q, k, v in one matrix and gate, up in another; on disk they are 
     head [V, D]                           lm_head.weight, only when not tied to the embedding
 
 A checkpoint whose config.json asks for arithmetic that the model does not do is refused; so is a file that is
-truncated, or that lacks a tensor, holds one too many, or one of another shape. Nothing is filled in by guessing."""
+truncated, or that lacks a tensor, holds one too many, or one of another shape. Nothing is filled in by guessing.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Who spent what: tokens, FLOPs and seconds of each phase.
 
 FLOPs and tokens follow from shapes alone and are the same in every run of a configuration; seconds are the
-clock's, on CUDA the device's. One multiply-add counts as two FLOPs; norms, rotations and activations are not counted."""
+clock's, on CUDA the device's. One multiply-add counts as two FLOPs; norms, rotations and activations are not counted.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ A run directory holds
 Every object carries `"schema": 2`; records of schema 1, which lack `EvalRecord.right`, are read too. A value
 that was not measured is `null`. JSON has no NaN and no infinity, so a value that is not finite is written as `null`
 *and named*, with what it was, under the key `"non_finite"` of the same object:
-`{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike."""
+`{"loss": null, "non_finite": {"loss": "nan"}}`. An absent number and a broken one never look alike.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A killed run loses what came after its last checkpoint. Started again, it cuts its record files back to the lengths
 that the checkpoint noted and repeats those steps; every draw depends on (seed, step, place) and not on history, so
-the records and the weights come out as if nothing had happened."""
+the records and the weights come out as if nothing had happened.
+"""
 
 from __future__ import annotations
 

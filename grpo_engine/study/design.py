@@ -3,7 +3,8 @@
 `StudyConfig` says what varies (sizes, kinds, seeds, data reuse, order, group size, the algorithm's switches) and `plan`
 expands it into `Cell`s: one run each, with a resolved `RunConfig`, an identity that is a hash of it, and an estimate of
 what it will cost (`forecast.py`). Two blocks of axes that meet in one configuration share its cell, so no run is paid
-for twice."""
+for twice.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ A cell with a summary is done and is never run again; any other is started, and 
 checkpoint. So the same command, given again after a failure, a Ctrl-C or a power cut, does what is missing.
 
 `run_study` decides what runs when; an `Executor` says where. `LocalExecutor` starts processes on this machine, which
-are forks of one that has imported everything; `cluster.py` has those for Ray and Slurm."""
+are forks of one that has imported everything; `cluster.py` has those for Ray and Slurm.
+"""
 
 from __future__ import annotations
 

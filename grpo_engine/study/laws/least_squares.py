@@ -19,7 +19,8 @@ however many sizes there are (`Joint`; variable projection, Golub and Pereyra 19
 | huber | Huber's function of the error of log L: beyond 1.345 robust standard deviations a point counts linearly |
 | binomial | the deviance of the counts of wrong answers: -2 log likelihood, up to a constant |
 
-The last two are the first two with weights that depend on the fit, so they are solved by reweighting."""
+The last two are the first two with weights that depend on the fit, so they are solved by reweighting.
+"""
 
 from __future__ import annotations
 
