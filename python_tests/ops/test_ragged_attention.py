@@ -328,10 +328,12 @@ def attend(length):
 with num_threads(2):
     attend(1000)
     mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + (80 << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (144 << 20), resource.RLIM_INFINITY))
     with count_threads() as threads:
         try:
-            attend(4 << 20)  # 64 MiB of inputs, results and statistics; then each thread asks for 36 MiB at least
+            # 128 MiB of inputs, results and statistics. Then each thread requests 72 MiB at least, which is more than glibc
+            # maps for the heap of a thread in advance.
+            attend(8 << 20)
         except MemoryError as error:
             print(type(error).__name__)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
