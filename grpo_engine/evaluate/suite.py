@@ -39,7 +39,7 @@ from grpo_engine.rewards.math import spelling
 from grpo_engine.rewards.pool import RewardPool, reward_pool
 from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest, derive_seeds
 from grpo_engine.system import device
-from grpo_engine.system import files as files_
+from grpo_engine.system.files import write_bytes_atomic
 from grpo_engine.tasks.files import read_problems
 from grpo_engine.types import Problem, Reward
 
@@ -218,7 +218,7 @@ def _claim(out: Path, suite: Mapping[str, object]) -> None:
         if jsonl.read_object(path) != suite:
             raise ValueError(f"{path}: another suite, model or setting than asked for; give another folder")
     else:
-        files_.write_bytes_atomic(path, (json.dumps(suite, indent=1) + "\n").encode())
+        write_bytes_atomic(path, (json.dumps(suite, indent=1) + "\n").encode())
 
 
 Done = dict[tuple[str, int, int], Answer]
@@ -233,7 +233,7 @@ def _done(path: Path, sets: Mapping[str, Sequence[Problem]], samples: int) -> Do
     for a in answers:
         by_problem[a.eval_set, a.problem][a.sample] = a
     kept = {(*place, s): a for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}
-    files_.write_bytes_atomic(path, "".join(map(_line, kept.values())).encode())
+    write_bytes_atomic(path, "".join(map(_line, kept.values())).encode())
     return kept
 
 
@@ -387,7 +387,7 @@ def _write(
         ("table.md", "\n\n".join([f"# {title}", *map(_markdown, tables(results))]) + "\n"),
         ("table.html", _page(title, tables(results))),
     ):
-        files_.write_bytes_atomic(out / file, text.encode())
+        write_bytes_atomic(out / file, text.encode())
 
 
 Table = list[list[str]]  # rows of cells, the first the heads

@@ -1,4 +1,7 @@
-"""The control: plain pretraining of the same length in the place of RL."""
+"""The control, which asks what RL really added: plain pretraining of the same length in its place.
+
+It goes on with the base's own corpus, learning rate and annealing, for at least as many tokens a step as RL trains on.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
-"""The embedded ladder: models that are pretrained in seconds, and the control that asks what RL really added.
+"""The models of the embedded ladder, pretrained in seconds and kept.
 
 A *base* model reads the micro corpus (`grpo_engine.micro.corpus.Corpus`) with a learning rate that is annealed to
 nearly nothing: from an unannealed base, a little plain pretraining looks like what RL does. An *instruct* model is
 its base and a short second training on chat documents of the same corpus. Models are trained once and kept under
 the user's cache folder, named by a hash of everything that decides their weights; on the CPU, so that they are the same
 wherever they were made.
-
-The *control* goes on with that training instead of RL: the base's own corpus, learning rate and annealing, for at
-least as many tokens a step as RL trains on.
 """
 
 from __future__ import annotations
@@ -26,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from grpo_engine.micro import facts as facts_
 from grpo_engine.micro import task
 from grpo_engine.micro.corpus import Corpus
+from grpo_engine.micro.facts import CORPUS_TERMS, LIMIT, LIST_LENGTHS, NAME_COUNTS, OPERAND, TEST_SHARE, VOCABULARY
 from grpo_engine.micro.ladder import Kind, MicroRecipe, architecture_of, recipe, schedule_of
 from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
@@ -74,11 +71,11 @@ def model_key(size: str, kind: Kind, *, seed: int = 0) -> str:
 def _task_facts() -> dict[str, object]:
     """What the micro tasks put into every document."""
     return {
-        "vocabulary": facts_.VOCABULARY,
-        "limit": facts_.LIMIT,
-        "operand": facts_.OPERAND,
-        "terms": [facts_.CORPUS_TERMS, facts_.LIST_LENGTHS, facts_.NAME_COUNTS],
-        "test_share": facts_.TEST_SHARE,
+        "vocabulary": VOCABULARY,
+        "limit": LIMIT,
+        "operand": OPERAND,
+        "terms": [CORPUS_TERMS, LIST_LENGTHS, NAME_COUNTS],
+        "test_share": TEST_SHARE,
     }
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_engine.records import records
-from grpo_engine.records import table as table_
 from grpo_engine.records.cost import mean_cost, total_cost
 from grpo_engine.records.records import EvalRecord, PhaseCost, Run
+from grpo_engine.records.table import runs_table
 from grpo_engine.study.design import STUDY_FILE, Cell, Plan, load_study, plan
 from grpo_engine.study.importers import read_table
 from grpo_engine.study.laws.curves import PARAMS, points_of
@@ -173,7 +173,7 @@ def load_data(study_dir: str | os.PathLike[str]) -> StudyData:
         headline=_headline(folder, runs),
         group_size=_usual_group(c for c in the_plan.cells if not c.variant),
         params={cells[n].size: r.header["model"]["params_non_embedding"] for n, r in runs.items()},
-        table=table_.runs_table(runs.values()),
+        table=runs_table(runs.values()),
         cells=cells,
     )
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_engine.records import table as table_
+from grpo_engine.records.table import TABLE_COLUMNS, table_schema
 from grpo_engine.study.design import STUDY_FILE
 from grpo_engine.system import files
 
@@ -95,7 +95,7 @@ def _table(rows: list[dict[str, Any]], where: str) -> pyarrow.Table:
     for r in rows:
         if r["tau"] is None and r["run_id"] in last:
             r["tau"] = last[r["run_id"]]["prompts_seen"] / last[r["run_id"]]["unique_prompts"]
-    return pa.Table.from_pylist(rows, schema=table_.table_schema())
+    return pa.Table.from_pylist(rows, schema=table_schema())
 
 
 def _number(text: Any, where: str) -> float:
@@ -197,13 +197,13 @@ def read_csv(
     path, constants = Path(path), dict(constants or {})
     header, lines = _read_csv(path)
     for ours, theirs in columns.items():
-        if ours not in table_.TABLE_COLUMNS:
-            names = ", ".join(table_.TABLE_COLUMNS)
+        if ours not in TABLE_COLUMNS:
+            names = ", ".join(TABLE_COLUMNS)
             raise ValueError(f"columns: {ours!r} is no column of the table; those are {names}")
         if theirs not in header:
             raise ValueError(f"{path}: no column {theirs!r} (wanted for {ours}); there are {', '.join(header)}")
     for ours in constants:
-        if ours not in table_.TABLE_COLUMNS:
+        if ours not in TABLE_COLUMNS:
             raise ValueError(f"constants: {ours!r} is no column of the table")
         if ours in columns:
             raise ValueError(f"constants: {ours!r} is given by columns too")
@@ -216,7 +216,7 @@ def read_csv(
         raise ValueError("prompts_per_step: prompts_seen is given too")
     rows = []
     for line, cells in lines:
-        row: dict[str, Any] = dict.fromkeys(table_.TABLE_COLUMNS)
+        row: dict[str, Any] = dict.fromkeys(TABLE_COLUMNS)
         row |= {"method": "grpo", "kind": "base", "mode": "sample", "eval_set": "eval", "in_domain": True}
         row |= constants
         for ours, theirs in columns.items():
@@ -679,7 +679,7 @@ def read_table(folder: Path) -> pyarrow.Table | None:
 
     if not (folder / TABLE_FILE).is_file():
         return None
-    table, schema = pyarrow.parquet.read_table(folder / TABLE_FILE), table_.table_schema()
+    table, schema = pyarrow.parquet.read_table(folder / TABLE_FILE), table_schema()
     for field in schema:
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))

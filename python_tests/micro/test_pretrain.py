@@ -9,8 +9,8 @@ import torch
 
 from grpo_engine.config import RunConfig
 from grpo_engine.micro import control, facts, pretrain, task
-from grpo_engine.micro import corpus as corpus_
 from grpo_engine.micro import ladder as ladder_
+from grpo_engine.micro.corpus import Corpus
 from grpo_engine.micro.ladder import LADDER
 from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
@@ -38,7 +38,7 @@ def control_config(**batch) -> RunConfig:
 
 
 def batch_of(count: int, seed: str = "x") -> language.DocumentBatch:
-    return pretrain.document_batch(corpus_.Corpus(seed), count)
+    return pretrain.document_batch(Corpus(seed), count)
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -99,7 +99,7 @@ def test_training_lowers_the_loss_on_other_documents():
     with torch.no_grad():
         before = language.language_loss(model, unseen).item()
     calls = []
-    seen = corpus_.Corpus("seen")
+    seen = Corpus("seen")
     language.train_language(
         model, Schedule(tokens=30_000, lr=1e-2), batches=iter(lambda: pretrain.document_batch(seen, 64), None),
         betas=(0.9, 0.98), progress=lambda *a: calls.append(a),

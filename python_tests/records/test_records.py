@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT
 
 from grpo_engine.records import jsonl, records
-from grpo_engine.records import table as table_
 from grpo_engine.records.jsonl import JsonlWriter
 from grpo_engine.records.records import EvalRecord, PhaseCost, StepRecord, TimingRecord
+from grpo_engine.records.table import TABLE_COLUMNS, runs_table, table_schema
 from grpo_engine.system import machine
 
 STEP = StepRecord(step=1, prompts_seen=64, unique_prompts=60, trained_tokens=6000, compute_6nt=1e9, compute_ledger=2e9)
@@ -225,8 +225,8 @@ def test_steps_must_rise(tmp_path):
 
 
 def test_the_table_has_the_declared_columns(tmp_path):
-    table = table_.runs_table([make_run(tmp_path / "r")])
-    assert tuple(table.column_names) == (*table_.TABLE_COLUMNS, "right")
+    table = runs_table([make_run(tmp_path / "r")])
+    assert tuple(table.column_names) == (*TABLE_COLUMNS, "right")
     row = table.to_pylist()[0]
     assert (row["study"], row["cell"], row["seed"], row["group_size"]) == (None, "r", 3, 8)
     assert row["tau"] == 4.0  # 128 prompts seen, 32 different ones
@@ -236,7 +236,7 @@ def test_the_table_has_the_declared_columns(tmp_path):
 def test_the_table_takes_study_cell_and_tau_from_the_cell_file(tmp_path):
     folder = make_run(tmp_path / "r")
     jsonl.write_json_atomic(folder / "cell.json", {"study": "demo", "cell": "c1", "tau": 2.0})
-    row = table_.runs_table([folder]).to_pylist()[0]
+    row = runs_table([folder]).to_pylist()[0]
     assert (row["study"], row["cell"], row["tau"]) == ("demo", "c1", 2.0)
 
 
@@ -245,11 +245,11 @@ def test_the_table_names_what_a_header_lacks(tmp_path):
     header = {k: v for k, v in HEADER.items() if k != "method"}
     jsonl.write_json_atomic(folder / "run.json", header)
     with pytest.raises(KeyError, match="run.json: no 'method'"):
-        table_.runs_table([folder])
+        runs_table([folder])
 
 
 def test_an_empty_table_keeps_its_schema():
-    assert table_.runs_table([]).schema.equals(table_.table_schema())
+    assert runs_table([]).schema.equals(table_schema())
 
 
 def test_the_run_id_is_that_of_the_content():

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from law_tables import SIZES, law_table
 
-from grpo_engine.records import table as table_
+from grpo_engine.records.table import table_schema
 from grpo_engine.study import importers
 from grpo_engine.study.importers import RunInfo
 from grpo_engine.study.laws import fit
@@ -36,7 +36,7 @@ def test_csv_round_trip_gives_the_same_fit(tmp_path):
     columns = dict(zip(names, ("N_label", "N", "global_step", "D", "T", "err", "run", "seed"), strict=True))
     constants = {"group_size": 8, "temperature": 0.7, "eval_set": "chain"}
     got = importers.read_csv(path, columns=columns, constants=constants)
-    assert got.schema.equals(table_.table_schema())
+    assert got.schema.equals(table_schema())
     for axis in ("data", "compute"):
         a, b = (fit.fit_axis(t, axis=axis, n_boot=20, shapes=False) for t in (table, got))
         assert a.joint.parameters["K_max"].value == pytest.approx(b.joint.parameters["K_max"].value, rel=1e-9)

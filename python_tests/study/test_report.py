@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
-from grpo_engine.records import table as table_
+from grpo_engine.records.table import TABLE_COLUMNS, runs_table
 from grpo_engine.study.claims import _Drawer, study_claims
 from grpo_engine.study.data import StudyData
 from grpo_engine.study.design import AxesConfig, load_study, plan
@@ -75,7 +75,7 @@ def panels_of(page):
 
 def test_the_table_holds_every_evaluation(study):
     table = pq.read_table(study / "runs.parquet")
-    assert tuple(table.column_names) == (*table_.TABLE_COLUMNS, "right")
+    assert tuple(table.column_names) == (*TABLE_COLUMNS, "right")
     data = load_data(study)
     assert table.num_rows == sum(len(r.evals) for r in data.runs.values())
     assert set(table["study"].to_pylist()) == {"synthetic"} and set(table["tau"].to_pylist()) == {1.0, 5.0, 25.0}
@@ -237,7 +237,7 @@ def test_laws_figures_and_claims_take_the_same_points(study, uneven):
         less = [e for e in runs[1].evals if e.step != step or e.eval_set != "chain"]
         assert len(less) < len(runs[1].evals)
         names = {n: dataclasses.replace(r, evals=less) if r is runs[1] else r for n, r in data.runs.items()}
-        data = dataclasses.replace(data, runs=names, table=table_.runs_table(names.values()))
+        data = dataclasses.replace(data, runs=names, table=runs_table(names.values()))
         runs = data.main("s", "base")
     curves, _, _ = select_curves(plain_table(data), axis="data", kind="base", eval_set="chain", group_size=8)
     (law,) = (c for c in curves if c.size == "s")

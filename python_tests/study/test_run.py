@@ -22,12 +22,11 @@ from grpo_engine.micro.tokenizer import MicroTokenizer
 from grpo_engine.model import weights
 from grpo_engine.records import jsonl, records
 from grpo_engine.study import executors, locks, status
-from grpo_engine.study import job as job_
 from grpo_engine.study import jobs as jobs_module
 from grpo_engine.study import run as run_
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan, save_study
 from grpo_engine.study.executors import LocalExecutor
-from grpo_engine.study.job import Job, main
+from grpo_engine.study.job import CONFIG_FILE, LOCK_FILE, Job, main
 from grpo_engine.study.locks import StudyLocked
 from grpo_engine.study.plan_view import num_cores
 from grpo_engine.study.run import run_study
@@ -265,7 +264,7 @@ def test_status_tells_done_running_partial_and_missing(tmp_path):
     for cell in cells[1:3]:
         with jsonl.JsonlWriter(tmp_path / cell.folder / "steps.jsonl") as out:
             out.write({"step": 2, "reward_mean": 0.25})
-    with locks.locked(tmp_path / cells[1].folder / job_.LOCK_FILE, "held"):
+    with locks.locked(tmp_path / cells[1].folder / LOCK_FILE, "held"):
         states = [str(s) for s in study_status(tmp_path)]
     assert states[:4] == ["done", "running 2 of 4", "partial 2 of 4", "missing"]
     assert str(study_status(tmp_path)[1]) == "failed at 2 of 4 (exit code 3)"
@@ -621,7 +620,7 @@ def test_a_study_of_real_processes_writes_what_a_process_of_its_own_writes(tmp_p
     cell = folder / plan(study).cells[1].folder
     alone = tmp_path / "alone"
     alone.mkdir()
-    shutil.copy(cell / job_.CONFIG_FILE, alone)
+    shutil.copy(cell / CONFIG_FILE, alone)
     subprocess.run([sys.executable, "-m", "grpo_engine.study.job", "cell", str(alone)], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     for name in (records.STEPS_FILE, records.EVALS_FILE, "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors"):
@@ -637,7 +636,7 @@ def test_main_refuses_other_words():
 
 
 def test_a_cell_waits_for_its_predecessor_to_be_gone(tmp_path):
-    lock = tmp_path / job_.LOCK_FILE
+    lock = tmp_path / LOCK_FILE
     holding = threading.Event()
 
     def hold():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from grpo_engine.records import table as table_
+from grpo_engine.records.table import TABLE_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -137,7 +137,7 @@ def select_curves(
         raise ValueError(f"params must be one of {list(PARAMS)}, got {params!r}")
     if min_step < 1:
         raise ValueError(f"min_step must be at least 1 (X is 0 at step 0), got {min_step}")
-    if missing := [c for c in table_.TABLE_COLUMNS if c not in table.column_names]:
+    if missing := [c for c in TABLE_COLUMNS if c not in table.column_names]:
         raise ValueError(f"table: no column {', '.join(missing)}")
     rows = [
         r
