@@ -319,7 +319,7 @@ NO_MEMORY_SCRIPT = """
 import resource
 import torch
 from grpo_engine import ops
-from grpo_engine.threads import count_threads, num_threads
+from conftest import count_threads, num_threads
 
 def attend(length):
     query, key, value = torch.zeros(3, length, 1, 1, dtype=torch.bfloat16)
