@@ -37,7 +37,7 @@ MEMORY_BOUND = 1.15  # peak of a process's own memory while it loads, over the c
 LOAD = """
 import sys, threading, time
 import torch
-from grpo_engine import weights
+from grpo_engine.model import weights
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))

@@ -443,7 +443,7 @@ def test_a_server_with_threads_is_refused(tmp_path):
     code = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
-        from grpo_engine.processes import ForkedProcess, become_job, start_fork_server
+        from grpo_engine.system.processes import ForkedProcess, become_job, start_fork_server
         start_fork_server(["threaded"])
         process = ForkedProcess(target=become_job, args=({str(tmp_path / "log.txt")!r},))
         process.start()
@@ -473,7 +473,7 @@ def test_a_forked_process_has_the_imports_and_computes_on_the_threads_it_was_giv
 COUNT = """
     import pathlib, time, torch
     from grpo_engine import ops
-    from grpo_engine.threads import count_threads
+    from grpo_engine.system.threads import count_threads
     x, weight, last = torch.ones(24 * 64, 512), torch.ones(512), None
     while not pathlib.Path({end!r}).exists():
         with count_threads() as count:
