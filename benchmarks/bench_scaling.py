@@ -23,6 +23,7 @@ from benchmarks.limits import interleave, timer_for  # noqa: E402
 from benchmarks.shapes import LADDER, LADDER_VOCABULARY, ladder_config, sequence_flops  # noqa: E402
 from grpo_engine import ops  # noqa: E402
 from grpo_engine.model.decoder import Model  # noqa: E402
+from grpo_engine.system.machine import num_cores  # noqa: E402
 from grpo_engine.system.memory import keep_freed_memory  # noqa: E402
 
 EXPONENT = 1.2  # of time against arithmetic over an axis's last three points; 1 is proportional
@@ -117,7 +118,7 @@ def run(*, quick: bool, threads: int) -> dict[str, Any]:
         f"{g['axis']} {g['exponent']:.2f}" for g in growth
     )
     return {
-        "benchmark": "scaling", "quick": quick, "threads": threads, "cores": table.all_cores(), "unit": "us",
+        "benchmark": "scaling", "quick": quick, "threads": threads, "cores": num_cores(), "unit": "us",
         "note": f"{note}. Allowed {EXPONENT}.", "clock": timer.name, **about, "load_after": table.os.getloadavg(),
         "limits": limits.as_dict(), "cases": rows, "geometric_mean": {}, "growth": growth,
     }  # fmt: skip

@@ -21,6 +21,7 @@ from benchmarks.limits import Run, interleave, timer_for  # noqa: E402
 from benchmarks.shapes import REAL, equal_lengths, ladder_config, random_model  # noqa: E402
 from grpo_engine import _C  # noqa: E402
 from grpo_engine.model.decoder import Model  # noqa: E402
+from grpo_engine.system.machine import num_cores  # noqa: E402
 from grpo_engine.system.memory import keep_freed_memory  # noqa: E402
 
 MICRO = ("0.025M", "0.2M", "0.8M")
@@ -132,7 +133,7 @@ def benchmark(*, quick: bool, real: bool, most: int) -> dict[str, Any]:
         rows.append(measure(work, numbers_of_threads(most), quick=quick))
     return {
         "benchmark": "thread_scaling", "quick": quick, "sizes": table.REAL if real else table.LADDER, "threads": most,
-        "cores": table.all_cores(), "unit": "ms", "note": NOTE, "clock": timer_for("cpu", max(2, most)).name, **about,
+        "cores": num_cores(), "unit": "ms", "note": NOTE, "clock": timer_for("cpu", max(2, most)).name, **about,
         "load_after": table.os.getloadavg(), "cases": [], "speed_up": rows, "geometric_mean": {},
     }  # fmt: skip
 
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench_thread_scaling")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and samples")
     parser.add_argument("--real", action="store_true", help="only the sizes of published checkpoints")
-    parser.add_argument("--threads", type=table.thread_count, default=table.all_cores(), metavar="N|all", help="the most")
+    parser.add_argument("--threads", type=table.thread_count, default=num_cores(), metavar="N|all", help="the most")
     parser.add_argument("--figure", type=Path, default=None, help="also draw this file")
     args = parser.parse_args(argv)
     if args.threads < 2:

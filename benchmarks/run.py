@@ -30,6 +30,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from benchmarks import table  # noqa: E402
+from grpo_engine.system.machine import num_cores  # noqa: E402
 
 WHOLE = (  # no op, in the order of the tables
     "decode_step", "training", "rollout", "step", "trl_training", "scaling", "thread_scaling",
@@ -250,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         common += ["--device", "cuda", "--keep-going"]
         jobs = [Job(name, 1) for name in chosen]
     else:
-        jobs = plan(chosen, part=args.part, threads=args.threads, quick=args.quick, cores=table.all_cores())
+        jobs = plan(chosen, part=args.part, threads=args.threads, quick=args.quick, cores=num_cores())
     console, failed, kept, start = Console(), [], [], time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks.limits import Limits, Run, Timer, interleave, measure, timer_for  # noqa: E402
 from grpo_engine import _C  # noqa: E402
-from grpo_engine.system import machine as machine_  # noqa: E402
+from grpo_engine.system.machine import collect_hardware, collect_source, collect_versions, num_cores  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
@@ -88,15 +88,10 @@ class Later:
         return self.make()
 
 
-def all_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def thread_count(text: str) -> int:
     """A number of threads as it is given on the command line: an integer >= 1, or "all" for all cores."""
     if text == "all":
-        return all_cores()
+        return num_cores()
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'must be an integer >= 1 or "all", got {text!r}')
     return int(text)
@@ -159,7 +154,7 @@ def bits_by_threads(run: Run) -> dict[str, Any]:
         RuntimeError: more threads took part than were asked for, so that nothing was compared with one thread.
     """
     before = torch.get_num_threads()
-    asked = sorted({1, 2, all_cores()})
+    asked = sorted({1, 2, num_cores()})
     took_part: list[int] = []
     one, equal = None, True
     try:
@@ -453,16 +448,16 @@ def made(cases: Iterable[Case | Callable[[], Case]], device: str, only: str = ""
 
 def machine() -> dict[str, Any]:
     """Hardware, versions, commit and load: what a number cannot be read without."""
-    versions = machine_.collect_versions()
+    versions = collect_versions()
     for name in PEER_PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "hardware": machine_.collect_hardware(),
+        "hardware": collect_hardware(),
         "versions": versions,
-        "commit": machine_.collect_source()["commit"],
+        "commit": collect_source()["commit"],
         "load": os.getloadavg(),
     }
 
@@ -527,7 +522,7 @@ def benchmark(
             "sizes": sizes,
             "device": device,
             "threads": threads,
-            "cores": all_cores(),
+            "cores": num_cores(),
             "clock": timer.name,
             "unit": unit,
             "note": note,

@@ -122,7 +122,7 @@ class AdvantageConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _std(self) -> AdvantageConfig:
-        if self.std != "unbiased" and self.estimator in ("dr_grpo", "rloo", "reinforce_pp"):
+        if self.std != "unbiased" and self.estimator != "grpo" and not plugins.is_target(self.estimator):
             raise ValueError(f"std belongs to estimator=grpo, got std={self.std} and estimator={self.estimator}")
         return self
 

@@ -33,6 +33,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # the package need not be built or installed for this import
+from grpo_engine.system.machine import collect_source  # noqa: E402
+
 WORK = ROOT / "build" / "gpu_check"  # carried from one call to the next: wheels, the list of tests, their report
 SITE, TESTS, REPORT = WORK / "site", WORK / "cuda_tests.json", WORK / "tests.xml"
 SCHEMA = 1
@@ -381,18 +384,9 @@ def run_stage(stage: Stage, context: Context, left_s: float = math.inf) -> dict[
         "limit_s": round(limit_s),
         "log": log.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": collect_source()["commit"],
         **({} if state == "skipped" else stage.result(context, log.read_text(errors="replace"))),
     }
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked when files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def gpu_folder(name: str) -> str:

@@ -33,9 +33,9 @@ Backward backward_meta(const Tensor&, const Tensor& x, const Tensor& attn_norm, 
                        const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor&, const Tensor&,
                        const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                        const Tensor&, const Tensor&, int64_t, int64_t, double, double, bool) {
-  return {at::empty_like(x),          at::empty_like(attn_norm), at::empty_like(qkv_weight),
-          bias_gradient(x, qkv_bias), at::empty_like(out_weight), at::empty_like(mlp_norm),
-          at::empty_like(gate_up_weight), at::empty_like(down_weight)};
+  const Tensor dbias = qkv_bias ? at::empty_like(*qkv_bias) : at::empty({0}, x.options());  // [0]: of no bias
+  return {at::empty_like(x),          at::empty_like(attn_norm),      at::empty_like(qkv_weight),  dbias,
+          at::empty_like(out_weight), at::empty_like(mlp_norm), at::empty_like(gate_up_weight), at::empty_like(down_weight)};
 }
 
 Tensor paged_meta(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,

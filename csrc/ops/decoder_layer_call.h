@@ -1,7 +1,6 @@
 // decoder_layer_call.h -- the inputs of decoder_layer and their checks. decoder_layer_tiles.cpp (CPU) and
 // decoder_layer_cuda.cpp share them.
 #pragma once
-#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
@@ -85,11 +84,6 @@ inline Heads split(const Layer& l, const Tensor& qkv) {
     return qkv.as_strided({T, count, l.E}, {width, l.E, 1}, qkv.storage_offset() + first * l.E);
   };
   return {heads(0, l.H), heads(l.H, l.K), heads(l.H + l.K, l.K)};
-}
-
-// The gradient that a backward pass returns for the bias before it is summed; [0] without a bias.
-inline Tensor bias_gradient(const Tensor& x, const std::optional<Tensor>& qkv_bias) {
-  return qkv_bias ? at::empty_like(*qkv_bias) : at::empty({0}, x.options());
 }
 
 inline double attention_scale(const Layer& l) { return 1.0 / std::sqrt(static_cast<double>(l.E)); }

@@ -314,7 +314,7 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
     });
   }
   const Tensor dqkv_weight = weight_gradient(l, dqkv, h);
-  Tensor dbias = bias_gradient(x, qkv_bias);
+  Tensor dbias = at::empty({0}, x.options());  // of no bias
   if (qkv_bias) {
     const Tensor sums = at::empty({l.qkv_width()}, arithmetic(x));
     column_sum({l.dtype, T, l.qkv_width(), dqkv.const_data_ptr(), sums.mutable_data_ptr()});

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from grpo_engine.config import EvalConfig, RolloutConfig, RunConfig
 from grpo_engine.load import load_task, tokenizer_and_model
@@ -119,6 +120,11 @@ def evaluate(
     return results
 
 
+def evaluation_seeds(seed: int, eval_set: str, *, count: int) -> Tensor:
+    """[count] int64, one for each response to a set: of the run's seed, the set's name and the response's index alone."""
+    return derive_seeds(seed, EVALUATION_STREAM, int.from_bytes(eval_set.encode()[:8], "little"), count=count)
+
+
 def _requests(
     eval_set: EvalSet, encode: Callable[[Problem], Sequence[int]], evaluation: EvalConfig, rollout: RolloutConfig, seed: int
 ) -> list[SamplingRequest]:
@@ -126,13 +132,12 @@ def _requests(
     if not eval_set.problems:
         raise ValueError(f"evaluate: set {eval_set.name!r} holds no problem")
     prompts = [encode(p) for p in eval_set.problems]
-    name = int.from_bytes(eval_set.name.encode()[:8], "little")
     modes = [(evaluation.samples, evaluation.temperature), (1, 0.0)]
     return [
         SamplingRequest(
             prompts=prompts,
             group_size=samples,
-            seeds=derive_seeds(seed, EVALUATION_STREAM, name, count=len(prompts) * samples),
+            seeds=evaluation_seeds(seed, eval_set.name, count=len(prompts) * samples),
             temperature=temperature,
             max_new_tokens=rollout.max_new_tokens,
         )

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo_engine.config import RunConfig
-from grpo_engine.evaluate.evaluate import EVALUATION_STREAM
+from grpo_engine.evaluate.evaluate import evaluation_seeds
 from grpo_engine.evaluate.intervals import LEVEL, interval
 from grpo_engine.load import tokenizer_and_model
 from grpo_engine.model import hub
@@ -37,7 +37,7 @@ from grpo_engine.rewards.choice import chosen_letter
 from grpo_engine.rewards.extract import after_thinking, last_boxed
 from grpo_engine.rewards.math import spelling
 from grpo_engine.rewards.pool import RewardPool, reward_pool
-from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest, derive_seeds
+from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest
 from grpo_engine.system import device
 from grpo_engine.system.files import write_bytes_atomic
 from grpo_engine.tasks.files import read_problems
@@ -267,7 +267,7 @@ def _answer(
             file.flush()
 
         for name, problems in sets.items():
-            seeds = _seeds(name, problems, config).view(-1, G)
+            seeds = evaluation_seeds(config.seed, name, count=len(problems) * G).view(-1, G)
             prompts, chosen = [], []
             for i, problem in enumerate(problems):
                 if (name, i, 0) in done:
@@ -309,11 +309,6 @@ def _answer(
                     scoring.add(sequences, texts)
             scoring.finish()
     return new
-
-
-def _seeds(name: str, problems: Sequence[Problem], config: RunConfig):
-    key = int.from_bytes(name.encode()[:8], "little")
-    return derive_seeds(config.seed, EVALUATION_STREAM, key, count=len(problems) * config.evaluation.samples)
 
 
 def _vote(problem: Problem, text: str) -> str | None:

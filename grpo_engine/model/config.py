@@ -73,6 +73,7 @@ class ModelConfig:
     qkv_bias: bool = True  # Qwen2.5
     qk_norm: bool = False  # Qwen3: each head of q and k has a norm, before it is turned
     rope_scaling: RopeScaling | None = None  # Llama 3.1 and later
+    model_type: str | None = field(default=None, compare=False)  # a key of FAMILIES, as it was read; None: see `family_of`
 
     def __post_init__(self) -> None:
         for name in (
@@ -94,8 +95,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim must be even (rotary pairs), got {self.head_dim}")
-
-    model_type: str | None = field(default=None, compare=False)  # a key of FAMILIES, as it was read; None: see `family_of`
 
     @property
     def fused(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -182,8 +182,8 @@ class Engine:
         ledger: Ledger | None,
         phase: str | None,
         progress: Progress | None,
-    ) -> Iterator[Finished | list[RolloutBatch]]:
-        """What each step finished; last of all, the batches."""
+    ) -> Generator[Finished, None, list[RolloutBatch]]:
+        """Yields what each step finished, and returns the batches."""
         N = sum(request.num_sequences for request in requests)
         drawn: list[tuple[Tensor, ...]] = []
         wanted: list[Tensor] = []  # with lookahead: which of those; the others are of responses that had stopped
@@ -218,7 +218,7 @@ class Engine:
             columns = tuple(column[wanted_rows] for column in columns)
         if not self.keep:
             self.release()
-        yield _collect(scheduler, requests, columns, stats)
+        return _collect(scheduler, requests, columns, stats)
 
     def _prepare(self, scheduler: _C.Scheduler, requests: Sequence[SamplingRequest], config: RolloutConfig) -> None:
         temperatures = np.array([request.temperature for request in requests], dtype=np.float32)
@@ -269,11 +269,9 @@ class Rollout:
         self._batches: list[RolloutBatch] | None = None
 
     def __iter__(self) -> Iterator[Finished]:
-        for item in self._steps:
-            if isinstance(item, Finished):
-                yield item
-            else:
-                self._batches = item
+        if self._batches is None:
+            # where the caller leaves its loop, this closes the steps too: no step runs on, and the device is let go
+            self._batches = yield from self._steps
 
     @property
     def batches(self) -> list[RolloutBatch]:

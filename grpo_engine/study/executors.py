@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from grpo_engine.study.core_share import CoreShare
 from grpo_engine.study.job import Job, main
-from grpo_engine.study.plan_view import num_cores
+from grpo_engine.system.machine import num_cores
 from grpo_engine.system.processes import ForkedProcess, become_job, kill_group, start_fork_server
 
 _IMPORTED = ("grpo_engine.run.run", "grpo_engine.micro.task")  # with them all that a job needs

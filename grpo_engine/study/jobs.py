@@ -112,9 +112,9 @@ def model_ready(need: ModelNeed) -> bool:
     return cached_model(need.size, need.kind, seed=need.seed) is not None
 
 
-def failure_file(job: Job) -> Path:
-    """Beside the job's log; there while its last attempt has failed."""
-    return job.log.with_suffix(".failed.json")
+def failure_file(log: Path) -> Path:
+    """Beside a job's log; there while its last attempt has failed."""
+    return log.with_suffix(".failed.json")
 
 
 def failure_of(t: Tracked) -> Failure:

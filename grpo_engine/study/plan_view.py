@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from grpo_engine.records.records import PHASES
 from grpo_engine.study.design import Plan
 from grpo_engine.study.forecast import Cost, dollars, num_params
 from grpo_engine.study.gpus import GPUS
+from grpo_engine.system.machine import num_cores
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -183,11 +183,6 @@ def _total(plan: Plan, jobs: int) -> str:
     if total["usd"] is not None:
         text += f", {total['usd']:,.0f} USD"
     return f"{text}. {basis}"
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def human(number: float) -> str:

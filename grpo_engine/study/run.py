@@ -219,7 +219,7 @@ def _loop(
             t.progress = read_progress(folder / t.job.cell.folder) if t.job.cell else {}
             t.progress["code"] = code
             if t.state == "failed":
-                jsonl.write_json_atomic(failure_file(t.job), {"reason": failure_of(t).reason, "attempts": t.attempts})
+                jsonl.write_json_atomic(failure_file(t.job.log), {"reason": failure_of(t).reason, "attempts": t.attempts})
             display.ended(t)
         for t in tracked.values():
             if t.state == "waiting" and any(tracked[n].state in ("failed", "blocked") for n in t.job.after):
@@ -229,7 +229,7 @@ def _loop(
             if running >= jobs:
                 break
             if t.state == "waiting" and all(tracked[n].state == "done" for n in t.job.after):
-                failure_file(t.job).unlink(missing_ok=True)
+                failure_file(t.job.log).unlink(missing_ok=True)
                 t.handle = executor.start(t.job)
                 t.state, t.started = "running", time.monotonic()
                 t.attempts += 1

@@ -13,6 +13,7 @@ from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.study.design import STUDY_FILE, Cell, load_study, plan
 from grpo_engine.study.job import LOCK_FILE, LOG_FILE
+from grpo_engine.study.jobs import failure_file
 from grpo_engine.study.locks import is_locked
 
 
@@ -100,7 +101,7 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
         path = folder / cell.folder
         progress, reason = read_progress(path), None
         step = progress.get("step", 0)
-        failed = (path / LOG_FILE).with_suffix(".failed.json")
+        failed = failure_file(path / LOG_FILE)
         if records.is_complete(path):
             state = "done"
         elif is_locked(path / LOCK_FILE):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes bytes under a temporary name, fsyncs and renames; see `write_json_atomic`.
+    """Writes bytes under a temporary name, fsyncs and renames: a reader finds the whole content, or what was there before.
 
     Args:
         path: the file; its folder must exist.
@@ -29,11 +29,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _umask() -> int:

@@ -55,6 +55,11 @@ def collect_source(package: Path = Path(__file__).parents[1]) -> dict[str, str |
     return {"commit": None, "wheel": None if record is None else hashlib.sha256(record.encode()).hexdigest()}
 
 
+def num_cores() -> int:
+    """CPU cores that this process may use; 1 where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def collect_hardware() -> dict[str, Any]:
     """What the run is on: CPU, its vector instructions, cores, memory, threads, GPUs.
 
@@ -82,7 +87,7 @@ def collect_hardware() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu,
         "isa": sorted(flags & {"avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd"}),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "memory_bytes": memory,
         "threads": torch.get_num_threads() if torch else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else None,

@@ -23,8 +23,6 @@ from grpo_engine.system import plugins
 from grpo_engine.train.batch import Minibatch
 from grpo_engine.types import TrainBatch
 
-BUILT_IN = ("clip", "cispo")  # of `ops.policy_loss`
-
 # (logprob [R], *, old_logprob [R], ref_logprob [R] or None, advantage [R], cu_seqlens [N+1] int32, config) -> [R]
 Objective = Callable[..., Tensor]
 
@@ -49,7 +47,7 @@ def objective(config: LossConfig) -> Objective | None:
     Raises:
         ValueError: a "module:function" that cannot be loaded (see `plugins.load`).
     """
-    return None if config.objective in BUILT_IN else plugins.load(config.objective, "loss.objective")
+    return plugins.load(config.objective, "loss.objective") if plugins.is_target(config.objective) else None
 
 
 def policy_loss(logprob: Tensor, micro: TrainBatch, minibatch: Minibatch, config: LossConfig) -> ops.PolicyLoss:

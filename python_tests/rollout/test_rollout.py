@@ -3,6 +3,7 @@
 On CUDA, and where a test says so, with steps planned ahead and padded decode steps, which CUDA records as graphs.
 """
 
+import contextlib
 import dataclasses
 
 import models
@@ -174,13 +175,28 @@ def test_a_stream_yields_each_response_when_it_is_finished(model, prompts):
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
-def test_a_stream_that_is_left_early_costs_the_next_rollout_nothing(model, prompts, lookahead):
-    engine = Engine(model, lookahead=lookahead, graphs=False)
-    next(iter(stream(model, prompts, engine)))
+def test_a_stream_that_is_left_early_costs_the_next_rollout_nothing(model, prompts, lookahead, monkeypatch):
+    engine, left = Engine(model, lookahead=lookahead, graphs=False), []
+
+    @contextlib.contextmanager
+    def running():
+        try:
+            yield
+        except BaseException as e:
+            left.append(type(e))
+            raise
+
+    monkeypatch.setattr(engine.runner, "running", running)
+    rollout = stream(model, prompts, engine)
+    next(iter(rollout))
+    assert left == [GeneratorExit]  # at once, and not when the rollout itself is forgotten
     rollout = stream(model, prompts, engine)
     with pytest.raises(ZeroDivisionError):
         for _ in rollout:
             raise ZeroDivisionError
+    assert left == [GeneratorExit] * 2
+    with pytest.raises(RuntimeError, match="iterated over to its end"):
+        rollout.run()
     assert same(run(engine, prompts), run(model, prompts))
 
 

@@ -28,9 +28,9 @@ from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan, 
 from grpo_engine.study.executors import LocalExecutor
 from grpo_engine.study.job import CONFIG_FILE, LOCK_FILE, Job, main
 from grpo_engine.study.locks import StudyLocked
-from grpo_engine.study.plan_view import num_cores
 from grpo_engine.study.run import run_study
 from grpo_engine.study.status import study_status
+from grpo_engine.system.machine import num_cores
 
 STUDY = StudyConfig(
     name="demo",

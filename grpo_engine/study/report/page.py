@@ -17,7 +17,7 @@ from grpo_engine.study.claims import Claim, study_claims
 from grpo_engine.study.data import StudyData, load_data
 from grpo_engine.study.design import Cell
 from grpo_engine.study.importers import TABLE_FILE
-from grpo_engine.study.plan_view import human, num_cores
+from grpo_engine.study.plan_view import human
 from grpo_engine.study.report.drawing import Figure, draw, import_matplotlib, plotly_spec
 from grpo_engine.study.report.figures import (
     claims_figure,
@@ -56,6 +56,7 @@ from grpo_engine.study.report.tables import (
 )
 from grpo_engine.study.report.words import cautions, findings, limits, listed, method_points, verdicts
 from grpo_engine.system import files
+from grpo_engine.system.machine import num_cores
 from grpo_engine.system.processes import SpawnContext
 
 REPORT = "report"
