@@ -1,4 +1,4 @@
-"""The decoder of Qwen2.5, Llama 3 and Qwen3 over packed tokens, for sampling and for training alike.
+"""The decoder of Qwen2.5, Llama 3, Qwen3 and Mistral over packed tokens, for sampling and for training alike.
 
 T packed tokens, D width, F feed-forward width, H query heads, K key/value heads, E head width, V vocabulary.
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from grpo_engine.load import load_tokenizer
-from grpo_engine.model.tokenizer import PATTERN, HFTokenizer, train_bpe
+from grpo_engine.model.tokenizer import PATTERN, HFTokenizer, PromptTokens, train_bpe
+from grpo_engine.types import Problem
 
 TEXTS = [
     "Let x and y be integers such that x + y = 12 and x - y = 4. Find the value of x * y.",
@@ -249,3 +250,17 @@ def test_real_problems(real_data, tmp_path):
     assert all(t.decode(t.encode(x)) == x for x in texts)
     tokens = sum(len(t.encode(x)) for x in texts)
     assert sum(map(len, texts)) > 2.5 * tokens
+
+
+def test_a_prompt_is_tokenised_once():
+    asked = []
+
+    class Counting:
+        def encode_prompt(self, text, chat):
+            asked.append((text, chat))
+            return [len(text), 70_000]
+
+    encode = PromptTokens(Counting(), chat=True)
+    problems = [Problem(uid=uid, prompt=p, answer="", domain="", reward="exact") for uid, p in ("aX", "bY", "cX")]
+    assert [list(encode(p)) for p in problems * 2] == [[1, 70_000], [1, 70_000], [1, 70_000]] * 2
+    assert asked == [("X", True), ("Y", True)]
