@@ -14,13 +14,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds the one native target, ``grpo_engine._C``."""
+    """Configures and builds the native targets: ``grpo_engine._C`` and ``grpo_engine.micro._corpus``."""
 
-    def build_extension(self, ext: Extension) -> None:
-        cuda = self._cuda_wanted()
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(os.environ.get("GRPO_ENGINE_BUILD_DIR", ROOT / "build" / "native"))
+    def build_extensions(self) -> None:
+        cuda, build = self._cuda_wanted(), self._folder()
         configure = [
             "cmake",
             "-S",
@@ -39,10 +36,19 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([str(a) for a in configure], check=True, env=env)
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True, env=env)
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
         # by a rename: a process that has the old file mapped keeps it, and does not crash
         new = output.with_suffix(".new")
-        shutil.copy2(build / output.name, new)
+        shutil.copy2(self._folder() / output.name, new)
         os.replace(new, output)
+
+    @staticmethod
+    def _folder() -> Path:
+        return Path(os.environ.get("GRPO_ENGINE_BUILD_DIR", ROOT / "build" / "native"))
 
     @staticmethod
     def _openmp_wanted() -> bool:
@@ -75,4 +81,6 @@ class CMakeBuild(build_ext):
         return cuda
 
 
-setup(ext_modules=[Extension("grpo_engine._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+EXTENSIONS = ("grpo_engine._C", "grpo_engine.micro._corpus")
+
+setup(ext_modules=[Extension(name, sources=[]) for name in EXTENSIONS], cmdclass={"build_ext": CMakeBuild})

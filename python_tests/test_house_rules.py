@@ -75,3 +75,9 @@ def test_a_wrong_instruction_set_is_an_error():
         [sys.executable, "-c", code], env={"GRPO_ENGINE_ISA": "sse9", "PATH": ""}, capture_output=True, text=True, cwd=ROOT
     )
     assert "GRPO_ENGINE_ISA must be one of generic, avx2, avx512, avx512_bf16, neon, got sse9" in result.stderr
+
+
+def test_the_ops_extension_knows_nothing_of_the_embedded_study():
+    code = "import sys; from grpo_engine import _C, ops; print([m for m in sys.modules if '.micro' in m], *dir(_C))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.startswith("[] ") and "Micro" not in out.stdout and "Domain" not in out.stdout

@@ -34,6 +34,7 @@ from claims import ELSEWHERE, FAULTS, ROWS, Fault, one_place
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {"_C": "grpo_engine", "_corpus": "grpo_engine/micro"}  # extension -> folder of its package
 COPY = ROOT / "build" / "claims"
 LIMIT_S = 600  # of the tests of one fault
 # A process that has imported what is slow to import, and nothing of ours. For each line that it reads it forks. A child runs
@@ -135,13 +136,14 @@ class Copy:
         self._isa = ""
         if native:
             self.configure()
-            self._ninja("_C")
+            self._ninja(*TARGETS)
             self._install()
         else:
-            built = [*(ROOT / "grpo_engine").glob("_C*.so"), *(ROOT / "build" / "native").glob("_C*.so")]
-            if not built:
-                raise SystemExit("the extension is not built: bash scripts/setup.sh")
-            shutil.copy2(built[0], folder / "grpo_engine" / built[0].name)
+            for target, package in TARGETS.items():
+                built = [*(ROOT / package).glob(f"{target}.*so"), *(ROOT / "build" / "native").glob(f"{target}.*so")]
+                if not built:
+                    raise SystemExit(f"the extension {target} is not built: bash scripts/setup.sh")
+                shutil.copy2(built[0], folder / package / built[0].name)
         code = "import torch, grpo_engine as g; from grpo_engine import _C; print(g.__path__[0], _C.__file__, _C.cpu_isa())"
         *places, self._isa = self._run([sys.executable, "-c", code]).split()
         if any(not Path(p).is_relative_to(folder) for p in places):
@@ -189,14 +191,15 @@ class Copy:
         return self._run(["ninja", "-C", str(self.build_folder), *arguments])
 
     def _install(self) -> None:
-        (built,) = self.build_folder.glob("_C*.so")
-        new = self.folder / "grpo_engine" / f"{built.name}.new"
-        shutil.copy2(built, new)
-        os.replace(new, new.with_suffix(""))
+        for target, package in TARGETS.items():
+            (built,) = self.build_folder.glob(f"{target}.*so")
+            new = self.folder / package / f"{built.name}.new"
+            shutil.copy2(built, new)
+            os.replace(new, new.with_suffix(""))
 
     def build(self) -> None:
         """Compiles what was changed, of kernels the copy that runs here."""
-        stale = re.findall(r"Building CXX object (\S+)", self._ninja("-n", "_C"))
+        stale = re.findall(r"Building CXX object (\S+)", self._ninja("-n", *TARGETS))
         of = {name: re.match(r"CMakeFiles/kernels_(\w+)\.dir/", name) for name in stale}
         mine = [name for name, kernel in of.items() if kernel is None or kernel[1] == self._isa]
         if mine:
@@ -204,7 +207,7 @@ class Copy:
         for path, time_ns in self._times.items():
             os.utime(path, ns=(time_ns, time_ns))
         self._times.clear()
-        self._ninja("_C")
+        self._ninja(*TARGETS)
         self._install()
 
     @contextlib.contextmanager
@@ -214,7 +217,7 @@ class Copy:
         shutil.copytree(self.build_folder, kept)  # with its times: what is put back need not be compiled
         try:
             self.configure(*options)
-            self._ninja("_C")
+            self._ninja(*TARGETS)
             self._install()
             yield
         finally:

@@ -32,7 +32,7 @@ check() {  # how to start a kernel_bits
 }
 
 if "$PYTHON" -c 'import torch' 2>/dev/null; then
-  extension=(_C -DGRPO_ENGINE_OPENMP=OFF "-DPython_EXECUTABLE=$PYTHON")
+  extension=("_C _corpus" -DGRPO_ENGINE_OPENMP=OFF "-DPython_EXECUTABLE=$PYTHON")
 else
   echo "$PYTHON has no Torch: clang does not compile the extension (bash scripts/setup.sh makes .venv)"
   extension=("" -DGRPO_ENGINE_WITHOUT_TORCH=ON)

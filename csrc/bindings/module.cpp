@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/rollout.h"
-#include "bindings/tasks.h"
 #include "core/cpu_dispatch.h"
 #include "core/thread_count.h"
 
@@ -24,5 +23,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("stop_counting_threads", &grpo_engine::ThreadCount::stop,
         "Ends the count and returns it; 0 where none was begun.");
   bind_rollout(m);
-  bind_tasks(m);
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_engine import _C
+from grpo_engine.micro import _corpus
 from grpo_engine.micro.facts import CORPUS_TERMS, LIST_LENGTHS, NAME_COUNTS, CorpusConfig
 from grpo_engine.micro.task import native_source
 from grpo_engine.micro.tokenizer import MicroTokenizer
@@ -38,7 +38,7 @@ class Corpus:
     def __init__(self, seed: str, *, config: CorpusConfig | None = None, held_out: Collection[str] = ()) -> None:
         self._config = c = config or CorpusConfig()
         self._tokenizer = MicroTokenizer()
-        self._native = _C.MicroCorpus(
+        self._native = _corpus.MicroCorpus(
             native_source(seed),
             domains=(c.chain, c.word, c.code, c.logic),
             direct=c.direct,

@@ -24,7 +24,7 @@ import hashlib
 import random
 from collections.abc import Collection, Iterable
 
-from grpo_engine import _C
+from grpo_engine.micro import _corpus
 from grpo_engine.micro.facts import (
     DOMAINS,
     FUNCTIONS,
@@ -99,9 +99,9 @@ def check_disjoint(prompts: Iterable[str], held_out: Collection[str], *, what: s
             raise RuntimeError(f"{what}: problem {prompt!r} is held out for testing and must not be trained on")
 
 
-def native_source(seed: str) -> _C.MicroSource:
+def native_source(seed: str) -> _corpus.MicroSource:
     """The native generator, its draws those of `random.Random(seed)`."""
-    return _C.MicroSource(
+    return _corpus.MicroSource(
         random.Random(seed).getstate()[1],
         vocabulary=VOCABULARY,
         functions=FUNCTIONS,
@@ -136,7 +136,7 @@ def problems(domain: str, count: int, *, seed: int, test: bool, without: Collect
     if domain not in DOMAINS:
         raise ValueError(f"problems: domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
     source = native_source(f"{domain}/{seed}/{test}")
-    family = getattr(_C.Domain, domain)
+    family = getattr(_corpus.Domain, domain)
     grades = list(_grades(domain))
     found: dict[str, Problem] = {}
     turn = 0

@@ -5,8 +5,7 @@ import micro_reference as reference
 import numpy as np
 import pytest
 
-from grpo_engine import _C
-from grpo_engine.micro import corpus, facts
+from grpo_engine.micro import _corpus, corpus, facts
 from grpo_engine.micro import task as task_
 from grpo_engine.micro.facts import CorpusConfig
 from grpo_engine.micro.tokenizer import MicroTokenizer
@@ -142,7 +141,7 @@ def test_native_problems_repeat_the_reference(domain):
     source, rng = task_.native_source(domain), random.Random(domain)
     for grade in list(reference.GRADES[domain]) * 200:
         item = reference.draw(rng, domain, grade)
-        assert source.item(getattr(_C.Domain, domain), grade) == (item.key, item.prompt, item.values[-1])
+        assert source.item(getattr(_corpus.Domain, domain), grade) == (item.key, item.prompt, item.values[-1])
         assert source.is_test(item.key) == task_.is_test(item.key)
 
 

@@ -1,6 +1,7 @@
-#include "bindings/tasks.h"
-
+// The Python module grpo_engine.micro._corpus: the generator of the embedded tasks. It needs no Torch, and whoever imports
+// the ops does not load it.
 #include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -93,7 +94,8 @@ void bind_corpus(py::module_& module) {
 }  // namespace
 }  // namespace grpo_engine
 
-void bind_tasks(py::module_& module) {
-  grpo_engine::bind_source(module);
-  grpo_engine::bind_corpus(module);
+PYBIND11_MODULE(_corpus, m) {
+  m.doc() = "Native half of grpo_engine.micro.";
+  grpo_engine::bind_source(m);
+  grpo_engine::bind_corpus(m);
 }
