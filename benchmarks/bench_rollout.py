@@ -62,7 +62,7 @@ class Rollout:
             return self.model.logprobs(self.prompts.flatten(), cu, rows=rows, target=tokens.flatten())[0].view_as(tokens)
 
     def flops(self):
-        """Of what must be computed: each prompt once, each answer token but the last."""
+        """Of what must be computed: each prompt once, each response token but the last."""
         P, G, n = len(self.prompts), self.G, self.prompts.shape[1]
         fed = [length - 1 for length in self.lengths]
         pairs = P * causal_pairs(n) + G * sum(causal_pairs(n + k) - causal_pairs(n) for k in fed)

@@ -82,11 +82,11 @@ class Steps:
         ledger = Ledger()
         with answer_lengths(self.lengths):
             outcome = grpo_step(
-                self.engine, self.reference, self.optimizer, self.problems, tokenizer=Words(), encode=self.encode,
+                self.engine, self.reference, self.optimizer, iter(self.problems), tokenizer=Words(), encode=self.encode,
                 pool=self.pool, config=self.config, step=self.number, ledger=ledger,
             )  # fmt: skip
         self.flops = ledger.flops_without_evaluation
-        rollout = outcome.rollout
+        rollout = outcome.scored.rollout
         answers = rollout.tokens.numel() - int(rollout.prompt_len.sum())
         return torch.tensor([answers / rollout.num_sequences, float(rollout.entropy.sum()) / answers])
 

@@ -340,28 +340,27 @@ def _report(study_dir: Path) -> None:
 
 
 def _print_run(folder: Path) -> None:
-    from grpo_engine.records import jsonl, records
+    from grpo_engine.records.records import read_run
 
-    evals = jsonl.read_jsonl(folder / records.EVALS_FILE).records
-    if not evals:
+    run = read_run(folder)
+    if not run.evals:
         return
     table = Table("set", "mode", "pass@1 before", "after", "standard error")
-    first = {(e["eval_set"], e["mode"]): e for e in reversed(evals)}
-    last = {(e["eval_set"], e["mode"]): e for e in evals}
+    first = {(e.eval_set, e.mode): e for e in reversed(run.evals)}
+    last = {(e.eval_set, e.mode): e for e in run.evals}
     for key, e in last.items():
-        error = "-" if e["stderr"] is None else f"{e['stderr']:.4f}"
-        table.add_row(*key, f"{first[key]['pass1']:.4f}", f"{e['pass1']:.4f}", error)
+        error = "-" if e.stderr is None else f"{e.stderr:.4f}"
+        table.add_row(*key, f"{first[key].pass1:.4f}", f"{e.pass1:.4f}", error)
     console.print(table)
-    steps = jsonl.read_jsonl(folder / records.STEPS_FILE).records
-    equal = sum(s["equal_groups"] or 0 for s in steps)
-    groups = sum(s["groups"] or 0 for s in steps)
+    equal = sum(s.zero_variance_groups or 0 for s in run.steps)
+    groups = sum(s.groups or 0 for s in run.steps)
     if groups and equal == groups:
         console.print(
-            f"All {groups} groups had equal rewards: no answer was better than its siblings, so the policy was not "
+            f"All {groups} groups had zero variance: no response was better than its siblings, so the policy was not "
             "moved by rewards at all."
         )
     elif groups:
-        console.print(f"{equal} of {groups} groups had equal rewards and carried no gradient.")
+        console.print(f"{equal} of {groups} groups had zero variance and carried no gradient.")
 
 
 def _set_threads(threads: int | None) -> None:

@@ -21,7 +21,7 @@ from grpo_engine.system import plugins
 PRESETS = Path(__file__).parent / "presets"
 
 Positive = Annotated[int, Field(ge=1)]
-Behaviour = Literal["ours", "paper"]  # of scorers
+Scoring = Literal["default", "paper"]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -108,8 +108,10 @@ class RewardConfig(Config):
 
     timeout_s: Annotated[float, Field(gt=0)] = 10.0  # wall-clock limit of one answer
     workers: Positive = 2  # killable processes; none are started when every scorer is harmless
-    behaviour: Behaviour = "ours"  # of problems from files; paper: as its code scores, `rewards.paper`
+    scoring: Scoring = "default"  # of problems from files; paper: as its code scores, errors included (`rewards.paper`)
     function: Annotated[str, Field(pattern=plugins.TARGET)] | None = None  # "module:function" of your own, for all problems
+    overlong_buffer: Positive | None = None  # tokens before the length limit in which a response loses reward (DAPO)
+    overlong_penalty: NonNegative = 1.0  # what it has lost at the limit; training alone sees it
     unprotected: bool = False  # run programs where the kernel refuses a protection of `rewards.sandbox`
 
 
@@ -140,6 +142,7 @@ class LossConfig(Config):
     kl_ratio: bool = False  # multiply each KL estimate by the ratio
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant_length: Positive | None = None  # tokens; aggregation=constant divides by N * this
+    mask_truncated: bool = False  # leave responses out that ended at the length limit; no denominator counts them
 
     @pydantic.model_validator(mode="after")
     def _constant(self) -> LossConfig:
@@ -164,6 +167,9 @@ class BatchConfig(Config):
 
     prompts: Positive = 64  # P
     group_size: Annotated[int, Field(ge=2)] = 8  # G
+    sampling_rounds: Positive = (
+        1  # 2 or more: at most so many rounds replace groups of equal reward (DAPO's dynamic sampling)
+    )
     minibatches: Positive = 1  # optimizer steps a GRPO step; prompts must divide by it
     tokens_per_micro_batch: Positive = 4096  # forward and backward at once; changes memory and rounding, not results
     activation_checkpointing: bool = False  # keep a layer's input, compute the rest again in backward; changes no bit
@@ -203,6 +209,13 @@ class RunConfig(Config):
     batch: BatchConfig = BatchConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint_every: Positive = 20  # steps; how much a kill can cost, and nothing else
+
+    @pydantic.model_validator(mode="after")
+    def _buffer(self) -> RunConfig:
+        buffer, limit = self.reward.overlong_buffer, self.rollout.max_new_tokens
+        if buffer is not None and buffer > limit:
+            raise ValueError(f"reward.overlong_buffer={buffer} must be at most rollout.max_new_tokens={limit}")
+        return self
 
 
 def load_yaml(source: str | Path) -> dict[str, Any]:

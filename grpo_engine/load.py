@@ -107,7 +107,7 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
         seed: of the run; generated training problems depend on it, test problems do not.
         needed: training problems that the run draws; a generator makes that many, or config.train_problems if that
             is more.
-        reward: whose behaviour the scorers of files have, and whose function, if it names one, scores all problems;
+        reward: whose scoring the scorers of files have, and whose function, if it names one, scores all problems;
             None: the defaults.
 
     Returns:
@@ -121,9 +121,7 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
     if plugins.is_target(config.name):
         task = _own_task(config, seed=seed, needed=needed)
     elif config.name == "files":
-        task = files_task(
-            train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=reward.behaviour
-        )
+        task = files_task(train=config.train, evals=config.evals, eval_problems=config.eval_problems, scoring=reward.scoring)
     else:
         count = max(needed, config.train_problems or 0)
         task = micro_task(

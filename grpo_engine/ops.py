@@ -6,7 +6,7 @@ order or the number of threads. Those with matrix products have ``batch_invarian
 prefer cuBLAS's speed on CUDA to equal bits; on the CPU it changes nothing. float64 tensors are accepted
 where a docstring says so, for gradcheck.
 
-Letters: P prompts, G answers per prompt, N sequences, T packed tokens, R answer tokens, B rows,
+Letters: P prompts, G responses per prompt, N sequences, T packed tokens, R response tokens, B rows,
 V vocabulary, D width, F feed-forward width, H query heads, K key/value heads, E head width.
 """
 
@@ -121,7 +121,7 @@ def sample_token(
         logits: [B, V] float32 or bfloat16, rows contiguous (the batch may be strided).  B = 0 is
             allowed.  -inf means probability 0.
         seed: [B] int64, one for each request.
-        position: [B] int64, the place in its sequence of the token to be drawn.
+        position: [B] int64, position in its sequence of the token to sample.
         temperature: divides the logits; number or [B] float32; finite, >= 0.  0 takes the lowest id
             among the largest logits, with log-prob 0; the other outputs are then those of temperature 1.
         top_k: keep the k largest; number or [B] int64; None, <= 0 or >= V is off.
@@ -264,13 +264,13 @@ def group_advantages(
     std: Literal["unbiased", "population", "none"] = "unbiased",
     eps: float = 1e-6,
 ) -> Tensor:
-    """Turn the rewards of G sampled answers per prompt into group-relative advantages.
+    """Turn the rewards of G sampled responses per prompt into group-relative advantages.
 
     ``A[p,g] = (r[p,g] - mean_g r[p,:]) / (std_g r[p,:] + eps)``, or with ``std="none"`` only the
     numerator.
 
     Args:
-        rewards: [P, G] float32 or float64, contiguous; P prompts, G >= 2 answers.  Unit: reward.
+        rewards: [P, G] float32 or float64, contiguous; P prompts, G >= 2 responses.  Unit: reward.
         std: the standard deviation divides by G-1 ("unbiased"), by G ("population"), or the
             advantage is not divided at all ("none", as in Dr. GRPO).
         eps: added to the standard deviation.  Unit: reward.  Finite and >= 0.
@@ -344,7 +344,7 @@ def policy_loss(
     num_sequences: int | None = None,
     constant_length: int | None = None,
 ) -> PolicyLoss:
-    """The clipped policy-gradient loss of answer tokens, its gradient and its statistics, in one pass.
+    """The clipped policy-gradient loss of response tokens, its gradient and its statistics, in one pass.
 
     ``loss = sum_t w_t (f_t + kl_coef KL_t)`` over kept tokens, where f is
     ``max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))`` ("clip"; where A < 0 at most
@@ -363,7 +363,7 @@ def policy_loss(
     Args:
         logprob: [R] float32 or float64, contiguous: log-probs under the policy that is trained.
         advantage: [R], dtype of ``logprob``.
-        cu_seqlens: [N+1] int32, start of each sequence's answer tokens; from 0 to R.
+        cu_seqlens: [N+1] int32, start of each sequence's response tokens; from 0 to R.
         old_logprob: [R], of the policy that sampled; None means equal to ``logprob``: every ratio is
             1 and the gradient flows.
         ref_logprob: [R], of the reference policy; None when ``kl_coef`` is 0.
@@ -715,9 +715,9 @@ def ragged_attention(
 ) -> Tensor:
     """Causal self-attention within each of N packed sequences, for training.
 
-    With ``cu_groups`` one packed prompt serves all its answers: a token of an answer sees the whole
-    prompt and then its own answer up to itself, nothing of the other answers.  The result has the bits
-    that the same tokens have when every answer is packed behind a copy of its prompt.
+    With ``cu_groups`` one packed prompt serves all its responses: a token of a response sees the whole
+    prompt and then its own response up to itself, nothing of the other responses.  The result has the bits
+    that the same tokens have when every response is packed behind a copy of its prompt.
 
     Args:
         query: [T, H, E] float32, bfloat16 or float64, contiguous in its last two axes, any stride
@@ -733,7 +733,7 @@ def ragged_attention(
     Returns:
         [T, H, E] contiguous, dtype of ``query``.  Differentiable in ``query``, ``key`` and ``value``;
         the gradient of a prompt's keys and values sums over its own queries and then those of its
-        answers in their order.  Result and gradients of a group depend on that group alone.  A NaN in
+        responses in their order.  Result and gradients of a group depend on that group alone.  A NaN in
         a token reaches the tokens that see it and no other.
 
     Raises:

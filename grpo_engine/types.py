@@ -1,14 +1,17 @@
 """The records that one stage hands to the next.
 
-P prompts, G answers per prompt, N = P*G sequences (row p*G + g), T packed tokens, R answer tokens.
+P prompts, G responses per prompt, N = P*G sequences (row p*G + g), T packed tokens, R response tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -51,7 +54,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reward:
-    """The value of one answer, in [0, 1], and how it was obtained; anything but "ok" is worth 0."""
+    """The value of one response, in [0, 1], and how it was obtained; anything but "ok" is worth 0."""
 
     value: float
     status: RewardStatus = "ok"
@@ -71,15 +74,15 @@ class RolloutStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutBatch:
-    """G answers to each of P prompts, packed end to end without padding.
+    """G responses to each of P prompts, packed end to end without padding.
 
-    Example (P=1, G=2, prompt [5, 9], answers [2] and [7, 2]):
+    Example (P=1, G=2, prompt [5, 9], responses [2] and [7, 2]):
         tokens = [5, 9, 2, 5, 9, 7, 2], cu_seqlens = [0, 3, 7], prompt_len = [2, 2], finish = ("stop", "stop")
     """
 
-    tokens: Tensor  # [T] int64, prompt + answer of each sequence
+    tokens: Tensor  # [T] int64, prompt + response of each sequence
     cu_seqlens: Tensor  # [N+1] int32, start of each sequence in tokens
-    prompt_len: Tensor  # [N] int32, the answer starts here
+    prompt_len: Tensor  # [N] int32, the response starts here
     logprob: Tensor  # [T] float32, natural log of p(tokens[t] | tokens before t); 0 at prompt tokens
     entropy: Tensor  # [T] float32, nats, of the distribution that token t was drawn from; 0 at prompt tokens
     finish: tuple[FinishReason, ...]  # N
@@ -91,8 +94,47 @@ class RolloutBatch:
     def num_sequences(self) -> int:
         return len(self.finish)
 
-    def answers(self) -> list[list[int]]:
-        """The answer tokens of each sequence, stop token included when there is one."""
+    @property
+    def response_len(self) -> Tensor:
+        """[N] int64, tokens of each response, stop token included when there is one."""
+        return (self.cu_seqlens[1:] - self.cu_seqlens[:-1] - self.prompt_len).long()
+
+    def take(self, groups: Sequence[int]) -> RolloutBatch:
+        """Some of the P groups, in the order given; the counts in stats stay those of the whole rollout."""
+        G = self.group_size
+        kept = [g * G + i for g in groups for i in range(G)]
+        starts, ends = self.cu_seqlens[:-1].tolist(), self.cu_seqlens[1:].tolist()
+        rows = torch.cat([torch.arange(starts[n], ends[n], device=self.tokens.device) for n in kept])
+        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1])[kept]
+        return dataclasses.replace(
+            self, tokens=self.tokens[rows], logprob=self.logprob[rows], entropy=self.entropy[rows],
+            cu_seqlens=torch.cat([self.cu_seqlens[:1], lengths.cumsum(0)]).int(), prompt_len=self.prompt_len[kept],
+            finish=tuple(self.finish[n] for n in kept),
+        )  # fmt: skip
+
+    @classmethod
+    def join(cls, batches: Sequence[RolloutBatch]) -> RolloutBatch:
+        """Rollouts of one group size and temperature behind each other, their counts added up."""
+        first, *_ = batches
+        ends = itertools.accumulate(int(b.cu_seqlens[-1]) for b in batches)
+        starts = [0, *ends]
+        return dataclasses.replace(
+            first,
+            **{
+                name: torch.cat([getattr(b, name) for b in batches])
+                for name in ("tokens", "logprob", "entropy", "prompt_len")
+            },
+            cu_seqlens=torch.cat(
+                [first.cu_seqlens[:1], *(b.cu_seqlens[1:] + n for b, n in zip(batches, starts[:-1], strict=True))]
+            ),
+            finish=tuple(f for b in batches for f in b.finish),
+            stats=RolloutStats(
+                **{f.name: sum(getattr(b.stats, f.name) for b in batches) for f in dataclasses.fields(RolloutStats)}
+            ),
+        )
+
+    def responses(self) -> list[list[int]]:
+        """The response tokens of each sequence, stop token included when there is one."""
         starts = (self.cu_seqlens[:-1] + self.prompt_len).tolist()
         ends = self.cu_seqlens[1:].tolist()
         tokens = self.tokens.tolist()
@@ -101,13 +143,13 @@ class RolloutBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
-    """Packed sequences with what the loss needs for each of their R answer tokens.
+    """Packed sequences with what the loss needs for each of their R response tokens.
 
-    S segments: the prompt of a group, then what each of the group's answers adds to it.
+    S segments: the prompt of a group, then what each of the group's responses adds to it.
 
-    Example (prompt [5, 9], answers [7, 2] and [4]): tokens = [5, 9, 7], cu_seqlens = [0, 2, 3, 3], cu_groups = [0, 3],
+    Example (prompt [5, 9], responses [7, 2] and [4]): tokens = [5, 9, 7], cu_seqlens = [0, 2, 3, 3], cu_groups = [0, 3],
     rows = [1, 2, 1], target = [7, 2, 4] (the hidden state of row t predicts the token after t, so the last token of a
-    sequence is not an input, and an answer's first token is predicted at the end of the shared prompt).
+    sequence is not an input, and a response's first token is predicted at the end of the shared prompt).
     """
 
     tokens: Tensor  # [T] int64
@@ -116,7 +158,7 @@ class TrainBatch:
     cu_groups: Tensor  # [M+1] int32 in segments; the first segment of a group is its prompt
     rows: Tensor  # [R] int64, row of tokens whose hidden state predicts target
     target: Tensor  # [R] int64
-    cu_answers: Tensor  # [N+1] int32, start of each sequence's answer tokens in rows
+    cu_responses: Tensor  # [N+1] int32, start of each sequence's response tokens in rows
     num_inputs: int  # input tokens of the sequences, each counted whole: the T of 6 N T
     old_logprob: Tensor  # [R] float32, of the policy that sampled
     ref_logprob: Tensor | None  # [R] float32, of the reference; None when the KL coefficient is 0
@@ -124,9 +166,9 @@ class TrainBatch:
     temperature: float  # of old_logprob, hence of every log-prob that is compared with it
 
     @property
-    def num_answer_tokens(self) -> int:
+    def num_response_tokens(self) -> int:
         return self.target.numel()
 
     @property
     def num_sequences(self) -> int:
-        return self.cu_answers.numel() - 1
+        return self.cu_responses.numel() - 1

@@ -63,6 +63,26 @@ def arrows(package: Path, known) -> list[tuple[str, str, str]]:
     return found
 
 
+def circle(package: Path) -> list[str]:
+    """The modules that import each other in a circle, and those that wait for them; [] where there is none."""
+    paths = {module_of(path, package): path for path in package.rglob("*.py")}
+    left = {}
+    for module, path in paths.items():
+        targets = set()
+        typed = _typing_only(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.lineno not in typed:
+                full = {f"{node.module}.{a.name}" for a in node.names}
+                targets |= (full & paths.keys()) or ({node.module} & paths.keys())
+            elif isinstance(node, ast.Import):
+                targets |= {a.name for a in node.names} & paths.keys()
+        left[module] = targets - {module}
+    while free := [m for m, targets in left.items() if not targets & left.keys()]:
+        for module in free:
+            del left[module]
+    return sorted(left)
+
+
 def _typing_only(path: Path) -> set[int]:
     """Lines of imports under `if TYPE_CHECKING`, which never run."""
     tree = ast.parse(path.read_text())
@@ -93,6 +113,24 @@ def test_a_layer_imports_only_what_stands_above_it():
     order = list(TABLE)
     for i, layer in enumerate(order):
         assert TABLE[layer] <= set(order[:i]), layer  # so there is no cycle
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle(PACKAGE) == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    package = tmp_path / "grpo_engine"
+    package.mkdir()
+    for name, code in {
+        "a": "from grpo_engine.b import f",
+        "b": "def f():\n    from grpo_engine import c",
+        "c": "import grpo_engine.a",
+        "d": "from grpo_engine import e",
+        "e": "",
+    }.items():
+        (package / f"{name}.py").write_text(code + "\n")
+    assert circle(package) == ["grpo_engine.a", "grpo_engine.b", "grpo_engine.c"]
 
 
 def test_the_imports_keep_to_the_table():

@@ -354,7 +354,7 @@ FAULTS = (
             Edit(
                 file="grpo_engine/train/loss.py",
                 old="num_tokens=minibatch.num_tokens,",
-                new="num_tokens=micro.num_answer_tokens,",
+                new="num_tokens=micro.num_response_tokens,",
             ),
         ),
         tests=("python_tests/train/test_batch.py::test_many_micro_batches_give_the_gradient_of_one",),

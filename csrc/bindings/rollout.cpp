@@ -94,7 +94,7 @@ void bind_plan(py::module_& module) {
              "[S] int64, position of the token to sample = length of its sequence so far");
   cls.def_property_readonly(
          "num_decode_tokens", [](const StepPlan& plan) { return plan.counts.decode; },
-         "Answer tokens among the T, computed for the first time.")
+         "Response tokens among the T, computed for the first time.")
       .def_readonly("decode_only", &StepPlan::decode_only,
                     "Whether N = T = S: a token of each sequence, and a sample of each token.");
 }
@@ -111,15 +111,15 @@ void bind_totals(py::module_& module) {
           "Tokens computed again after a preemption.")
       .def_property_readonly(
           "decode_tokens", [](const SchedulerTotals& totals) { return totals.tokens.decode; },
-          "Answer tokens computed for the first time; the last of an answer never is.")
+          "Response tokens computed for the first time; the last of a response never is.")
       .def_readonly("prefill_pairs", &SchedulerTotals::prefill_pairs,
                     "Query-key pairs of prompt and recomputed tokens.")
       .def_readonly("decode_pairs", &SchedulerTotals::decode_pairs,
-                    "Query-key pairs of answer tokens.")
+                    "Query-key pairs of response tokens.")
       .def_readonly("prefill_samples", &SchedulerTotals::prefill_samples,
                     "Tokens sampled after prompt tokens and after recomputed tokens.")
       .def_readonly("decode_samples", &SchedulerTotals::decode_samples,
-                    "Tokens sampled after answer tokens.")
+                    "Tokens sampled after response tokens.")
       .def_readonly("preemptions", &SchedulerTotals::preemptions,
                     "Times that a running sequence lost its pages.");
 }
@@ -142,8 +142,8 @@ void bind_scheduler(py::module_& module) {
           },
           py::arg("prompt"), py::kw_only(), py::arg("group_size"), py::arg("max_new_tokens"),
           py::arg("seeds"), py::arg("stop_ids"),
-          "Queues a prompt (token ids) with group_size answers, one seed each. Returns the group's "
-          "id, which is also the id of its first answer; answer g has id + g. Raises ValueError "
+          "Queues a prompt (token ids) with group_size responses, one seed each. Returns the group's "
+          "id, which is also the id of its first response; response g has id + g. Raises ValueError "
           "for a request that is malformed or could never fit.")
       .def("schedule", &Scheduler::schedule,
            "Plans the next step. Raises RuntimeError without work, or while the last plan is not "
@@ -161,8 +161,8 @@ void bind_scheduler(py::module_& module) {
           "Takes the sampled tokens [S] int64 of the oldest open plan; returns the ids that finished. "
           "Raises ValueError on a negative token, naming its sequence; the step stays open then.")
       .def("has_work", &Scheduler::has_work, "Whether there is something to schedule.")
-      .def("answer", [](const Scheduler& self, int64_t id) { return self.sequence(id).answer(); },
-           py::arg("sequence"), "Answer tokens so far, as a list; the stop token is part of it.")
+      .def("response", [](const Scheduler& self, int64_t id) { return self.sequence(id).response(); },
+           py::arg("sequence"), "Response tokens so far, as a list; the stop token is part of it.")
       .def("finish",
            [](const Scheduler& self, int64_t id) -> std::optional<std::string> {
              const char* name = finish_name(self.sequence(id).finish());

@@ -1,7 +1,7 @@
 // attention.cuh -- attention on CUDA: the rows of a tile, and the row algorithm without tensor cores. The latter serves
 // float32, float64, and bfloat16 heads that are too wide for attention_mma.cuh. Both ops run this kernel.
 //
-// For a query row that sees keys 0 .. L-1 by position in its sequence (that of an answer begins with its prompt):
+// For a query row that sees keys 0 .. L-1 by position in its sequence (that of a response begins with its prompt):
 //
 //   s_j = scale * (q . k_j)          chain of fma over e ascending, as on the CPU
 //   stretch by stretch of kStretch keys, block by block of kKeyBlock keys: m is the maximum so far in the stretch,

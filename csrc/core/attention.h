@@ -1,6 +1,6 @@
 // attention.h -- the row algorithm of attention, the same on every CPU.
 //
-// For a query row q that sees keys 0 .. L-1 (by position in its sequence, where that of an answer
+// For a query row q that sees keys 0 .. L-1 (by position in its sequence, where that of a response
 // begins with its prompt):
 //
 //   s_j = scale * (q . k_j)            chain of fma over e ascending, 16 keys side by side

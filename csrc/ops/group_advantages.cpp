@@ -24,7 +24,7 @@ GroupAdvantagesArgs check(const at::Tensor& rewards, std::string_view std_name, 
   require_shape(kOp, "rewards", rewards, {-1, -1}, "[P, G]");
   TORCH_CHECK_TYPE(rewards.scalar_type() == at::kFloat || rewards.scalar_type() == at::kDouble, kOp,
                    ": rewards must be Float or Double, got ", rewards.scalar_type());
-  TORCH_CHECK_VALUE(rewards.size(1) >= 2, kOp, ": rewards needs G >= 2 answers per prompt, got ",
+  TORCH_CHECK_VALUE(rewards.size(1) >= 2, kOp, ": rewards needs G >= 2 responses per prompt, got ",
                     rewards.sizes());
   require_contiguous(kOp, "rewards", rewards);
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0.0, kOp, ": eps must be finite and >= 0, got ",

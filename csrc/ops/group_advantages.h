@@ -1,4 +1,4 @@
-// group_advantages -- rewards of G answers per prompt -> group-relative advantages.
+// group_advantages -- rewards of G responses per prompt -> group-relative advantages.
 //
 //   unbiased    A[p,g] = (r[p,g] - mean_g r[p,:]) / (std_g r[p,:] + eps),  std divides by G-1
 //   population  the same, std divides by G
@@ -8,7 +8,7 @@
 // NaN and no other.
 // Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2; without std: Liu et al. 2025, arXiv:2503.20783.
 //
-//   rewards [P, G]  float32 or float64, contiguous      P prompts, G >= 2 answers each
+//   rewards [P, G]  float32 or float64, contiguous      P prompts, G >= 2 responses each
 //   returns [P, G]  same dtype, no gradient
 #pragma once
 #include <cstdint>

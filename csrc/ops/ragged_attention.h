@@ -13,8 +13,8 @@
 // whole prompt and then its own sequence, but not its siblings. The gradients of the prompt's keys and values sum over its
 // own queries and then over those of the others, in order.
 //
-// core/attention.h defines the arithmetic of a row, by position in prompt and answer together. So a row has the bits of
-// paged_attention, whether the prompt is shared or packed with every answer. The forward pass keeps two numbers of each row:
+// core/attention.h defines the arithmetic of a row, by position in prompt and response together. So a row has the bits of
+// paged_attention, whether the prompt is shared or packed with every response. The forward pass keeps two numbers a row:
 // max and 1 / sum. The backward pass recomputes p from them. One work item has a group and a kv head, so no two threads add
 // to one gradient. On CUDA a work item has 8 keys, or 64 for bfloat16 with E <= 128. The latter rounds p and ds to bfloat16
 // for their matmuls. All values of a group depend on that group alone.

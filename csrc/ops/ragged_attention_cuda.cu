@@ -295,7 +295,7 @@ __device__ inline void add_query_block(const RaggedAttentionArgs& a, int64_t kv_
 }
 
 // dkey and dvalue of a tile of kTileRows keys, a block each. The query rows of each sequence that sees them are cut into
-// blocks of kKeyBlock, from the tile's first token or the beginning of an answer on; warp w has the blocks w,
+// blocks of kKeyBlock, from the tile's first token or the beginning of a response on; warp w has the blocks w,
 // w + kAttentionWarps, ... of all sequences in their order, and the sums of the warps join in order.
 template <typename S, int C>
 __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_kernel(RaggedAttentionArgs a, int64_t shared_of_warp) {

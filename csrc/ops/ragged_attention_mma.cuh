@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(Ragged
 }
 
 // dkey and dvalue of 64 keys. For each sequence that sees the keys, the block takes its query rows in blocks of 64. They are
-// token-major, from the tile's first token or the beginning of an answer on.
+// token-major, from the tile's first token or the beginning of a response on.
 template <int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_mma_kernel(RaggedRowSource source) {
   using T = BackwardTile<kWidth>;

@@ -12,7 +12,7 @@ namespace {
 
 // A waiting entry is admitted only if, besides its own pages, enough stay free for everybody to
 // write this many tokens more: admitting into a full pool only buys a preemption. In simulated
-// rollouts (512 answers of 60 or 300 tokens on average, scarce pools of 200 to 2000 pages), 16
+// rollouts (512 responses of 60 or 300 tokens on average, scarce pools of 200 to 2000 pages), 16
 // leaves at most 60 % of the recomputed tokens that 0 has, for at most 13 % more steps; 64 takes up
 // to 73 % more steps.
 constexpr int64_t kLookaheadTokens = 16;
@@ -21,7 +21,7 @@ std::string text(int64_t value) { return std::to_string(value); }
 std::string text(const char* words) { return words; }
 std::string text(const Sequence& sequence) {
   return "sequence " + text(sequence.id()) + " (group " + text(sequence.request().id) +
-         ", answer " + text(sequence.index()) + ")";
+         ", response " + text(sequence.index()) + ")";
 }
 
 int64_t at_least(int64_t minimum, int64_t value, const char* name) {
@@ -74,17 +74,17 @@ int64_t Scheduler::add_group(std::span<const int64_t> prompt, int64_t group_size
   if (group_size < 1) refuse("group_size must be at least 1, got " + text(group_size));
   if (group_size > max_running_) {
     refuse("group_size must be at most max_running = " + text(max_running_) +
-           ", as the answers of a group start together, got " + text(group_size));
+           ", as the responses of a group start together, got " + text(group_size));
   }
   if (static_cast<int64_t>(seeds.size()) != group_size) {
-    refuse("seeds must hold one seed for each of the " + text(group_size) + " answers, got " +
+    refuse("seeds must hold one seed for each of the " + text(group_size) + " responses, got " +
            text(static_cast<int64_t>(seeds.size())));
   }
   if (max_new_tokens < 1) refuse("max_new_tokens must be at least 1, got " + text(max_new_tokens));
   constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of kv_len, an int32
   const auto prompt_length = static_cast<int64_t>(prompt.size());
   if (max_new_tokens > kMaxLength - prompt_length) {
-    refuse("prompt and answer must be at most " + text(kMaxLength) + " tokens long, got " +
+    refuse("prompt and response must be at most " + text(kMaxLength) + " tokens long, got " +
            text(prompt_length) + " and max_new_tokens = " + text(max_new_tokens));
   }
   if (pages_for(prompt_length + max_new_tokens) > num_pages()) {
@@ -225,11 +225,11 @@ void Scheduler::prepare_pages(Sequence& sequence, StepPlan& plan) {
   }
 }
 
-// Pages that the answers of an admitted entry will need within kLookaheadTokens tokens.
+// Pages that the responses of an admitted entry will need within kLookaheadTokens tokens.
 int64_t Scheduler::growth(const Entry& entry) const {
   const Sequence& sequence = *entry.leader;
   const Request& request = sequence.request();
-  // The last token of an answer is sampled but never computed.
+  // The last token of a response is sampled but never computed.
   const int64_t last = request.prompt_length() + request.max_new_tokens - 1;
   const int64_t soon = pages_for(std::min(sequence.length() + kLookaheadTokens, last));
   const int64_t own = soon - pages_for(sequence.length());
@@ -330,12 +330,12 @@ void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
   }
 }
 
-// The state after the step, but for what its tokens are: its work is done, and its answers are one
+// The state after the step, but for what its tokens are: its work is done, and its responses are one
 // token longer.
 void Scheduler::begin(Step&& step) {
   for (const Work& work : step.work) work.sequence->advance(work.count);
   for (Sequence* sequence : step.samples) sequence->expect();
-  // The answers that a computed prompt starts: all but the first have no pages yet.
+  // The responses that a computed prompt starts: all but the first have no pages yet.
   for (Sequence* sequence : step.samples) {
     if (!sequence->pages().empty()) continue;
     const int64_t prompt_length = sequence->request().prompt_length();
@@ -430,7 +430,7 @@ void Scheduler::check_queues() const {
     const Sequence& leader = *entry.leader;
     require(leader.id() >= next, leader, " was overtaken, or is queued twice");
     next = leader.id() + entry.size;
-    require(entry.size == (leader.begun() ? 1 : leader.request().group_size()), leader, " leads ", entry.size, " answers");
+    require(entry.size == (leader.begun() ? 1 : leader.request().group_size()), leader, " leads ", entry.size, " responses");
     for (int64_t g = 0; g < entry.size; ++g) queued.insert(&leader + g);
   };
   std::for_each(running_.begin(), running_.end(), walk);
@@ -438,7 +438,7 @@ void Scheduler::check_queues() const {
   for (const auto& [id, sequences] : groups_) {
     const Request& request = sequences.front().request();
     require(request.id == id && request.group_size() == static_cast<int64_t>(sequences.size()),
-            "group ", id, " does not hold its answers");
+            "group ", id, " does not hold its responses");
     for (const Sequence& sequence : sequences) {
       const bool goes_on = !sequence.finished() && !sequence.complete();
       require(queued.erase(&sequence) == goes_on, sequence, goes_on ? " is in no queue" : " is in a queue");
@@ -479,7 +479,7 @@ void Scheduler::check_pages() const {
         const int64_t filled =
             std::min(sequence.computed(), static_cast<int64_t>(i + 1) * page_size_);
         require(allocator_.refs(pages[i]) == 1 || filled <= sequence.request().prompt_length(),
-                sequence, " shares page ", pages[i], ", which holds answer tokens");
+                sequence, " shares page ", pages[i], ", which holds response tokens");
       }
     }
   }

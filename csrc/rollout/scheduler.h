@@ -9,24 +9,24 @@
 // Continuous batching. Every running sequence gets its next token in every step. The rest of max_step_tokens goes to
 // prompts, in order of arrival. A prompt that does not fit is cut into chunks.
 //
-// Groups. A prompt is computed once per group: all G first tokens are sampled from its last hidden row. The G answers
-// share its pages. An answer that is about to write into the page with the end of the prompt copies that page first. The
-// last answer keeps the original.
+// Groups. A prompt is computed once per group: all G first tokens are sampled from its last hidden row. The G responses
+// share its pages. A response that is about to write into the page with the end of the prompt copies that page first. The
+// last response keeps the original.
 //
 // Preemption. When no page is free, the youngest running sequence gives up its pages, keeps its tokens and goes to the
 // front of the waiting queue. Later it is computed again, alone. It takes the prompt pages that a sibling still holds and
-// computes the rest. Seeds and positions stay, and all ops are batch-invariant, so its answer stays the same.
+// computes the rest. Seeds and positions stay, and all ops are batch-invariant, so its response stays the same.
 //
-// No deadlock. A request is refused unless one answer of full length fits into the pool. The oldest sequence is never
+// No deadlock. A request is refused unless one response of full length fits into the pool. The oldest sequence is never
 // preempted for another.
 //
 // Lookahead. A step may be planned before the tokens of the step before are known, so a GPU need not wait for the host:
 //
 //   plan 0 = schedule(); plan 1 = schedule(); commit(tokens of 0); plan 2 = schedule(); commit(1) ...
 //
-// The scheduler then assumes that every answer goes on up to its max_new_tokens. Plan t+1 names the inputs that plan t
-// samples by the index of their sample (StepPlan::tokens). An answer that stops in step t already has a row in plan t+1.
-// That row is computed, and commit(t+1) drops it. Answers do not change. Steps, preemptions and the pages in use may.
+// The scheduler then assumes that every response goes on up to its max_new_tokens. Plan t+1 names the inputs that plan t
+// samples by the index of their sample (StepPlan::tokens). A response that stops in step t already has a row in plan t+1.
+// That row is computed, and commit(t+1) drops it. Responses do not change. Steps, preemptions and the pages in use may.
 //
 // Steps run in the order of their plans, each after the one before (one stream). So a page may go to another sequence as
 // soon as no later plan reads it, even while a running step does. A preemption or a copy waits for nothing.
@@ -83,7 +83,7 @@ struct StepPlan {
 struct SchedulerTotals {
   TokenCounts tokens;
   // The cost of a phase follows from the query-key pairs of its attention and from its sampled tokens. Recomputed tokens
-  // belong to prefill, and so do the first tokens of answers.
+  // belong to prefill, and so do the first tokens of responses.
   int64_t prefill_pairs = 0;
   int64_t decode_pairs = 0;
   int64_t prefill_samples = 0;
@@ -91,7 +91,7 @@ struct SchedulerTotals {
   int64_t preemptions = 0;
   int64_t shared_page_hits = 0;  // full prompt pages that a sequence took from a sibling
   int64_t page_copies = 0;
-  int64_t dropped_tokens = 0;    // computed for answers that had stopped; 0 without lookahead
+  int64_t dropped_tokens = 0;    // computed for responses that had stopped; 0 without lookahead
   int64_t steps = 0;
 };
 
@@ -106,8 +106,8 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  // Queues one prompt with seeds.size() answers. Returns the id of the group, which is also the id of its first answer.
-  // Answer g has id + g. A plan may be open.
+  // Queues one prompt with seeds.size() responses. Returns the id of the group, which is also the id of its first response.
+  // Response g has id + g. A plan may be open.
   int64_t add_group(std::span<const int64_t> prompt, int64_t group_size, int64_t max_new_tokens,
                     std::span<const int64_t> seeds, std::span<const int64_t> stop_ids);
 
@@ -116,7 +116,7 @@ class Scheduler {
   StepPlan schedule();
 
   // Takes the sampled tokens [S] of the oldest open plan. Returns the ids of the sequences that they finish, in the
-  // plan's order. Ignores tokens of answers that had stopped. Throws std::invalid_argument on a negative token and names
+  // plan's order. Ignores tokens of responses that had stopped. Throws std::invalid_argument on a negative token and names
   // the sequence: its row of logits held nothing to sample from. The plan then stays open.
   std::vector<int64_t> commit(std::span<const int64_t> tokens);
 
@@ -147,7 +147,7 @@ class Scheduler {
   struct Work {
     Sequence* sequence;
     int64_t begin, count;  // tokens [begin, begin + count) are computed
-    int64_t samples;       // answers that sample a token after the last of them: 0, 1, or a group's G
+    int64_t samples;       // responses that sample a token after the last of them: 0, 1, or a group's G
   };
   struct Step {
     std::vector<Work> work;          // one for each of the plan's N sequences
@@ -182,7 +182,7 @@ class Scheduler {
   size_t max_open_;
   int64_t next_id_ = 0;
   std::map<int64_t, std::vector<Sequence>> groups_;  // by group id
-  // An answer whose last token an open step samples is in neither queue. Both change at their ends, for which memory is
+  // A response whose last token an open step samples is in neither queue. Both change at their ends, for which memory is
   // reserved: an admission or a preemption cannot fail.
   Queue running_;  // oldest first
   Queue waiting_;  // oldest last

@@ -37,8 +37,8 @@ Sequence::Sequence(std::shared_ptr<const Request> request, int64_t index, int32_
 }
 
 int64_t Sequence::token(int64_t position) const {
-  const int64_t in_answer = position - request_->prompt_length();
-  return in_answer < 0 ? request_->prompt[position] : answer_[in_answer];
+  const int64_t in_response = position - request_->prompt_length();
+  return in_response < 0 ? request_->prompt[position] : response_[in_response];
 }
 
 int64_t Sequence::slot(int64_t position) const {
@@ -74,27 +74,27 @@ void Sequence::expect() {
 }
 
 void Sequence::reserve_token() {
-  if (answer_.size() == answer_.capacity()) {
-    answer_.reserve(std::min<size_t>(std::max<size_t>(16, 2 * answer_.size()),
+  if (response_.size() == response_.capacity()) {
+    response_.reserve(std::min<size_t>(std::max<size_t>(16, 2 * response_.size()),
                                      static_cast<size_t>(request_->max_new_tokens)));
   }
 }
 
 void Sequence::append(int64_t token) {
-  require(!finished(), *this, "append() to a finished answer");
-  answer_.push_back(token);
+  require(!finished(), *this, "append() to a finished response");
+  response_.push_back(token);
   expected_ = std::max<int64_t>(expected_ - 1, 0);
   const auto& stop_ids = request_->stop_ids;
   if (std::find(stop_ids.begin(), stop_ids.end(), token) != stop_ids.end()) {
     finish_ = Finish::stop;
-  } else if (static_cast<int64_t>(answer_.size()) == request_->max_new_tokens) {
+  } else if (static_cast<int64_t>(response_.size()) == request_->max_new_tokens) {
     finish_ = Finish::length;
   }
   if (finished()) expected_ = 0;
 }
 
 void Sequence::add_page(int32_t page) {
-  require(pages_.size() < pages_.capacity(), *this, "more pages than its longest answer needs");
+  require(pages_.size() < pages_.capacity(), *this, "more pages than its longest response needs");
   pages_.push_back(page);
 }
 

@@ -1,6 +1,6 @@
-// sequence.h -- one unfinished or finished answer: its tokens, and the KV pages that hold them.
+// sequence.h -- one unfinished or finished response: its tokens, and the KV pages that hold them.
 //
-// A Request is one prompt with its G answers, and a Sequence is one of those answers. The tokens of a sequence are the
+// A Request is one prompt with its G responses, and a Sequence is one of those responses. The tokens of a sequence are the
 // prompt's, followed by its own. The prompt is stored once per group.
 //
 //   positions  0 ......... computed-1 | computed ........ length-1 | length
@@ -13,7 +13,7 @@
 // A page is shared only for prompt positions. Nobody writes into a shared page: a writer first copies a page with
 // refs > 1 (Scheduler).
 //
-// The memory of answers and page lists is reserved ahead. Only the constructor and reserve_token() can run out of memory.
+// The memory of responses and page lists is reserved ahead. Only the constructor and reserve_token() can run out of memory.
 // Torch-free.
 #pragma once
 #include <cstdint>
@@ -28,7 +28,7 @@ struct Request {
   int64_t id;                      // also the id of its first sequence; the others follow it
   std::vector<int64_t> prompt;     // token ids, at least one
   std::vector<int64_t> seeds;      // [G]
-  std::vector<int64_t> stop_ids;   // an answer ends with the first of these
+  std::vector<int64_t> stop_ids;   // a response ends with the first of these
   int64_t max_new_tokens;          // or here, stop token included
 
   int64_t group_size() const { return static_cast<int64_t>(seeds.size()); }
@@ -37,13 +37,13 @@ struct Request {
 
 enum class Finish : uint8_t { none, stop, length };
 
-// "stop", "length", or nullptr while the answer is unfinished.
+// "stop", "length", or nullptr while the response is unfinished.
 const char* finish_name(Finish finish);
 
 // Tokens whose key and value were computed. Each counts in one of three ways.
 struct TokenCounts {
   int64_t prefill = 0;     // prompt tokens, the first time
-  int64_t decode = 0;      // answer tokens, the first time
+  int64_t decode = 0;      // response tokens, the first time
   int64_t recomputed = 0;  // either, again after a preemption
 
   int64_t total() const { return prefill + decode + recomputed; }
@@ -52,7 +52,7 @@ struct TokenCounts {
 
 class Sequence {
  public:
-  // Answer `index` of `request`, in pages of `page_size` tokens.
+  // Response `index` of `request`, in pages of `page_size` tokens.
   Sequence(std::shared_ptr<const Request> request, int64_t index, int32_t page_size);
 
   const Request& request() const { return *request_; }
@@ -62,11 +62,11 @@ class Sequence {
   bool finished() const { return finish_ != Finish::none; }
 
   int64_t known() const {  // tokens but the expected ones
-    return request_->prompt_length() + static_cast<int64_t>(answer_.size());
+    return request_->prompt_length() + static_cast<int64_t>(response_.size());
   }
   int64_t length() const { return known() + expected_; }
   int64_t token(int64_t position) const;  // position in [0, known)
-  const std::vector<int64_t>& answer() const { return answer_; }  // its known tokens
+  const std::vector<int64_t>& response() const { return response_; }  // its known tokens
 
   bool begun() const { return length() > request_->prompt_length(); }
   // Whether max_new_tokens tokens are sampled or expected, stop or not.
@@ -90,7 +90,7 @@ class Sequence {
   void expect();
   // Reserves memory for one more token: append() then needs none.
   void reserve_token();
-  // Adds a sampled token, which is the first expected one if there is any. Finishes the answer on a stop id or at
+  // Adds a sampled token, which is the first expected one if there is any. Finishes the response on a stop id or at
   // max_new_tokens; no token is then expected. Throws std::logic_error when it is finished already.
   void append(int64_t token);
 
@@ -112,7 +112,7 @@ class Sequence {
   int64_t expected_ = 0;
   int64_t computed_ = 0;
   int64_t ever_computed_ = 0;    // tokens below this position were settled or shared before
-  std::vector<int64_t> answer_;
+  std::vector<int64_t> response_;
   std::vector<int32_t> pages_;
 };
 

@@ -49,18 +49,18 @@ int64_t sample(uint64_t prefix, int64_t seed, int64_t position) {
   return static_cast<int64_t>(mix(mix(prefix, seed), position) % 23);
 }
 
-// What answer g of a group must be: the same samples, with no scheduler and no pages.
-Tokens expected_answer(const Group& group, size_t g) {
+// What response g of a group must be: the same samples, with no scheduler and no pages.
+Tokens expected_response(const Group& group, size_t g) {
   uint64_t prefix = kEmptyPrefix;
   for (int64_t token : group.prompt) prefix = mix(prefix, token);
-  Tokens answer;
-  while (static_cast<int64_t>(answer.size()) < group.max_new_tokens) {
-    const auto position = static_cast<int64_t>(group.prompt.size() + answer.size());
-    answer.push_back(sample(prefix, group.seeds[g], position));
-    prefix = mix(prefix, answer.back());
-    if (std::count(group.stop_ids.begin(), group.stop_ids.end(), answer.back())) break;
+  Tokens response;
+  while (static_cast<int64_t>(response.size()) < group.max_new_tokens) {
+    const auto position = static_cast<int64_t>(group.prompt.size() + response.size());
+    response.push_back(sample(prefix, group.seeds[g], position));
+    prefix = mix(prefix, response.back());
+    if (std::count(group.stop_ids.begin(), group.stop_ids.end(), response.back())) break;
   }
-  return answer;
+  return response;
 }
 
 // A model whose hidden state at position p is a hash of tokens 0..p, kept in KV slots as a real one
@@ -209,7 +209,7 @@ class Engine {
     for (int64_t id : finished) {
       const Sequence& sequence = scheduler.sequence(id);
       const Group& group = groups.at(sequence.request().id);
-      EXPECT_EQ(sequence.answer(), expected_answer(group, sequence.index())) << "answer " << id;
+      EXPECT_EQ(sequence.response(), expected_response(group, sequence.index())) << "response " << id;
     }
     return finished;
   }
@@ -227,7 +227,7 @@ class Engine {
     return plan;
   }
 
-  // Runs to the end, as far ahead as allowed, and checks every answer.
+  // Runs to the end, as far ahead as allowed, and checks every response.
   void finish() {
     while ((scheduler.has_work() || scheduler.step_open()) && !testing::Test::HasFatalFailure()) {
       if (can_schedule()) {
@@ -240,7 +240,7 @@ class Engine {
     EXPECT_EQ(scheduler.num_free_pages(), scheduler.num_pages());
     for (const auto& [id, group] : groups) {
       for (size_t g = 0; g < group.seeds.size(); ++g) {
-        EXPECT_EQ(scheduler.sequence(id + g).answer(), expected_answer(group, g)) << "answer " << id + g;
+        EXPECT_EQ(scheduler.sequence(id + g).response(), expected_response(group, g)) << "response " << id + g;
       }
     }
   }
@@ -370,7 +370,7 @@ TEST(Scheduler, ALongPromptIsComputedInChunksBesideDecoding) {
   engine.finish();
 }
 
-TEST(Scheduler, AStepWhereEveryAnswerStopsLeavesNothingBehind) {
+TEST(Scheduler, AStepWhereEveryResponseStopsLeavesNothingBehind) {
   Scheduler scheduler(64, 4, 8, 64);
   for (int i = 0; i < 2; ++i) {
     scheduler.add_group(Tokens{1, 2, 3, 4, 5}, 4, 10, Tokens{1, 2, 3, 4}, Tokens{9});
@@ -382,11 +382,11 @@ TEST(Scheduler, AStepWhereEveryAnswerStopsLeavesNothingBehind) {
   EXPECT_FALSE(scheduler.has_work());
   EXPECT_EQ(scheduler.num_free_pages(), 64);
   EXPECT_EQ(scheduler.totals().page_copies, 0);
-  EXPECT_EQ(scheduler.sequence(5).answer(), Tokens{9});
+  EXPECT_EQ(scheduler.sequence(5).response(), Tokens{9});
   EXPECT_STREQ(finish_name(scheduler.sequence(5).finish()), "stop");
 }
 
-TEST(Scheduler, TheFirstAnswerMayStopAtOnceAndItsSiblingsKeepThePrompt) {
+TEST(Scheduler, TheFirstResponseMayStopAtOnceAndItsSiblingsKeepThePrompt) {
   Scheduler scheduler(16, 4, 8, 64);
   scheduler.add_group(Tokens{1, 2, 3, 4, 5}, 3, 10, Tokens{1, 2, 3}, Tokens{9});
   scheduler.schedule();
@@ -398,7 +398,7 @@ TEST(Scheduler, TheFirstAnswerMayStopAtOnceAndItsSiblingsKeepThePrompt) {
   EXPECT_EQ(plan.sample_seq, (Tokens{1, 2}));
 }
 
-TEST(Scheduler, OneTokenAnswersNeverDecode) {
+TEST(Scheduler, OneTokenResponsesNeverDecode) {
   Engine engine(8, 4, 8, 64);
   engine.add(group_of(6, 3, 1));
   engine.step();
@@ -428,7 +428,7 @@ TEST(Scheduler, AdmissionFollowsArrivalAndNobodyIsOvertaken) {
   engine.finish();
 }
 
-TEST(Scheduler, MaxRunningCountsEveryAnswerOfAGroup) {
+TEST(Scheduler, MaxRunningCountsEveryResponseOfAGroup) {
   Engine engine(64, 4, 5, 64);
   engine.add(group_of(3, 2, 3, 1));
   engine.add(group_of(3, 3, 3, 2));
@@ -440,7 +440,7 @@ TEST(Scheduler, MaxRunningCountsEveryAnswerOfAGroup) {
 }
 
 TEST(Scheduler, TheYoungestIsPreemptedAndComesBackFirst) {
-  // Four answers of one group write 1 + 12 tokens each: 4 pages each where the pool has 8.
+  // Four responses of one group write 1 + 12 tokens each: 4 pages each where the pool has 8.
   Engine engine(8, 4, 8, 64);
   engine.add(group_of(1, 4, 13, 1));
   engine.add(group_of(1, 1, 2, 2));  // arrives later: must wait for all of them
@@ -461,12 +461,12 @@ TEST(Scheduler, TheYoungestIsPreemptedAndComesBackFirst) {
   engine.finish();
 }
 
-TEST(Scheduler, APreemptedAnswerTakesThePromptPagesThatASiblingStillHolds) {
-  // A prompt of 4 pages and a bit; the three answers would need 4 + 3 * 3 pages and find 12.
+TEST(Scheduler, APreemptedResponseTakesThePromptPagesThatASiblingStillHolds) {
+  // A prompt of 4 pages and a bit; the three responses would need 4 + 3 * 3 pages and find 12.
   Scheduler scheduler(12, 4, 3, 64);
   scheduler.add_group(Tokens(17, 6), 3, 12, Tokens{1, 2, 3}, Tokens{9});
   while (scheduler.schedule().preemptions == 0) scheduler.commit(Tokens(3, 5));
-  scheduler.commit(Tokens{9, 5});  // after that step, without the third, the first answer stops
+  scheduler.commit(Tokens{9, 5});  // after that step, without the third, the first response stops
   scheduler.check();
   EXPECT_EQ(scheduler.sequence(2).length(), 25);
   EXPECT_EQ(scheduler.totals().shared_page_hits, 8);
@@ -483,8 +483,8 @@ TEST(Scheduler, APreemptedAnswerTakesThePromptPagesThatASiblingStillHolds) {
   EXPECT_EQ(scheduler.totals().shared_page_hits, 12);
 }
 
-TEST(Scheduler, AGroupWhoseAnswersNeverFitTogetherStillFinishes) {
-  // 16 answers of 3 pages in a pool of 3 pages: one at a time.
+TEST(Scheduler, AGroupWhoseResponsesNeverFitTogetherStillFinishes) {
+  // 16 responses of 3 pages in a pool of 3 pages: one at a time.
   Engine engine(3, 4, 16, 16);
   engine.add(group_of(5, 16, 7, 1));
   engine.add(group_of(11, 1, 1, 2));
@@ -493,7 +493,7 @@ TEST(Scheduler, AGroupWhoseAnswersNeverFitTogetherStillFinishes) {
 
 // ---- recomputation, failure ---------------------------------------------------------------------
 
-TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoAnswer) {
+TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoResponse) {
   std::vector<Group> groups;
   int64_t prompt_tokens = 0;
   for (int64_t i = 0; i < 12; ++i) {
@@ -598,7 +598,7 @@ TEST(Scheduler, AnInvalidTokenNamesItsSequenceAndLeavesTheStepOpen) {
   scheduler.add_group(Tokens{4, 5}, 2, 5, Tokens{3, 4}, Tokens{});
   scheduler.schedule();
   EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.commit(Tokens{1, 1, 1, -1}); }),
-            "commit: tokens must be >= 0, got -1 for sequence 3 (group 2, answer 1) at position 2: "
+            "commit: tokens must be >= 0, got -1 for sequence 3 (group 2, response 1) at position 2: "
             "its logits held nothing to sample from (NaN, or every token excluded)");
   EXPECT_EQ(message_of<std::invalid_argument>([&] { scheduler.commit(Tokens{1}); }),
             "commit: tokens must hold one token for each of the plan's 4 samples, got 1");
@@ -639,16 +639,16 @@ TEST(Scheduler, BadRequestsAreToldWhatWasWantedAndWhatCame) {
             "add_group: prompt must hold token ids >= 0, got -2 at position 1");
   EXPECT_EQ(refusal({1}, 0, 1, {}), "add_group: group_size must be at least 1, got 0");
   EXPECT_EQ(refusal({1}, 4, 1, {1, 2, 3, 4}),
-            "add_group: group_size must be at most max_running = 3, as the answers of a group "
+            "add_group: group_size must be at most max_running = 3, as the responses of a group "
             "start together, got 4");
   EXPECT_EQ(refusal({1}, 2, 1, {1}),
-            "add_group: seeds must hold one seed for each of the 2 answers, got 1");
+            "add_group: seeds must hold one seed for each of the 2 responses, got 1");
   EXPECT_EQ(refusal({1}, 1, 0, {1}), "add_group: max_new_tokens must be at least 1, got 0");
   EXPECT_EQ(refusal({1, 2, 3}, 1, 14, {1}),
             "add_group: one sequence must fit into num_pages = 4 pages of 4 tokens, got a prompt "
             "of 3 tokens and max_new_tokens = 14, which take 5 pages");
   EXPECT_EQ(refusal({1}, 1, INT64_MAX, {1}),
-            "add_group: prompt and answer must be at most 2147483647 tokens long, got 1 and "
+            "add_group: prompt and response must be at most 2147483647 tokens long, got 1 and "
             "max_new_tokens = 9223372036854775807");
   EXPECT_FALSE(scheduler.has_work());
   scheduler.check();
@@ -697,15 +697,15 @@ TEST(Scheduler, AheadTheInputsAreTheSamplesOfThePlanBefore) {
   EXPECT_EQ(scheduler.commit(Tokens{1}), Tokens{2});  // its last token: nothing ahead of it
   EXPECT_FALSE(scheduler.has_work());
   EXPECT_FALSE(scheduler.step_open());
-  EXPECT_EQ(scheduler.sequence(0).answer(), (Tokens{3, 7, 6}));
-  EXPECT_EQ(scheduler.sequence(1).answer(), (Tokens{6}));
-  EXPECT_EQ(scheduler.sequence(2).answer(), (Tokens{4, 8, 9, 1}));
+  EXPECT_EQ(scheduler.sequence(0).response(), (Tokens{3, 7, 6}));
+  EXPECT_EQ(scheduler.sequence(1).response(), (Tokens{6}));
+  EXPECT_EQ(scheduler.sequence(2).response(), (Tokens{4, 8, 9, 1}));
   EXPECT_EQ(scheduler.totals().tokens.decode, 5);
   EXPECT_EQ(scheduler.totals().dropped_tokens, 1);
   EXPECT_EQ(scheduler.num_free_pages(), 16);
 }
 
-TEST(Scheduler, AheadAFullAnswerIsNotPlannedOnAndItsPagesServeTheNext) {
+TEST(Scheduler, AheadAFullResponseIsNotPlannedOnAndItsPagesServeTheNext) {
   Scheduler scheduler(1, 4, 4, 4, /*lookahead=*/true);
   scheduler.add_group(Tokens{1, 2}, 1, 2, Tokens{1}, Tokens{});
   scheduler.add_group(Tokens{3, 4}, 1, 2, Tokens{2}, Tokens{});
@@ -719,7 +719,7 @@ TEST(Scheduler, AheadAFullAnswerIsNotPlannedOnAndItsPagesServeTheNext) {
   EXPECT_STREQ(finish_name(scheduler.sequence(0).finish()), "length");
 }
 
-TEST(Scheduler, AheadThereIsOnePlanInFlightAndItsRowsOfStoppedAnswersAreDropped) {
+TEST(Scheduler, AheadThereIsOnePlanInFlightAndItsRowsOfStoppedResponsesAreDropped) {
   Scheduler scheduler(16, 4, 8, 64, /*lookahead=*/true);
   scheduler.add_group(Tokens{5, 9}, 1, 4, Tokens{70}, Tokens{6});
   scheduler.schedule();
@@ -728,13 +728,13 @@ TEST(Scheduler, AheadThereIsOnePlanInFlightAndItsRowsOfStoppedAnswersAreDropped)
   EXPECT_EQ(scheduler.commit(Tokens{6}), Tokens{0});
   EXPECT_FALSE(scheduler.has_work());
   EXPECT_TRUE(scheduler.commit(Tokens{3}).empty());
-  EXPECT_EQ(scheduler.sequence(0).answer(), Tokens{6});
+  EXPECT_EQ(scheduler.sequence(0).response(), Tokens{6});
   EXPECT_EQ(scheduler.totals().dropped_tokens, 1);
   scheduler.check();
 }
 
-TEST(Scheduler, AheadAPreemptedAnswerMayTurnOutToHaveStopped) {
-  // The prompt's token and three of each answer fill both pages; the next token needs a third.
+TEST(Scheduler, AheadAPreemptedResponseMayTurnOutToHaveStopped) {
+  // The prompt's token and three of each response fill both pages; the next token needs a third.
   Scheduler scheduler(2, 4, 2, 8, /*lookahead=*/true);
   scheduler.add_group(Tokens{1}, 2, 7, Tokens{1, 2}, Tokens{9});
   StepPlan plan = scheduler.schedule();
@@ -748,7 +748,7 @@ TEST(Scheduler, AheadAPreemptedAnswerMayTurnOutToHaveStopped) {
   EXPECT_EQ(scheduler.commit(Tokens{5, 9}), Tokens{1});  // sampled before it was preempted
   scheduler.check();
   EXPECT_EQ(scheduler.num_waiting(), 0);
-  EXPECT_EQ(scheduler.sequence(1).answer(), (Tokens{5, 5, 5, 9}));
+  EXPECT_EQ(scheduler.sequence(1).response(), (Tokens{5, 5, 5, 9}));
   EXPECT_EQ(scheduler.totals().dropped_tokens, 0);
 }
 

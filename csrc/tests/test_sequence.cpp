@@ -20,7 +20,7 @@ std::shared_ptr<const Request> request_of(int64_t prompt_length, int64_t max_new
   return std::make_shared<const Request>(request);
 }
 
-TEST(Sequence, TokensAreThePromptAndThenTheAnswer) {
+TEST(Sequence, TokensAreThePromptAndThenTheResponse) {
   Sequence sequence(request_of(3, 5), 1, kPageSize);
   EXPECT_EQ(sequence.id(), 11);
   EXPECT_EQ(sequence.length(), 3);
@@ -30,7 +30,7 @@ TEST(Sequence, TokensAreThePromptAndThenTheAnswer) {
   EXPECT_EQ(sequence.token(3), 55);
 }
 
-TEST(Sequence, StopTokenIsPartOfTheAnswer) {
+TEST(Sequence, StopTokenIsPartOfTheResponse) {
   for (int64_t stop : {0, 2}) {
     Sequence sequence(request_of(3, 5), 0, kPageSize);
     sequence.append(1);
@@ -38,7 +38,7 @@ TEST(Sequence, StopTokenIsPartOfTheAnswer) {
     EXPECT_EQ(finish_name(sequence.finish()), nullptr);
     sequence.append(stop);
     EXPECT_STREQ(finish_name(sequence.finish()), "stop");
-    EXPECT_EQ(sequence.answer(), (std::vector<int64_t>{1, stop}));
+    EXPECT_EQ(sequence.response(), (std::vector<int64_t>{1, stop}));
     EXPECT_THROW(sequence.append(1), std::logic_error);
   }
 }

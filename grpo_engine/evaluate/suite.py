@@ -139,7 +139,7 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
     config = config.model_copy(update={"device": device.resolve(config.device)})
     folder = hub.find_model(config.model.path).folder if config.model.path else None
     sets = {
-        name: read_problems(file, limit=config.task.eval_problems, behaviour=config.reward.behaviour)
+        name: read_problems(file, limit=config.task.eval_problems, scoring=config.reward.scoring)
         for name, file in config.task.evals.items()
     }
     out = Path(out)
@@ -375,7 +375,7 @@ def _write(
     temporary.replace(out / PROBLEMS_FILE)
     e = config.evaluation
     title = f"{config.model.path}: {e.samples} answers a problem at temperature {e.temperature}"
-    if config.reward.behaviour == "paper":
+    if config.reward.scoring == "paper":
         title += ", scored as by the paper's code"
     for file, text in (
         ("table.json", json.dumps([dataclasses.asdict(r) for r in results], indent=1) + "\n"),

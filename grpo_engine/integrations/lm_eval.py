@@ -182,7 +182,7 @@ class GrpoEngineLM(TemplateLM):
             ]  # fmt: skip
             rollouts = self.engine.stream(requests, stop_ids=self.text.stop_ids, config=config).run()
             for part, rollout in zip(parts.values(), rollouts, strict=True):
-                for i, answer, finish in zip(part, rollout.answers(), rollout.finish, strict=True):
+                for i, answer, finish in zip(part, rollout.responses(), rollout.finish, strict=True):
                     yield i, answer, finish == "stop"
 
     # ------------------------------------------------------------------ log-likelihoods

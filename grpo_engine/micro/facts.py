@@ -42,7 +42,7 @@ class CorpusConfig:
     direct: float = 0.5  # share of sums that are answered without working
     error: float = 0.1  # chance that a written value is wrong; the working goes on from the wrong value
     chat: float = 0.15  # share of documents that are a user's turn and its answer
-    prompt_weight: float = 0.1  # loss weight of a prompt token; answer tokens weigh 1
+    prompt_weight: float = 0.1  # loss weight of a prompt token; response tokens weigh 1
 
     def __post_init__(self) -> None:
         for name in ("direct", "error", "chat", "prompt_weight"):

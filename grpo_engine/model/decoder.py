@@ -32,8 +32,8 @@ def rope_frequencies(theta: float, head_dim: int, scaling: RopeScaling, device: 
 
     One tensor for each device, so that a CUDA graph finds it where it was.
     """
-    place = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-    plain = 1.0 / theta**place
+    index = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    plain = 1.0 / theta**index
     wavelength = 2 * math.pi / plain
     reach = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -137,7 +137,7 @@ class Packed:
     def layer(self, index: int, layer: Layer, x_TD: Tensor, positions_T: Tensor) -> Tensor:
         """See `Sequences`."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            # a layer draws nothing, so there is no state of a generator to put back
+            # a layer samples nothing, so there is no state of a generator to put back
             return checkpoint(self._layer, layer, x_TD, positions_T, use_reentrant=False, preserve_rng_state=False)
         return self._layer(layer, x_TD, positions_T)
 
@@ -299,7 +299,7 @@ def _select_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:
-    """[T] int64, the place of each packed token in its own sequence."""
+    """[T] int64, the position of each packed token in its own sequence."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
     return torch.arange(starts.numel(), device=cu_seqlens.device) - starts

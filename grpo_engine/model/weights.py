@@ -205,17 +205,17 @@ def _checked_tensors(folder: Path, config: ModelConfig) -> dict[Path, list[str]]
     """Which tensors to read from which file, all headers checked."""
     layout = pieces(config)
     files = _weight_files(folder)
-    place: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path, listed in files.items():
         header = _read_header(path)
         for name in sorted((listed or set()) - header.keys()):
             raise ValueError(f"{path}: tensor {name} is missing, {INDEX_FILE} places it here")
         for name, (dtype, shape) in header.items():
-            if name in place:
-                raise ValueError(f"{path}: tensor {name} is there twice, also in {place[name].name}")
+            if name in file_of:
+                raise ValueError(f"{path}: tensor {name} is there twice, also in {file_of[name].name}")
             if listed is not None and name not in listed:
                 raise ValueError(f"{path}: tensor {name} is there, but {INDEX_FILE} does not place it here")
-            place[name] = path
+            file_of[name] = path
             if _OBSOLETE.fullmatch(name):
                 continue
             tied_head = name == "lm_head.weight" and config.tie_word_embeddings
@@ -226,14 +226,14 @@ def _checked_tensors(folder: Path, config: ModelConfig) -> dict[Path, list[str]]
                 raise ValueError(f"{path}: tensor {name} must have shape {list(wanted)}, got {list(shape)}")
             if dtype not in _READABLE:
                 raise ValueError(f"{path}: tensor {name} must be one of {', '.join(_READABLE)}, got {dtype}")
-    missing = [name for name in layout if name not in place]
+    missing = [name for name in layout if name not in file_of]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         where = next(iter(files)) if len(files) == 1 else folder / INDEX_FILE
         shape = list(layout[missing[0]].shape)
         raise ValueError(f"{where}: tensor {missing[0]}{more} is missing, wanted shape {shape}")
     out: dict[Path, list[str]] = {path: [] for path in files}
-    for name, path in place.items():
+    for name, path in file_of.items():
         if not _OBSOLETE.fullmatch(name):
             out[path].append(name)
     return out

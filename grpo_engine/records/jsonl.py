@@ -11,15 +11,16 @@ import json
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from grpo_engine.system.files import write_bytes_atomic
 
-SCHEMA = 2
-READABLE = (1, 2)  # schemas that are read; a field that the older lacks has a default
+SCHEMA = 3
+READABLE = (1, 2, 3)  # schemas that are read; a field that the older lacks has a default
+FORMER_NAMES = {"equal_groups": "zero_variance_groups"}  # fields of schemas 1 and 2 -> today's
 Record = TypeVar("Record")
 
 
@@ -72,7 +73,7 @@ def _plain(value: Any, where: str, non_finite: dict[str, str]) -> Any:
 
 
 def from_json(cls: type[Record], obj: Mapping[str, Any], *, where: str = "record") -> Record:
-    """A typed record from a JSON object that was read.
+    """A typed record from a JSON object that was read; fields of older schemas get today's names.
 
     Args:
         cls: `StepRecord`, `EvalRecord` or `TimingRecord`.
@@ -88,7 +89,8 @@ def from_json(cls: type[Record], obj: Mapping[str, Any], *, where: str = "record
     """
     _check_schema(obj, where)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = {k: v for k, v in obj.items() if k not in ("schema", "non_finite")}
+    former = FORMER_NAMES if obj["schema"] < 3 else {}
+    values = {former.get(k, k): v for k, v in obj.items() if k not in ("schema", "non_finite")}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}")
     required = [
@@ -186,8 +188,11 @@ class JsonlWriter:
         Raises:
             TypeError: a value without a JSON form; the file is then unchanged.
         """
-        line = json.dumps(to_json(record), allow_nan=False, separators=(",", ":")) + "\n"
-        self._file.write(line.encode())
+        self.write_lines([json.dumps(to_json(record), allow_nan=False, separators=(",", ":"))])
+
+    def write_lines(self, lines: Iterable[str]) -> None:
+        """Appends lines as they are, each without its line end, and flushes them."""
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
         self._file.flush()
 
     def sync(self) -> None:

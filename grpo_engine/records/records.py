@@ -6,7 +6,7 @@ A run directory holds
     steps.jsonl     one `StepRecord` a line: deterministic, bit-identical after a kill and a resume
     evals.jsonl     one `EvalRecord` a line: deterministic as well
     timings.jsonl   one `TimingRecord` a line: wall-clock, different in every run; only cost figures read it
-    order.txt       uid of every training prompt in the order they are seen, one a line; P lines are a step
+    order.txt       uid of every training prompt in the order they are seen, one a line; `groups` lines are a step
     checkpoint/     written by `grpo_engine.train.checkpoint`
     summary.json    written last: a run with a summary is complete
 
@@ -60,17 +60,19 @@ class StepRecord:
     step: int  # 1 is the first step
     prompts_seen: int  # D: prompts drawn so far, repeats included; 0 for pretraining
     unique_prompts: int  # different prompts drawn so far; prompts_seen / unique_prompts is the reuse so far
-    trained_tokens: int  # T: prompt and response tokens of the answers trained on, so far; each answer counts its prompt
+    trained_tokens: int  # T: prompt and response of all sequences trained on, so far; a shared prompt counts for each
     compute_6nt: float  # FLOPs so far, 6 x non-embedding parameters x trained_tokens
     compute_ledger: float  # FLOPs so far, all phases but evaluation summed
-    reward_mean: float | None = None  # over all answers of the step
-    reward_std: float | None = None  # over all answers of the step, divided by n - 1
-    reward_failures: int | None = None  # answers whose verifier timed out, crashed or raised (scored 0)
-    groups: int | None = None  # prompts of the step
-    equal_groups: int | None = None  # groups whose answers all got one reward: they carry no gradient
+    reward_mean: float | None = None  # over all responses of the step
+    reward_std: float | None = None  # over all responses of the step, divided by n - 1
+    reward_failures: int | None = None  # responses whose verifier timed out, crashed or raised (scored 0)
+    groups: int | None = None  # prompts of the step, those of further rounds of sampling included
+    zero_variance_groups: int | None = None  # groups whose responses all got one reward: they carry no gradient
+    overlong_penalty_mean: float | None = None  # over all responses of the step; reward_mean is without it
+    masked_responses: int | None = None  # left out of the loss, of those trained on; None: loss.mask_truncated is off
     response_len_mean: float | None = None  # tokens
-    finished_share: float | None = None  # answers that ended by themselves, not at the length limit
-    prompt_tokens: int | None = None  # of this step, counted once an answer
+    finished_share: float | None = None  # responses that ended by themselves, not at the length limit
+    prompt_tokens: int | None = None  # of this step, counted once a response
     response_tokens: int | None = None  # of this step
     loss: float | None = None  # mean over the step's minibatches
     kl: float | None = None  # estimate of the KL to the reference policy; None without a reference
@@ -98,12 +100,12 @@ class EvalRecord:
     mode: str  # "sample" or "greedy"
     temperature: float  # 0.0 for greedy
     num_problems: int
-    num_samples: int  # answers to each problem
-    pass1: float  # mean over problems of the share of right answers
+    num_samples: int  # responses to each problem
+    pass1: float  # mean over problems of the share of right responses
     loss: float
     stderr: float | None  # of pass1, over problems; None for a single problem
     by_grade: dict[str, dict[str, float]] | None = None  # {grade: {"pass1": float, "n": int}}
-    right: list[int] | None = None  # right answers to each problem, in the set's order; None where rewards are not 0 or 1
+    right: list[int] | None = None  # right responses to each problem, in the set's order; None where rewards are not 0 or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ def derive_seeds(*parts: int, count: int) -> Tensor:
     """Seeds of `count` requests, from what names them.
 
     Args:
-        parts: integers that identify the draw, for instance (run seed, stream, step); any order matters.
+        parts: integers that identify the sample, for instance (run seed, stream, step); any order matters.
         count: how many.
 
     Returns:
@@ -185,7 +185,7 @@ class Engine:
     ) -> Generator[Finished, None, list[RolloutBatch]]:
         """Yields what each step finished, and returns the batches."""
         N = sum(request.num_sequences for request in requests)
-        drawn: list[tuple[Tensor, ...]] = []
+        sampled: list[tuple[Tensor, ...]] = []
         wanted: list[Tensor] = []  # with lookahead: which of those; the others are of responses that had stopped
         seconds = {"prefill": 0.0, "decode": 0.0}
         ended_N, finished = np.zeros(N, dtype=bool), 0
@@ -195,7 +195,7 @@ class Engine:
             for plan, samples in self._steps(scheduler):
                 sequence, position = torch.from_numpy(plan.sample_seq), torch.from_numpy(plan.sample_position)
                 ended = _commit(scheduler, sequence, position, samples[0])
-                drawn.append((sequence, position, *samples))
+                sampled.append((sequence, position, *samples))
                 if self.lookahead:
                     wanted.append(torch.from_numpy(~ended_N[plan.sample_seq]))
                     ended_N[ended] = True
@@ -207,12 +207,12 @@ class Engine:
                 if progress is not None:
                     progress(finished, N)
                 if ended:
-                    yield Finished(ended, [scheduler.answer(sequence) for sequence in ended])
+                    yield Finished(ended, [scheduler.response(sequence) for sequence in ended])
                 start = time.perf_counter()  # what the caller does with responses is not the rollout's time
         stats = _stats(scheduler, seconds)
         if ledger is not None:
             _book(ledger, phase, self.model, scheduler.totals, stats)
-        columns = tuple(torch.cat(column) for column in zip(*drawn, strict=True))
+        columns = tuple(torch.cat(column) for column in zip(*sampled, strict=True))
         if wanted:
             wanted_rows = torch.cat(wanted)
             columns = tuple(column[wanted_rows] for column in columns)
@@ -356,7 +356,7 @@ def _check_request(model: Model, request: SamplingRequest, first: int) -> None:
 
 
 def _commit(scheduler: _C.Scheduler, sequence: Tensor, position: Tensor, token: Tensor) -> list[int]:
-    """Hands the drawn tokens back; the sequences that they finish."""
+    """Hands the sampled tokens back; the sequences that they finish."""
     try:
         return scheduler.commit(token.numpy())
     except ValueError as e:
@@ -391,29 +391,29 @@ def _book(ledger: Ledger, phase: str | None, model: Model, totals: _C.SchedulerT
 
 
 def _collect(
-    scheduler: _C.Scheduler, requests: Sequence[SamplingRequest], drawn: tuple[Tensor, ...], stats: RolloutStats
+    scheduler: _C.Scheduler, requests: Sequence[SamplingRequest], sampled: tuple[Tensor, ...], stats: RolloutStats
 ) -> list[RolloutBatch]:
-    """`drawn`: (sequence, position, token, log-prob, entropy) of all answer tokens; () when there are none."""
+    """`sampled`: (sequence, position, token, log-prob, entropy) of all response tokens; () when there are none."""
     prompts = [prompt for request in requests for prompt in request.prompts]
-    answers_P = _int64(request.group_size for request in requests for _ in request.prompts)
+    responses_P = _int64(request.group_size for request in requests for _ in request.prompts)
     prompt_len_P = _int64(map(len, prompts))
-    prompt_len_N = prompt_len_P.repeat_interleave(answers_P)
+    prompt_len_N = prompt_len_P.repeat_interleave(responses_P)
     N = prompt_len_N.numel()
-    seq, position, token, logprob, entropy = drawn or (*[_int64(())] * 3, *[torch.empty(0, device="cpu")] * 2)
+    seq, position, token, logprob, entropy = sampled or (*[_int64(())] * 3, *[torch.empty(0, device="cpu")] * 2)
     cu_seqlens = _int64([0]).repeat(N + 1)
     cu_seqlens[1:] = (prompt_len_N + torch.bincount(seq, minlength=N)).cumsum(0)
     starts, T = cu_seqlens[:-1], int(cu_seqlens[-1])
     tokens = torch.empty(T, dtype=torch.int64, device="cpu")
     all_logprob, all_entropy = torch.zeros(2, T, device="cpu")
-    # the prompts, each written once for every answer to it
+    # the prompts, each written once for every response to it
     flat = _int64(itertools.chain.from_iterable(prompts))
-    flat_start_N = (prompt_len_P.cumsum(0) - prompt_len_P).repeat_interleave(answers_P)
+    flat_start_N = (prompt_len_P.cumsum(0) - prompt_len_P).repeat_interleave(responses_P)
     within = packed_positions(torch.nn.functional.pad(prompt_len_N.cumsum(0), (1, 0)))
     tokens[starts.repeat_interleave(prompt_len_N) + within] = flat[flat_start_N.repeat_interleave(prompt_len_N) + within]
-    place = starts[seq] + position
-    tokens[place] = token
-    all_logprob[place] = logprob
-    all_entropy[place] = entropy
+    index = starts[seq] + position
+    tokens[index] = token
+    all_logprob[index] = logprob
+    all_entropy[index] = entropy
     batches, first = [], 0
     for request in requests:
         last = first + request.num_sequences

@@ -2,7 +2,7 @@
 
 On the CPU the arrays of a scheduler's plan are the model's inputs, without a copy. On CUDA:
 
-- A plan goes up in one copy from pinned memory, what a step draws comes home in one, with an event behind it. That event
+- A plan goes up in one copy from pinned memory, what a step samples comes home in one, with an event behind it. That event
   is all that the host ever waits for.
 - With lookahead the host starts a step before it has the tokens of the one before: those are taken on the device.
 - With graphs, a step of one token a sequence runs from buffers that stay where they are, padded to one of a few sizes, so
@@ -40,7 +40,7 @@ DTYPES = {
     "page_copies": torch.int32,
 }
 # What a padding row has where it is not 0: it writes no key (slot -1), reads the key in slot 0 of page 0, which is there
-# though it may hold anything, and draws a token that nobody takes. Rows do not depend on each other.
+# though it may hold anything, and samples a token that nobody takes. Rows do not depend on each other.
 PADDING = {"slots": -1, "kv_len": 1, "temperature": 1.0}
 SMALLEST_TABLE = 256  # tokens that a padded page table holds at least
 
@@ -132,7 +132,7 @@ class PagedSequences:
 
 
 class Samples:
-    """What a step draws, in one buffer: token [R] int64, and of each its full log-prob and entropy [R] float32."""
+    """What a step samples, in one buffer: token [R] int64, and of each its full log-prob and entropy [R] float32."""
 
     def __init__(self, rows: int, device: torch.device | str, *, pinned: bool = False) -> None:
         self.bytes = torch.empty(16 * rows, dtype=torch.uint8, device=device, pin_memory=pinned)
@@ -194,7 +194,7 @@ class ModelRunner:
 
     Args:
         model: the policy.
-        lookahead: a plan may hold tokens that the step before draws.
+        lookahead: a plan may hold tokens that the step before samples.
         graphs: steps of one token a sequence run padded, from static buffers; on CUDA from the second of a size on as a
             graph. On the CPU nothing is recorded: for tests of padding.
     """
@@ -283,7 +283,7 @@ class ModelRunner:
             _fill(staged.numpy(), shapes, arrays)
             inputs = _cut(staged.to(self.model.device, non_blocking=True), shapes)
             self.cache.copy_pages(inputs.page_copies)
-            self._draw(inputs, plan.decode_only)
+            self._sample_into_buffer(inputs, plan.decode_only)
         host.samples.bytes.copy_(self._samples.bytes, non_blocking=True)
         if host.event is not None:
             host.event.record()
@@ -307,7 +307,7 @@ class ModelRunner:
         if step.graph is not None:
             step.graph.replay()
             return
-        self._draw(step.inputs, decode_only=True)  # also loads the kernels, which recording must not do
+        self._sample_into_buffer(step.inputs, decode_only=True)  # also loads the kernels, which recording must not do
         step.graph = self._record(step.inputs)
 
     def _record(self, inputs: StepInputs) -> torch.cuda.CUDAGraph | None:
@@ -318,13 +318,13 @@ class ModelRunner:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # other threads may go on using CUDA
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._draw(inputs, decode_only=True)
+            self._sample_into_buffer(inputs, decode_only=True)
         return graph
 
-    def _draw(self, inputs: StepInputs, decode_only: bool) -> None:
+    def _sample_into_buffer(self, inputs: StepInputs, decode_only: bool) -> None:
         """A step from the samples of the one before to its own."""
         if self.lookahead:
-            # where the step before could not draw, its commit will say so; until then any token will do
+            # where the step before could not sample, its commit will say so; until then any token will do
             before = self._samples.token[(-1 - inputs.tokens).clamp_(min=0)].clamp_(min=0)
             inputs = inputs._replace(tokens=torch.where(inputs.tokens < 0, before, inputs.tokens))
         sample = self._sample(inputs, decode_only)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,9 +27,9 @@ from grpo_engine.records.ledger import Ledger
 from grpo_engine.rewards.pool import reward_pool
 from grpo_engine.rollout.engine import Engine
 from grpo_engine.run.progress import RunProgress
-from grpo_engine.system import device, files, machine
+from grpo_engine.system import device, machine
 from grpo_engine.system.memory import keep_freed_memory
-from grpo_engine.tasks.order import problems_of_step
+from grpo_engine.tasks.order import problems_from
 from grpo_engine.train import advantages, checkpoint, loss
 from grpo_engine.train.optimizer import adamw
 from grpo_engine.train.step import StepOutcome, grpo_step, learning_rate
@@ -40,6 +41,7 @@ class Counters:
     """What a run has done so far; saved with every checkpoint."""
 
     step: int = 0
+    prompts_seen: int = 0
     trained_tokens: int = 0
     flops: float = 0.0  # the ledger's, evaluation left out
 
@@ -139,18 +141,15 @@ class Run:
         self.corpus = control.control_corpus(c) if c.method == "pretrain" else None
 
         self.counters = Counters()
-        lengths = {name: 0 for name in (records.STEPS_FILE, records.EVALS_FILE, records.TIMINGS_FILE)}
+        lengths = {name: 0 for name in (records.STEPS_FILE, records.EVALS_FILE, records.TIMINGS_FILE, records.ORDER_FILE)}
         state = checkpoint.load(self.out, config_hash=self.run_id)
         if state is not None:
             self.counters = Counters(**state.meta["counters"])
             lengths = state.lengths
             state.restore(self.model, self.optimizer)
         else:
-            if c.method == "grpo":
-                seen = (p.uid for step in range(1, c.steps + 1) for p in self._problems(step))
-                files.write_bytes_atomic(self.out / records.ORDER_FILE, "".join(f"{u}\n" for u in seen).encode())
             jsonl.write_json_atomic(self.out / records.RUN_FILE, self._header())
-        self.steps, self.evals, self.timings = (
+        self.steps, self.evals, self.timings, self.order = self.writers = tuple(
             jsonl.JsonlWriter(self.out / name, truncate_to=length) for name, length in lengths.items()
         )
         self.ledger = Ledger(self.counters.flops, device=c.device)
@@ -227,7 +226,7 @@ class Run:
                 with self.ledger.timed("checkpoint"):
                     self._checkpoint()
         self._write_timing(c.steps)
-        for writer in (self.steps, self.evals, self.timings):
+        for writer in self.writers:
             writer.close()
         found = jsonl.read_jsonl(self.out / records.TIMINGS_FILE).records
         timings = [jsonl.from_json(records.TimingRecord, o) for o in found]
@@ -247,7 +246,7 @@ class Run:
         self.timings.write(records.TimingRecord(step=step, phase=self.ledger.close_step(), seconds=self.clock - before))
 
     def _checkpoint(self) -> None:
-        for writer in (self.steps, self.evals, self.timings):
+        for writer in self.writers:
             writer.sync()
         checkpoint.save(
             self.out,
@@ -255,18 +254,17 @@ class Run:
             optimizer=self.optimizer,
             step=self.counters.step,
             config_hash=self.run_id,
-            lengths={w.path.name: w.num_bytes for w in (self.steps, self.evals, self.timings)},
+            lengths={w.path.name: w.num_bytes for w in self.writers},
             meta={"counters": dataclasses.asdict(self.counters)},
             tokenizer_folder=self.tokenizer.folder,
         )
 
     def _grpo_step(self, step: int) -> records.StepRecord:
-        P = self.config.batch.prompts
         outcome = grpo_step(
             self.engine,
             self.reference,
             self.optimizer,
-            self._problems(step),
+            self._problems(),
             tokenizer=self.tokenizer,
             encode=self.encode,
             pool=self.pool,
@@ -275,12 +273,16 @@ class Run:
             ledger=self.ledger,
             progress=self.progress.rollout,
         )
+        groups = len(outcome.scored.rewards) // self.config.batch.group_size
+        self.order.write_lines(p.uid for p in islice(self._problems(), groups))
+        self.counters.prompts_seen += groups
         self._count(step, outcome.trained_tokens)
-        return self._record(step, **_step_fields(outcome, prompts=P, has_reference=self.reference is not None))
+        return self._record(step, **_step_fields(outcome, self.config))
 
-    def _problems(self, step: int) -> list[Problem]:
+    def _problems(self) -> Iterator[Problem]:
+        """The training problems from here on."""
         c = self.config
-        return problems_of_step(self.task.train, step=step, count=c.batch.prompts, seed=c.seed, shuffle=c.task.shuffle)
+        return problems_from(self.task.train, start=self.counters.prompts_seen, seed=c.seed, shuffle=c.task.shuffle)
 
     def _pretrain_step(self, step: int) -> records.StepRecord:
         outcome = control.control_step(
@@ -295,11 +297,10 @@ class Run:
         self.counters.flops = self.ledger.flops_without_evaluation
 
     def _so_far(self, step: int) -> dict[str, float]:
-        seen = step * self.config.batch.prompts if self.config.method == "grpo" else 0
         return {
             "step": step,
-            "prompts_seen": seen,
-            "unique_prompts": min(seen, len(self.task.train)),
+            "prompts_seen": self.counters.prompts_seen,
+            "unique_prompts": min(self.counters.prompts_seen, len(self.task.train)),
             "trained_tokens": self.counters.trained_tokens,
             "compute_6nt": 6.0 * self.model.num_non_embedding * self.counters.trained_tokens,
             "compute_ledger": self.counters.flops,
@@ -331,27 +332,28 @@ class Run:
         self.progress.finish_evaluation(results)
 
 
-def _step_fields(outcome: StepOutcome, *, prompts: int, has_reference: bool) -> dict:
-    rollout, stats = outcome.rollout, outcome.stats
-    rewards = torch.tensor([r.value for r in outcome.rewards], dtype=torch.float64, device="cpu")
-    lengths = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).long()
-    response_tokens = int((lengths - rollout.prompt_len).sum())
+def _step_fields(outcome: StepOutcome, config: RunConfig) -> dict:
+    rollout, stats = outcome.scored.rollout, outcome.stats
+    rewards = torch.tensor([r.value for r in outcome.scored.rewards], dtype=torch.float64, device="cpu")
+    response_tokens = int(rollout.response_len.sum())
     return {
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std(correction=1).item(),
-        "reward_failures": sum(r.status != "ok" for r in outcome.rewards),
-        "groups": prompts,
-        "equal_groups": outcome.equal_groups,
+        "reward_failures": sum(r.status != "ok" for r in outcome.scored.rewards),
+        "groups": rollout.num_sequences // rollout.group_size,
+        "zero_variance_groups": outcome.zero_variance_groups,
+        "overlong_penalty_mean": None if config.reward.overlong_buffer is None else outcome.overlong_penalty,
+        "masked_responses": outcome.masked_responses if config.loss.mask_truncated else None,
         "response_len_mean": response_tokens / rollout.num_sequences,
         "finished_share": rollout.finish.count("stop") / rollout.num_sequences,
         "prompt_tokens": int(rollout.prompt_len.sum()),
         "response_tokens": response_tokens,
         "loss": outcome.loss,
-        "kl": stats.kl / stats.tokens if has_reference else None,
+        "kl": stats.kl / stats.tokens if stats and config.loss.kl_coef > 0 else None,
         "entropy": rollout.entropy.double().sum().item() / response_tokens,
-        "clip_low_share": stats.clip_low / stats.tokens,
-        "clip_high_share": stats.clip_high / stats.tokens,
-        "ratio_max": stats.ratio_max,
+        "clip_low_share": stats and stats.clip_low / stats.tokens,
+        "clip_high_share": stats and stats.clip_high / stats.tokens,
+        "ratio_max": stats and stats.ratio_max,
         "grad_norm": outcome.grad_norm,
         "logprob_mismatch_max": outcome.mismatch_max,
     }

@@ -14,7 +14,7 @@ data_source decides the family and the scorer; a plain row that has none is math
     logic__zebra_puzzle*            logic   logic
     stem__supergpqa*                stem    choice
 
-With behaviour "paper" the scorers are those of `rewards.paper`, which keep the paper's errors.
+With scoring "paper" the scorers are those of `rewards.paper`, which keep the paper's errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_engine.config import Behaviour
+from grpo_engine.config import Scoring
 from grpo_engine.rewards.choice import LETTERS
 from grpo_engine.rewards.code import functional_tests
 from grpo_engine.tasks.rows import read_rows
@@ -62,7 +62,7 @@ FAMILIES: dict[str, Family] = {  # by the start of data_source
 }
 
 
-def read_problems(path: str | Path, *, limit: int | None = None, behaviour: Behaviour = "ours") -> list[Problem]:
+def read_problems(path: str | Path, *, limit: int | None = None, scoring: Scoring = "default") -> list[Problem]:
     """The problems of a file or folder, in its order.
 
     Of one user message the prompt is its content; a system message before it is put in front, with an empty line
@@ -77,7 +77,7 @@ def read_problems(path: str | Path, *, limit: int | None = None, behaviour: Beha
         path: a .parquet or .jsonl file, or a folder that save_to_disk of `datasets` made.
         limit: at most this many problems, spaced evenly over the file: of a file that is sorted by difficulty they
             have the whole's mix, in the same order. None: all.
-        behaviour: "ours", or "paper" for its scorers.
+        scoring: "default", or "paper" for its scorers.
 
     Returns:
         At least one problem.
@@ -89,7 +89,7 @@ def read_problems(path: str | Path, *, limit: int | None = None, behaviour: Beha
     """
     if limit is not None and limit < 1:
         raise ValueError(f"read_problems: limit must be at least 1 or None, got {limit}")
-    return _spaced(_read(Path(path), behaviour), limit)
+    return _spaced(_read(Path(path), scoring), limit)
 
 
 def files_task(
@@ -97,7 +97,7 @@ def files_task(
     train: str | Path,
     evals: Mapping[str, str | Path],
     eval_problems: int | None = None,
-    behaviour: Behaviour = "ours",
+    scoring: Scoring = "default",
     name: str = "files",
 ) -> Task:
     """A task from one file to train on and any number of files to be tested on.
@@ -110,7 +110,7 @@ def files_task(
         train: file to train on.
         evals: name of an evaluation set to its file; may be empty.
         eval_problems: at most this many problems of each evaluation set, spaced evenly over its file; None: all.
-        behaviour: see `read_problems`.
+        scoring: see `read_problems`.
         name: of the task.
 
     Returns:
@@ -122,9 +122,9 @@ def files_task(
     """
     if eval_problems is not None and eval_problems < 1:
         raise ValueError(f"files_task: eval_problems must be at least 1 or None, got {eval_problems}")
-    test = {set_name: _read(Path(path), behaviour) for set_name, path in evals.items()}
+    test = {set_name: _read(Path(path), scoring) for set_name, path in evals.items()}
     held_out = {_same_text(p.prompt) for problems in test.values() for p in problems}
-    everything = _read(Path(train), behaviour)
+    everything = _read(Path(train), scoring)
     training = [p for p in everything if _same_text(p.prompt) not in held_out]
     if len(training) < len(everything):
         _log.warning(
@@ -166,14 +166,14 @@ def family_of(data_source: str) -> Family:
     raise ValueError(f"unknown data_source {data_source!r}: known ones begin with {', '.join(FAMILIES)}")
 
 
-def _read(path: Path, behaviour: Behaviour) -> list[Problem]:
+def _read(path: Path, scoring: Scoring) -> list[Problem]:
     found: dict[str, Problem] = {}
     count = 0
-    for place, row in read_rows(path, FIELDS):
+    for where, row in read_rows(path, FIELDS):
         try:
-            problem = _problem(row, behaviour)
+            problem = _problem(row, scoring)
         except ValueError as e:
-            raise ValueError(f"{path}: {place}: {e}") from e
+            raise ValueError(f"{path}: {where}: {e}") from e
         found.setdefault(problem.uid, problem)
         count += 1
     if not count:
@@ -183,7 +183,7 @@ def _read(path: Path, behaviour: Behaviour) -> list[Problem]:
     return list(found.values())
 
 
-def _problem(row: Mapping[str, object], behaviour: Behaviour) -> Problem:
+def _problem(row: Mapping[str, object], scoring: Scoring) -> Problem:
     source, prompt, truth, truth_field = _verl(row) if row.get("reward_model") is not None else _plain(row)
     family = family_of(source)
     answer = _answer(truth, truth_field, family)
@@ -193,7 +193,7 @@ def _problem(row: Mapping[str, object], behaviour: Behaviour) -> Problem:
         prompt=prompt,
         answer=answer,
         domain=family.domain,
-        reward=family.paper if behaviour == "paper" else family.reward,
+        reward=family.paper if scoring == "paper" else family.reward,
         info={"data_source": source, **_info(row)},
     )
 

@@ -1,37 +1,32 @@
-"""Which problems a step trains on."""
+"""The order in which a run trains on its problems."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from grpo_engine.types import Problem
 
 
-def problems_of_step(problems: Sequence[Problem], *, step: int, count: int, seed: int, shuffle: bool) -> list[Problem]:
-    """The prompts of one step: the set in order, again and again, each pass in an order of its own.
+def problems_from(problems: Sequence[Problem], *, start: int, seed: int, shuffle: bool) -> Iterator[Problem]:
+    """The training prompts of a run from one on: the set in order, again and again, each pass in an order of its own.
 
     Args:
         problems: U of them.
-        step: 1 is the first.
-        count: P.
+        start: how many prompts were taken before.
         seed: of the run.
         shuffle: False keeps the given order in every pass.
 
-    Returns:
-        P problems; a pass that ends within the step is followed by the start of the next.
+    Yields:
+        Problems without end.
     """
     U = len(problems)
-    chosen = []
-    orders: dict[int, Tensor] = {}
-    for place in range((step - 1) * count, step * count):
-        epoch, i = divmod(place, U)
+    for epoch in itertools.count(start // U):
+        order = range(U)
         if shuffle:
-            if epoch not in orders:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                orders[epoch] = torch.randperm(U, generator=generator, device="cpu")
-            i = int(orders[epoch][i])
-        chosen.append(problems[i])
-    return chosen
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(U, generator=generator, device="cpu").tolist()
+        first = start % U if epoch == start // U else 0
+        yield from (problems[i] for i in order[first:])

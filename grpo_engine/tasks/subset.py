@@ -24,14 +24,14 @@ def subset(
 
     All problems are ranked by difficulty, equals in random order; the ranks that are taken follow a van der Corput
     sequence with a random start, so that 2^k of them have one in each of 2^k equal parts of the ranking, and every
-    further one halves a gap. A nested draw is the beginning of one such sequence, whatever its length.
+    further one halves a gap. A nested sample is the beginning of one such sequence, whatever its length.
 
     Args:
         problems: U of them, at most 2^32.
         count: how many to take; U or more takes all.
-        seed: of the draw.
+        seed: of the sample.
         how: "nested": what a smaller count takes with this seed is among what a larger one takes. "independent":
-            different counts draw for themselves.
+            different counts sample for themselves.
 
     Returns:
         min(count, U) problems in the order of `problems`.
@@ -44,14 +44,14 @@ def subset(
     U = len(problems)
     if count >= U:
         return list(problems)
-    draw = random.Random(f"subset/{seed}" if how == "nested" else f"subset/{seed}/{count}")
-    ties = [draw.random() for _ in problems]
+    source = random.Random(f"subset/{seed}" if how == "nested" else f"subset/{seed}/{count}")
+    ties = [source.random() for _ in problems]
     ranked = sorted(range(U), key=lambda i: (difficulty(problems[i]), ties[i]))
-    mask = draw.getrandbits(32)
+    mask = source.getrandbits(32)
     taken: dict[int, None] = {}
-    place = 0
+    index = 0
     while len(taken) < count:
-        digits = int(f"{place:032b}"[::-1], 2) ^ mask
+        digits = int(f"{index:032b}"[::-1], 2) ^ mask
         taken[ranked[digits * U >> 32]] = None
-        place += 1
+        index += 1
     return [problems[i] for i in sorted(taken)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_engine import ops
-from grpo_engine.config import AdvantageConfig
+from grpo_engine.config import AdvantageConfig, RewardConfig
 from grpo_engine.system import plugins
 from grpo_engine.types import Reward, RolloutBatch
 
@@ -57,11 +57,36 @@ def reward_matrix(rewards: Sequence[Reward], group_size: int) -> Tensor:
     return torch.tensor([r.value for r in rewards], device="cpu").view(-1, group_size)
 
 
-def estimate_advantages(rewards: Sequence[Reward], rollout: RolloutBatch, config: AdvantageConfig) -> Tensor:
+def varies(rewards_PG: Tensor) -> Tensor:
+    """[P] bool, whether a group has two different rewards: without, its advantages are exactly 0."""
+    return (rewards_PG != rewards_PG[:, :1]).any(dim=1)
+
+
+def overlong_penalty(rollout: RolloutBatch, config: RewardConfig, *, max_new_tokens: int) -> Tensor:
+    """What long responses lose: nothing up to the buffer before the limit, then linearly more.
+
+    Yu et al. 2025 (DAPO), arXiv:2503.14476, equation 13.
+
+    Args:
+        rollout: P*G responses.
+        config: overlong_buffer in tokens (None: no penalty) and overlong_penalty, the most that one loses.
+        max_new_tokens: the limit, at least overlong_buffer.
+
+    Returns:
+        [P, G] float32 on the CPU, in [0, overlong_penalty].
+    """
+    length = rollout.response_len.cpu().view(-1, rollout.group_size).float()
+    if config.overlong_buffer is None:
+        return torch.zeros_like(length)
+    past = length - (max_new_tokens - config.overlong_buffer)
+    return config.overlong_penalty * (past / config.overlong_buffer).clamp(0, 1)
+
+
+def estimate_advantages(rewards_PG: Tensor, rollout: RolloutBatch, config: AdvantageConfig) -> Tensor:
     """One advantage for each response.
 
     Args:
-        rewards: N = P*G of them, group after group.
+        rewards_PG: [P, G] float32 on the CPU.
         rollout: the responses.
         config: which estimator, with its settings.
 
@@ -71,7 +96,6 @@ def estimate_advantages(rewards: Sequence[Reward], rollout: RolloutBatch, config
     Raises:
         ValueError: an estimator of your own returned another shape, or a number that is not finite; it is named.
     """
-    rewards_PG = reward_matrix(rewards, rollout.group_size)
     advantage_PG = estimator(config)(rewards_PG, rollout, config)
     if not isinstance(advantage_PG, Tensor) or advantage_PG.shape != rewards_PG.shape:
         got = list(advantage_PG.shape) if isinstance(advantage_PG, Tensor) else type(advantage_PG).__name__

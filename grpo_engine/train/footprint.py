@@ -75,14 +75,14 @@ class Shapes:
         return float(m.num_hidden_layers * kept + whole * layer)
 
 
-def memory(config: RunConfig, shapes: Shapes, prompt_tokens: float, answer_tokens: float) -> dict[str, float]:
+def memory(config: RunConfig, shapes: Shapes, prompt_tokens: float, response_tokens: float) -> dict[str, float]:
     """Bytes by what they hold, at the most.
 
     Args:
         config: of the run.
         shapes: of its model.
         prompt_tokens: a prompt.
-        answer_tokens: an answer; pages are for `rollout.max_new_tokens` whatever this is.
+        response_tokens: tokens of a response; pages are for `rollout.max_new_tokens` whatever this is.
 
     Returns:
         "weights", "gradients", "optimizer", "head gradient", "activations" and what else the run has: "reference", "KV",
@@ -96,13 +96,13 @@ def memory(config: RunConfig, shapes: Shapes, prompt_tokens: float, answer_token
         out["reference"] = shapes.weight_bytes
     r, sequences = config.rollout, config.batch.prompts * config.batch.group_size
     most = sequences
-    if config.evaluation.count:  # answers to a set, at least
+    if config.evaluation.count:  # responses to a set, at least
         most = max(most, (config.task.eval_problems or 500) * (config.evaluation.samples + config.evaluation.greedy))
     running = min(r.max_running, most)
     pages = r.num_pages or (running + 1) * -(-round(prompt_tokens + r.max_new_tokens) // r.page_size)
     out["KV"] = pages * r.page_size * shapes.kv_bytes if grpo else 0.0
     out["logits"] = running * shapes.logit_bytes if grpo else 0.0
-    sequence = prompt_tokens + answer_tokens
+    sequence = prompt_tokens + response_tokens
     tokens = min(max(config.batch.tokens_per_micro_batch, sequence), sequences * sequence)
     out["head gradient"] = shapes.head_bytes
     out["activations"] = tokens * shapes.activation_bytes(config.batch.activation_checkpointing)
@@ -110,7 +110,7 @@ def memory(config: RunConfig, shapes: Shapes, prompt_tokens: float, answer_token
 
 
 def peak_bytes(held: Mapping[str, float], *, pages_stay: bool = False) -> float:
-    """The most memory at a time: keys and values are there while answers are sampled, gradients while it trains.
+    """The most memory at a time: keys and values are there while responses are sampled, gradients while it trains.
 
     Args:
         held: of `memory`.

@@ -71,7 +71,7 @@ def policy_loss(logprob: Tensor, micro: TrainBatch, minibatch: Minibatch, config
         return _op(logprob, micro, minibatch, config)
     values = own(
         logprob, old_logprob=micro.old_logprob, ref_logprob=micro.ref_logprob, advantage=micro.advantage,
-        cu_seqlens=micro.cu_answers, config=config,
+        cu_seqlens=micro.cu_responses, config=config,
     )  # fmt: skip
     if not isinstance(values, Tensor) or values.shape != logprob.shape:
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -94,7 +94,7 @@ def token_weights(micro: TrainBatch, minibatch: Minibatch, config: LossConfig) -
 
     With aggregation "constant" the sum is the mean response length over constant_length.
     """
-    lengths = (micro.cu_answers[1:] - micro.cu_answers[:-1]).long()
+    lengths = (micro.cu_responses[1:] - micro.cu_responses[:-1]).long()
     if config.aggregation == "token_mean":
         each = torch.full_like(lengths, minibatch.num_tokens)
     elif config.aggregation == "sequence_mean":
@@ -110,7 +110,7 @@ def _op(
     return ops.policy_loss(
         logprob,
         advantage=micro.advantage if advantage is None else advantage,
-        cu_seqlens=micro.cu_answers,
+        cu_seqlens=micro.cu_responses,
         old_logprob=micro.old_logprob,
         ref_logprob=micro.ref_logprob,
         ratio=c.ratio,

@@ -7,6 +7,8 @@ How this differs from the GRPO of a textbook:
   once in training.
 - A minibatch is one optimizer step. A micro-batch is what goes through the model at once. The loss divides by the
   minibatch's totals, so the cut into micro-batches changes memory and rounding only.
+- Options of DAPO: groups of equal reward are replaced (`batch.sampling_rounds`), responses that the length limit cut off
+  are masked (`loss.mask_truncated`), and long ones lose reward (`reward.overlong_buffer`).
 - In the first minibatch the weights are still those that sampled. The trainer must then compute the sampler's log-probs
   bit for bit, and a step in which it does not is an error.
 
@@ -18,8 +20,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -33,7 +36,7 @@ from grpo_engine.records.ledger import Ledger
 from grpo_engine.rewards.pool import RewardPool
 from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest, derive_seeds
 from grpo_engine.system.device import move
-from grpo_engine.train.advantages import estimate_advantages, reward_matrix
+from grpo_engine.train.advantages import estimate_advantages, overlong_penalty, reward_matrix, varies
 from grpo_engine.train.batch import Minibatch, minibatches
 from grpo_engine.train.loss import logprobs, policy_loss
 from grpo_engine.train.optimizer import update
@@ -46,7 +49,7 @@ def grpo_step(
     engine: Engine,
     reference: Model | None,
     optimizer: torch.optim.Optimizer,
-    problems: Sequence[Problem],
+    problems: Iterator[Problem],
     *,
     tokenizer: Tokenizer,
     encode: Callable[[Problem], Sequence[int]],
@@ -56,13 +59,13 @@ def grpo_step(
     ledger: Ledger,
     progress: Progress | None = None,
 ) -> StepOutcome:
-    """Samples G responses to each problem, scores them, and moves the policy towards the better ones.
+    """Samples G responses to each of P problems, scores them, and moves the policy towards the better ones.
 
     Args:
         engine: samples; its model is the policy, which is trained in place.
         reference: frozen; None exactly when config.loss.kl_coef is 0.
         optimizer: over the policy's parameters.
-        problems: P of them.
+        problems: the run's training problems from here on; the step takes P, and more for further rounds of sampling.
         tokenizer: decodes responses, and has the tokens that end them.
         encode: a problem's prompt in tokens.
         pool: scores responses.
@@ -79,13 +82,90 @@ def grpo_step(
             position are named) although the policy is batch-invariant, or the weights have diverged.
         ValueError: an estimator or objective of the user's returned another shape than asked for.
     """
-    policy, G = engine.model, config.batch.group_size
+    policy, batch = engine.model, config.batch
 
-    # 1. Sample G responses to each prompt, and score each as soon as it ends.
+    def sample(count: int, *seed: int) -> Scored:
+        return sample_and_score(
+            engine, list(islice(problems, count)), tokenizer=tokenizer, encode=encode, pool=pool, config=config,
+            seed=seed, ledger=ledger, progress=progress,
+        )  # fmt: skip
+
+    # 1. Sample G responses to each prompt and score them. Further rounds replace groups of equal reward.
+    scored = sample(batch.prompts, step)
+    for again in range(1, batch.sampling_rounds):
+        missing = batch.prompts - int(varies(scored.rewards_PG).sum())
+        if not missing:
+            break
+        scored = scored.join(sample(missing, step, again))
+
+    # 2. One advantage for each response to P prompts.
+    penalty_PG = overlong_penalty(scored.rollout, config.reward, max_new_tokens=config.rollout.max_new_tokens)
+    groups = groups_to_train(scored.rewards_PG, batch.prompts)
+    rollout = scored.rollout if len(groups) == len(penalty_PG) else scored.rollout.take(groups)
+    advantage_N = estimate_advantages((scored.rewards_PG - penalty_PG)[groups], rollout, config.advantage)
+
+    # 3. One optimizer step for each minibatch.
+    cut = minibatches(
+        rollout,
+        advantage_N,
+        count=batch.minibatches,
+        tokens_per_micro_batch=batch.tokens_per_micro_batch,
+        mask_truncated=config.loss.mask_truncated,
+    )
+    updates: list[Update] = []
+    for minibatch in cut:
+        if minibatch.num_sequences:  # 0: all of its responses are masked
+            on_policy = not updates
+            updates.append(
+                train_minibatch(
+                    policy, reference, optimizer, minibatch, config, step=step, on_policy=on_policy, ledger=ledger
+                )
+            )
+    return StepOutcome.of(scored, penalty_PG, rollout, updates)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """Responses with their rewards."""
+
+    rollout: RolloutBatch
+    rewards: tuple[Reward, ...]  # N
+
+    @property
+    def rewards_PG(self) -> Tensor:
+        """[P, G] float32."""
+        return reward_matrix(self.rewards, self.rollout.group_size)
+
+    def join(self, more: Scored) -> Scored:
+        """Both, one behind the other."""
+        return Scored(rollout=RolloutBatch.join([self.rollout, more.rollout]), rewards=self.rewards + more.rewards)
+
+
+def sample_and_score(
+    engine: Engine,
+    problems: Sequence[Problem],
+    *,
+    tokenizer: Tokenizer,
+    encode: Callable[[Problem], Sequence[int]],
+    pool: RewardPool,
+    config: RunConfig,
+    seed: tuple[int, ...],
+    ledger: Ledger,
+    progress: Progress | None = None,
+) -> Scored:
+    """Samples G responses to each problem, and scores each response as soon as it ends.
+
+    Args:
+        problems: P of them.
+        seed: what tells this rollout from the run's others.
+
+    For the other arguments, and for errors, see `grpo_step`.
+    """
+    G = config.batch.group_size
     request = SamplingRequest(
         prompts=[encode(p) for p in problems],
         group_size=G,
-        seeds=derive_seeds(config.seed, ROLLOUT_STREAM, step, count=len(problems) * G),
+        seeds=derive_seeds(config.seed, ROLLOUT_STREAM, *seed, count=len(problems) * G),
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )
@@ -99,18 +179,14 @@ def grpo_step(
         with ledger.timed("reward"):
             rewards = scoring.finish()
     (rollout,) = sampling.batches
+    return Scored(rollout=rollout, rewards=tuple(rewards))
 
-    # 2. One advantage for each response.
-    advantage_N = estimate_advantages(rewards, rollout, config.advantage)
 
-    # 3. One optimizer step for each minibatch.
-    batch = config.batch
-    cut = minibatches(rollout, advantage_N, count=batch.minibatches, tokens_per_micro_batch=batch.tokens_per_micro_batch)
-    updates = [
-        train_minibatch(policy, reference, optimizer, minibatch, config, step=step, on_policy=i == 0, ledger=ledger)
-        for i, minibatch in enumerate(cut)
-    ]
-    return StepOutcome.of(rollout, rewards, updates)
+def groups_to_train(rewards_PG: Tensor, count: int) -> list[int]:
+    """Which groups a step trains on, in order: those of unequal rewards, filled up to `count` with the first others."""
+    differ = varies(rewards_PG)
+    others = (~differ).nonzero().flatten()[: count - int(differ.sum())]
+    return sorted([*differ.nonzero().flatten().tolist(), *others.tolist()])
 
 
 def train_minibatch(
@@ -153,6 +229,7 @@ def train_minibatch(
         loss=functools.reduce(operator.add, losses),
         grad_norm=grad_norm,
         stats=tuple(ops.PolicyStats(*part) for part in stats),
+        num_sequences=minibatch.num_sequences,
         trained_tokens=trained_tokens,
         mismatch_max=mismatch,
     )
@@ -165,6 +242,7 @@ class Update:
     loss: float
     grad_norm: float  # before clipping
     stats: tuple[ops.PolicyStats, ...]  # of each micro-batch
+    num_sequences: int
     trained_tokens: int
     mismatch_max: float
 
@@ -173,28 +251,30 @@ class Update:
 class StepOutcome:
     """What one step sampled, was rewarded with and did to the weights."""
 
-    rollout: RolloutBatch
-    rewards: tuple[Reward, ...]  # N
-    equal_groups: int  # groups whose responses all got one reward: zero variance, and advantage exactly 0
+    scored: Scored  # all rounds of sampling
+    zero_variance_groups: int  # of all that were sampled, groups whose advantages are exactly 0
+    overlong_penalty: float  # mean over responses
+    masked_responses: int  # of those trained on
     trained_tokens: int  # inputs of the training pass, each sequence counted whole
-    stats: ops.PolicyStats  # over the step's minibatches
-    loss: float  # mean over minibatches
-    grad_norm: float  # before clipping, mean over minibatches
-    mismatch_max: float  # max |sampler's - trainer's log-prob| in the first minibatch
+    stats: ops.PolicyStats | None  # over the step's minibatches; None: all responses were masked, and nothing was trained
+    loss: float | None  # mean over minibatches
+    grad_norm: float | None  # before clipping, mean over minibatches
+    mismatch_max: float | None  # max |sampler's - trainer's log-prob| in the first minibatch
 
     @classmethod
-    def of(cls, rollout: RolloutBatch, rewards: Sequence[Reward], updates: Sequence[Update]) -> StepOutcome:
+    def of(cls, scored: Scored, penalty_PG: Tensor, trained: RolloutBatch, updates: Sequence[Update]) -> StepOutcome:
         """From what the stages of a step returned."""
-        rewards_PG = reward_matrix(rewards, rollout.group_size)
+        count = len(updates)
         return cls(
-            rollout=rollout,
-            rewards=tuple(rewards),
-            equal_groups=int((rewards_PG == rewards_PG[:, :1]).all(dim=1).sum()),
+            scored=scored,
+            zero_variance_groups=int((~varies(scored.rewards_PG - penalty_PG)).sum()),
+            overlong_penalty=float(penalty_PG.mean()),
+            masked_responses=trained.num_sequences - sum(u.num_sequences for u in updates),
             trained_tokens=sum(u.trained_tokens for u in updates),
-            stats=functools.reduce(ops.PolicyStats.merge, (s for u in updates for s in u.stats)),
-            loss=sum(u.loss for u in updates) / len(updates),
-            grad_norm=sum(u.grad_norm for u in updates) / len(updates),
-            mismatch_max=max(u.mismatch_max for u in updates),
+            stats=functools.reduce(ops.PolicyStats.merge, (s for u in updates for s in u.stats)) if count else None,
+            loss=sum(u.loss for u in updates) / count if count else None,
+            grad_norm=sum(u.grad_norm for u in updates) / count if count else None,
+            mismatch_max=max(u.mismatch_max for u in updates) if count else None,
         )
 
 
@@ -209,7 +289,7 @@ def training_flops(model: Model, micro: TrainBatch) -> float:
     What backward computes again, with activation checkpointing, is not counted.
     """
     pairs = int((micro.positions + 1).sum())  # each token sees itself and all before it
-    return forward_flops(model, tokens=micro.tokens.numel(), pairs=pairs, head_rows=micro.num_answer_tokens)
+    return forward_flops(model, tokens=micro.tokens.numel(), pairs=pairs, head_rows=micro.num_response_tokens)
 
 
 def _same_bits(scored: Sequence[tuple[Tensor, TrainBatch]]) -> bool:
@@ -225,9 +305,9 @@ def _on_policy_mismatch(logprob: Tensor, micro: TrainBatch, batch_invariant: boo
     if not batch_invariant:
         return float(difference.max())
     row = int(difference.argmax())
-    sequence = int(torch.searchsorted(micro.cu_answers, row, right=True)) - 1
+    sequence = int(torch.searchsorted(micro.cu_responses, row, right=True)) - 1
     raise RuntimeError(
-        f"rollout and trainer disagree: sequence {sequence} of a micro-batch, answer token "
-        f"{row - int(micro.cu_answers[sequence])}: sampled with log-prob {float(micro.old_logprob[row])!r}, recomputed "
+        f"rollout and trainer disagree: sequence {sequence} of a micro-batch, response token "
+        f"{row - int(micro.cu_responses[sequence])}: sampled with log-prob {float(micro.old_logprob[row])!r}, recomputed "
         f"as {float(logprob[row])!r}"
     )

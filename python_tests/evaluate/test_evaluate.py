@@ -101,7 +101,7 @@ def test_all_sets_at_once_give_the_answers_that_each_gives_alone(setting):
                 model, prompts, group_size=samples, temperature=temperature, stop_ids=tokenizer.stop_ids,
                 seeds=derive_seeds(0, EVALUATION_STREAM, name, count=12 * samples), config=config_of().rollout,
             )  # fmt: skip
-            alone += map(tokenizer.decode, rollout.answers())
+            alone += map(tokenizer.decode, rollout.responses())
     assert together.responses == alone
     assert together.problems == [p.uid for s in eval_sets for g in (2, 1) for p in s.problems for _ in range(g)]
 

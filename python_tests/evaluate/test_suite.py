@@ -66,7 +66,7 @@ def config(model, tmp_path):
     return validate(RunConfig, {
         "model": {"path": str(model)}, "rollout": {"max_new_tokens": 8, "max_running": 8}, "evaluation": {"samples": 4},
         "task": {"name": "files", "train": files["words"], "evals": files, "eval_problems": None},
-        "reward": {"behaviour": "paper"},  # draws letters, so that random text is right now and then
+        "reward": {"scoring": "paper"},  # draws letters, so that random text is right now and then
     })  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def test_greedy_tokens_equal_transformers_and_training_has_the_bits_of_sampling(
     config = RolloutConfig(max_new_tokens=40)
     ask = dict(group_size=1, seeds=derive_seeds(0, count=4), stop_ids=[96])
     for prompt, answer in zip(
-        prompts, generate(model, prompts, **ask, temperature=0.0, config=config).answers(), strict=True
+        prompts, generate(model, prompts, **ask, temperature=0.0, config=config).responses(), strict=True
     ):
         ids = torch.tensor([prompt])
         want = theirs.generate(

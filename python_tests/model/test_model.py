@@ -48,7 +48,7 @@ def test_greedy_generation_equals_transformers_for_64_tokens(heads, kv_heads, ti
         model, prompts, group_size=1, seeds=derive_seeds(0, count=16), stop_ids=[96], temperature=0.0,
         config=RolloutConfig(max_new_tokens=64),
     )  # fmt: skip
-    for prompt, answer in zip(prompts, rollout.answers(), strict=True):
+    for prompt, answer in zip(prompts, rollout.responses(), strict=True):
         ids = torch.tensor([prompt])
         want = theirs.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=96, pad_token_id=0
@@ -74,7 +74,7 @@ def test_the_choice_of_batch_invariance_reaches_every_product(batch_invariant, m
         monkeypatch.setattr(ops, name, watched(name, getattr(ops, name)))
     rollout = generate(model, [[1, 2, 3]], group_size=1, seeds=derive_seeds(0, count=1), stop_ids=[],
                        config=RolloutConfig(max_new_tokens=4))  # fmt: skip
-    tokens = torch.tensor([1, 2, 3, *rollout.answers()[0]])
+    tokens = torch.tensor([1, 2, 3, *rollout.responses()[0]])
     logprob, _ = model.logprobs(tokens, lengths_to_cu([7]))
     assert set(seen) == {(name, batch_invariant) for name in names}
     # logits of up to 30 in magnitude, sums in another order at most

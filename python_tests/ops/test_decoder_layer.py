@@ -83,13 +83,13 @@ def test_forward_has_the_bits_of_the_single_ops_and_backward_their_values(D, F, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_shared_prompt_gives_the_bits_of_whole_sequences(dtype):
     D, F, H, K, E = SIZES[0]
-    prompt, answers = 19, [5, 1, 14]
-    x, weights = make(D, F, H, K, E, prompt + sum(answers), dtype)
-    own = [torch.arange(n) + prompt for n in answers]
+    prompt, responses = 19, [5, 1, 14]
+    x, weights = make(D, F, H, K, E, prompt + sum(responses), dtype)
+    own = [torch.arange(n) + prompt for n in responses]
     numbers = dict(num_kv_heads=K, head_dim=E, **NUMBERS)
-    shared = decoder_layer(x, weights, torch.cat([torch.arange(prompt), *own]), offsets([prompt, *answers]),
+    shared = decoder_layer(x, weights, torch.cat([torch.arange(prompt), *own]), offsets([prompt, *responses]),
                            cu_groups=offsets([4]), **numbers)  # fmt: skip
-    for part, want in zip(x[prompt:].split(answers), shared[prompt:].split(answers), strict=True):
+    for part, want in zip(x[prompt:].split(responses), shared[prompt:].split(responses), strict=True):
         whole = torch.cat([x[:prompt], part])
         n = [len(whole)]
         y = decoder_layer(whole, weights, positions(n), offsets(n), **numbers)

@@ -49,7 +49,7 @@ def test_a_bad_reward_stays_in_its_group():
     "make,kwargs,error,says",
     [
         (lambda d: torch.zeros(4, device=d), {}, ValueError, r"rewards must be \[P, G\].*got \[4\]"),
-        (lambda d: torch.zeros(4, 1, device=d), {}, ValueError, r"G >= 2 answers.*got \[4, 1\]"),
+        (lambda d: torch.zeros(4, 1, device=d), {}, ValueError, r"G >= 2 responses.*got \[4, 1\]"),
         (lambda d: torch.zeros(4, 3, dtype=torch.int64, device=d), {}, TypeError, "got Long"),
         (lambda d: torch.zeros(3, 4, device=d).t(), {}, ValueError, r"contiguous.*strides \[1, 4\]"),
         (lambda d: torch.zeros(3, 4, device=d), {"eps": -1.0}, ValueError, "eps must be .* got -1"),

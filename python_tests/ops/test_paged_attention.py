@@ -171,9 +171,9 @@ CHUNK = 128  # keys that CUDA takes at a time where bfloat16 heads are up to 128
 
 
 def groups(prompt, sizes, H, K, E, dtype):
-    """Groups of answers, every other of a single token, each behind its group's prompt; every prompt a copy in own pages."""
-    answers = [1 + i % 2 * (CHUNK + 3) for size in sizes for i in range(size)]
-    cache = Cache([prompt + n for n in answers], H, K, E, dtype)
+    """Groups of responses, every other of one token, each behind its prompt; every prompt a copy in own pages."""
+    responses = [1 + i % 2 * (CHUNK + 3) for size in sizes for i in range(size)]
+    cache = Cache([prompt + n for n in responses], H, K, E, dtype)
     first = 0
     for size in sizes:
         for n in range(first + 1, first + size):

@@ -172,21 +172,21 @@ def test_the_first_token_returns_its_value():
 
 # ---------------------------------------------------------------- shared prompts
 
-# (prompt, answers): prompts around a block of 16 keys and past a chunk of 128 tokens, an empty one, an
-# answer of no token and one of a single token, a prompt alone, an answer that reaches a third chunk
+# (prompt, responses): prompts around a block of 16 keys and past a chunk of 128 tokens, an empty one, a
+# response of no token and one of a single token, a prompt alone, a response that reaches a third chunk
 GROUPS = [(1, [3, 0, 1]), (15, [1, 20]), (16, [2, 17, 0]), (17, [15, 1]), (0, [4, 9]), (5, []), (130, [40, 1, 140])]
 
 
 def pack_groups(groups):
-    """cu_seqlens and cu_groups, and for each answer behind a copy of its prompt the rows that it has here."""
-    lengths = [n for prompt, answers in groups for n in (prompt, *answers)]
-    cu, cu_groups = offsets(lengths), offsets([1 + len(answers) for _, answers in groups])
+    """cu_seqlens and cu_groups, and for each response behind a copy of its prompt the rows that it has here."""
+    lengths = [n for prompt, responses in groups for n in (prompt, *responses)]
+    cu, cu_groups = offsets(lengths), offsets([1 + len(responses) for _, responses in groups])
     copies, n = [], 0
-    for _, answers in groups:
+    for _, responses in groups:
         prompt = torch.arange(cu[n], cu[n + 1])
         copies.append(prompt)
-        copies += [torch.cat([prompt, torch.arange(cu[i], cu[i + 1])]) for i in range(n + 1, n + 1 + len(answers))]
-        n += 1 + len(answers)
+        copies += [torch.cat([prompt, torch.arange(cu[i], cu[i + 1])]) for i in range(n + 1, n + 1 + len(responses))]
+        n += 1 + len(responses)
     return lengths, cu, cu_groups, copies
 
 
@@ -232,12 +232,12 @@ def test_a_group_has_the_same_bits_alone_and_in_a_batch(dtype):
     lengths, cu, cu_groups, _ = pack_groups(GROUPS)
     query, key, value, _, dout = make(lengths, 4, 2, 16, dtype)
     whole = run(ragged_attention, query, key, value, cu, dout, 0.25, cu_groups=cu_groups)
-    for m, (prompt, answers) in enumerate(GROUPS):
+    for m, (prompt, responses) in enumerate(GROUPS):
         begin, end = cu[cu_groups[m]], cu[cu_groups[m + 1]]
         part = [x[begin:end] for x in (query, key, value)]
         alone = run(
-            ragged_attention, *part, offsets([prompt, *answers]), dout[begin:end], 0.25,
-            cu_groups=offsets([1 + len(answers)]),
+            ragged_attention, *part, offsets([prompt, *responses]), dout[begin:end], 0.25,
+            cu_groups=offsets([1 + len(responses)]),
         )  # fmt: skip
         for a, b in zip(alone, whole, strict=True):
             assert torch.equal(a, b[begin:end])
@@ -250,7 +250,7 @@ def test_groups_of_one_sequence_are_no_groups():
         assert torch.equal(a, b)
 
 
-def test_nan_in_an_answer_stays_there_and_in_a_prompt_reaches_its_answers():
+def test_nan_in_a_response_stays_there_and_in_a_prompt_reaches_its_responses():
     lengths, cu, cu_groups, _ = pack_groups([(17, [20, 9]), (3, [5])])
     query, key, value, _, _ = make(lengths, 4, 2, 20, torch.float32)
     clean = ragged_attention(query, key, value, cu, scale=0.25, cu_groups=cu_groups)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -64,12 +65,22 @@ def test_a_record_of_the_first_schema_is_read():
     assert jsonl.from_json(EvalRecord, line | {"right": [4, 0, 1]}).right == [4, 0, 1]
 
 
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_field_of_an_older_schema_gets_its_name_of_today(schema):
+    step = dataclasses.replace(STEP, zero_variance_groups=9)
+    line = jsonl.to_json(step)
+    old = {"equal_groups" if k == "zero_variance_groups" else k: v for k, v in line.items()} | {"schema": schema}
+    assert "equal_groups" in old and jsonl.from_json(StepRecord, old) == step
+    with pytest.raises(ValueError, match="StepRecord has no field equal_groups"):
+        jsonl.from_json(StepRecord, old | {"schema": jsonl.SCHEMA})
+
+
 def test_a_non_finite_number_is_null_and_named(tmp_path):
     with JsonlWriter(tmp_path / "x.jsonl") as out:
         out.write({"step": 1, "loss": math.nan, "deep": {"kl": -math.inf}, "list": [1.0, math.inf]})
     (obj,) = jsonl.read_jsonl(tmp_path / "x.jsonl").records
     assert obj == {
-        "schema": 2, "step": 1, "loss": None, "deep": {"kl": None}, "list": [1.0, None],
+        "schema": 3, "step": 1, "loss": None, "deep": {"kl": None}, "list": [1.0, None],
         "non_finite": {"loss": "nan", "deep.kl": "-inf", "list[1]": "inf"},
     }  # fmt: skip
 
@@ -93,7 +104,7 @@ def test_a_tensor_of_one_element_is_a_number_and_a_larger_one_an_error():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"schema": 3}, ValueError, r"f:3: schema must be one of \(1, 2\), got 3"),
+        ({"schema": 4}, ValueError, r"f:3: schema must be one of \(1, 2, 3\), got 4"),
         ({"step": "1"}, TypeError, "StepRecord.step must be int, got '1'"),
         ({"step": True}, TypeError, "StepRecord.step must be int, got True"),
         ({"speed": 1}, ValueError, "StepRecord has no field speed"),
@@ -181,7 +192,7 @@ def test_an_atomic_write_replaces_or_leaves(tmp_path):
     jsonl.write_json_atomic(path, {"a": 1})
     with pytest.raises(TypeError):
         jsonl.write_json_atomic(path, {"a": object()})
-    assert jsonl.read_json(path) == {"schema": 2, "a": 1}
+    assert jsonl.read_json(path) == {"schema": 3, "a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 

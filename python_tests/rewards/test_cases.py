@@ -23,12 +23,12 @@ def test_what_an_answer_is_worth(scorer):
     assert found == cases
 
 
-def test_a_file_is_scored_as_the_behaviour_says(real_data):
+def test_a_file_is_scored_as_the_setting_says(real_data):
     folder = real_data / "guru_verl/online_eval"
     kinds = {"aime2024": "aime", "gsm8k": "gsm8k", "math__math_500": "math", "stem__supergpqa_200": "choice",
              "codegen__humaneval_164": "code", "logic__zebra_puzzle_dataset_200": "logic"}  # fmt: skip
     for name, kind in kinds.items():
-        ours, papers = (read_problems(folder / f"{name}.parquet", limit=2, behaviour=b) for b in ("ours", "paper"))
+        ours, papers = (read_problems(folder / f"{name}.parquet", limit=2, scoring=s) for s in ("default", "paper"))
         assert {p.reward for p in papers} == {f"paper_{kind}"} and {p.reward for p in ours} == {OURS[kind]}
         assert [p.uid for p in ours] == [p.uid for p in papers]
 

@@ -1,4 +1,4 @@
-"""Rollout: the same answers whatever the batch, the pages or the threads, and log-probs equal to training's.
+"""Rollout: the same responses whatever the batch, the pages or the threads, and log-probs equal to training's.
 
 On CUDA, and where a test says so, with steps planned ahead and padded decode steps, which CUDA records as graphs.
 """
@@ -72,13 +72,13 @@ def test_scarce_pages_and_threads_change_no_bit(prompts, dtype, on_threads):
     assert same(one, scarce)
 
 
-def test_an_answer_depends_on_its_own_prompt_and_seed_alone(model, prompts):
+def test_a_response_depends_on_its_own_prompt_and_seed_alone(model, prompts):
     together = run(model, prompts)
-    answers = together.answers()
+    responses = together.responses()
     seeds = derive_seeds(1, 2, count=28)
     for p in (0, 3, 6):
         alone = run(model, [prompts[p]], seeds=seeds[4 * p : 4 * p + 4])
-        assert alone.answers() == answers[4 * p : 4 * p + 4]
+        assert alone.responses() == responses[4 * p : 4 * p + 4]
 
 
 @pytest.mark.parametrize("config", [PLENTY, SCARCE])
@@ -99,13 +99,13 @@ def test_logprobs_equal_the_trainers_bit_for_bit(model, prompts, config, tempera
         assert (logprob < 0).all()
 
 
-def test_answers_end_at_a_stop_token_or_at_the_limit(model, prompts):
+def test_responses_end_at_a_stop_token_or_at_the_limit(model, prompts):
     rollout = run(model, prompts)
     assert set(rollout.finish) == {"stop", "length"}
-    for answer, finish in zip(rollout.answers(), rollout.finish, strict=True):
-        assert (answer[-1] in (7, 8)) == (finish == "stop")
-        assert not {7, 8} & set(answer[:-1])
-        assert len(answer) == 24 if finish == "length" else len(answer) <= 24
+    for response, finish in zip(rollout.responses(), rollout.finish, strict=True):
+        assert (response[-1] in (7, 8)) == (finish == "stop")
+        assert not {7, 8} & set(response[:-1])
+        assert len(response) == 24 if finish == "length" else len(response) <= 24
 
 
 def test_tokens_hold_the_prompts_and_nothing_is_scored_there(model, prompts):
@@ -123,11 +123,11 @@ def test_filters_keep_the_full_logprob(model, prompts):
     config = PLENTY.model_copy(update={"top_k": 1})
     greedy = run(model, prompts, temperature=0.0)
     top1 = run(model, prompts, config)
-    assert top1.answers() == greedy.answers()
+    assert top1.responses() == greedy.responses()
     assert torch.equal(top1.logprob, greedy.logprob) and (top1.logprob <= 0).all() and top1.logprob.any()
 
 
-def test_progress_counts_answers(model, prompts):
+def test_progress_counts_responses(model, prompts):
     seen = []
     run(model, prompts, progress=lambda done, wanted: seen.append((done, wanted)))
     assert seen[-1] == (28, 28) and [d for d, _ in seen] == sorted(d for d, _ in seen)
@@ -171,7 +171,7 @@ def test_a_stream_yields_each_response_when_it_is_finished(model, prompts):
     assert sum(map(len, steps)) == 28 and len(steps) > 5 and all(steps)  # not all at the end
     heard = {n: response for step in steps for n, response in step.items()}
     (batch,) = rollout.batches
-    assert [heard[n] for n in range(28)] == batch.answers() and same(batch, run(model, prompts))
+    assert [heard[n] for n in range(28)] == batch.responses() and same(batch, run(model, prompts))
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
@@ -200,13 +200,13 @@ def test_a_stream_that_is_left_early_costs_the_next_rollout_nothing(model, promp
     assert same(run(engine, prompts), run(model, prompts))
 
 
-def test_the_ledger_books_what_the_answers_took(model, prompts):
+def test_the_ledger_books_what_the_responses_took(model, prompts):
     ledger = Ledger()
     rollout = run(model, prompts, ledger=ledger)
     cost = ledger.close_step()
-    lengths = [len(a) for a in rollout.answers()]
+    lengths = [len(a) for a in rollout.responses()]
     assert cost["prefill"].tokens == sum(map(len, prompts))
-    assert cost["decode"].tokens == sum(lengths) - 28  # the last of an answer is never computed
+    assert cost["decode"].tokens == sum(lengths) - 28  # the last of a response is never computed
     pairs = sum(causal_pairs(len(p)) for p in prompts)
     assert cost["prefill"].flops == forward_flops(model, tokens=cost["prefill"].tokens, pairs=pairs, head_rows=28)
     pairs = sum(
@@ -231,7 +231,7 @@ def test_seeds_differ_and_repeat():
 
 # ---------------------------------------------------------------- planned ahead, padded
 
-# few tokens, for the emulator's sake; one in eight stops an answer
+# few tokens, for the emulator's sake; one in eight stops a response
 BRIEF = RolloutConfig(max_new_tokens=9)
 BRIEF_SCARCE = BRIEF.model_copy(update={"num_pages": 4, "max_running": 4, "max_step_tokens": 9})
 
@@ -314,7 +314,7 @@ class Recorded:
     def replay(self):
         assert self.now(self.runner, self.inputs) == self.over
         self.replays += 1
-        self.runner._draw(self.inputs, decode_only=True)
+        self.runner._sample_into_buffer(self.inputs, decode_only=True)
 
 
 def test_an_engine_serves_rollouts_of_all_sizes_and_weights_that_move(model, prompts, device, monkeypatch):

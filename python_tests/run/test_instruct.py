@@ -83,7 +83,7 @@ def run(checkpoint, problems, out, kind, monkeypatch, **rollout):
         "task": {"name": "files", "train": str(problems[0]), "evals": {"held_out": str(problems[1])}, "shuffle": False},
         "rollout": {"max_new_tokens": 40, "max_prompt_tokens": LIMIT, **rollout}, "batch": {"prompts": 4, "group_size": 8},
         "evaluation": {"count": 1, "samples": 1}, "optimizer": {"lr": 1e-3},
-        "reward": {"behaviour": "paper"},  # draws letters, so that random text is right now and then
+        "reward": {"scoring": "paper"},  # draws letters, so that random text is right now and then
     })  # fmt: skip
     folder = train(config, out, quiet=True)
     return folder, [([list(p) for p in prompts], stops, *rollout.batches) for prompts, stops, rollout in seen]
@@ -114,7 +114,7 @@ def test_training_from_template_to_template(checkpoint, problems, kind, tmp_path
     ends = set()
     for _, asked, rollout in seen:
         assert set(asked) == stops
-        for answer, finish in zip(rollout.answers(), rollout.finish, strict=True):
+        for answer, finish in zip(rollout.responses(), rollout.finish, strict=True):
             assert not stops & set(answer[:-1]) and (finish == "stop") == (answer[-1] in stops)
             ends.add(answer[-1])
     assert ends >= stops

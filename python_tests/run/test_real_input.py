@@ -46,8 +46,8 @@ def test_three_steps_on_12800_real_problems(real_data, checkpoint, tmp_path):
     assert {(e["step"], e["mode"]) for e in evals} == {(s, m) for s in (0, 3) for m in ("sample", "greedy")}
     assert all(e["num_problems"] <= 50 and 0 <= e["loss"] <= 1 for e in evals)
     assert json.loads((out / records.SUMMARY_FILE).read_text())["steps"] == 3
-    equal = sum(s["equal_groups"] for s in steps)
-    statement = "All 48 groups had equal rewards" if equal == 48 else f"{equal} of 48 groups had equal rewards"
+    equal = sum(s["zero_variance_groups"] for s in steps)
+    statement = "All 48 groups had zero variance" if equal == 48 else f"{equal} of 48 groups had zero variance"
     assert statement in " ".join(result.stdout.split())
 
 

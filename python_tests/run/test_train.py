@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import models
@@ -26,7 +27,7 @@ from grpo_engine.rollout.engine import Rollout
 from grpo_engine.run.run import Run, train
 from grpo_engine.system import device
 from grpo_engine.system.threads import count_threads, num_threads
-from grpo_engine.tasks.order import problems_of_step
+from grpo_engine.tasks.order import problems_from
 
 DETERMINISTIC = (records.STEPS_FILE, records.EVALS_FILE)
 
@@ -74,7 +75,7 @@ def test_records_are_complete(undisturbed):
     assert [s["step"] for s in steps] == list(range(1, 13))
     assert [s["prompts_seen"] for s in steps] == [8 * n for n in range(1, 13)]
     for s in steps:
-        assert s["groups"] == 8 and 0 <= s["equal_groups"] <= 8
+        assert s["groups"] == 8 and 0 <= s["zero_variance_groups"] <= 8
         assert s["logprob_mismatch_max"] == 0.0  # rollout and trainer: the same bits
         assert s["grad_norm"] >= 0 and s["kl"] >= 0 and s["entropy"] > 0 and s["reward_failures"] == 0
         assert "non_finite" not in s
@@ -181,6 +182,39 @@ def test_killed_three_times_and_resumed_gives_identical_records_and_weights(fold
     assert same_weights(out, undisturbed)
 
 
+DAPO = {
+    "batch": {"sampling_rounds": 3},
+    "loss": {"mask_truncated": True, "kl_coef": 0.0, "clip_high": 0.28},
+    "reward": {"overlong_buffer": 4},
+}
+
+
+def test_killed_between_two_rounds_of_a_step_and_resumed_gives_identical_records_and_weights(folder, tmp_path):
+    whole = train(run_config(folder, **DAPO), tmp_path / "whole", quiet=True)
+    steps = records.read_run(whole).steps
+    assert all(s.groups >= 8 for s in steps) and any(s.groups > 8 for s in steps)
+    assert steps[-1].prompts_seen == sum(s.groups for s in steps) == len((whole / records.ORDER_FILE).read_text().splitlines())
+    assert any(s.masked_responses for s in steps) and any(s.overlong_penalty_mean for s in steps)
+    out = tmp_path / "killed"
+    program = (
+        "import os, signal, sys; from pathlib import Path; sys.path.append('..'); import test_train as t; "
+        "from grpo_engine.types import RolloutBatch; from grpo_engine.run.run import train\n"
+        "join, rounds = RolloutBatch.join, []\n"
+        "def dying(batches):\n"
+        "    rounds.append(1)\n"
+        "    if len(rounds) == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return join(batches)\n"
+        "RolloutBatch.join = dying\n"
+        f"train(t.run_config(Path({str(folder)!r}), **t.DAPO), {str(out)!r}, quiet=True)"
+    )
+    for at in (3, 6, 9):  # a checkpoint every third step: the first kill comes before any, the others after one
+        killed = subprocess.run([sys.executable, "-c", program, str(at)], cwd=Path(__file__).parent, timeout=120)
+        assert killed.returncode == -signal.SIGKILL
+    train(run_config(folder, **DAPO), out, quiet=True)
+    assert deterministic_bytes(out) == deterministic_bytes(whole) and same_weights(out, whole)
+    assert (out / records.ORDER_FILE).read_bytes() == (whole / records.ORDER_FILE).read_bytes()
+
+
 def test_a_finished_run_is_left_alone(folder, undisturbed):
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
     assert train(run_config(folder), undisturbed) == undisturbed
@@ -257,7 +291,7 @@ def test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token(fo
         return [rollout]
 
     monkeypatch.setattr(Rollout, "batches", property(another_model_sampled))
-    with pytest.raises(RuntimeError, match="rollout and trainer disagree: sequence 2 of a micro-batch, answer token"):
+    with pytest.raises(RuntimeError, match="rollout and trainer disagree: sequence 2 of a micro-batch, response token"):
         train(run_config(folder, steps=1, evaluation={"count": 0}, batch={"tokens_per_micro_batch": 10**6}), tmp_path / "r")
 
 
@@ -269,10 +303,14 @@ def test_without_a_kl_term_no_reference_is_kept(folder, tmp_path):
 
 def test_each_pass_over_the_problems_has_its_own_order():
     problems = list(range(10))
-    drawn = [problems_of_step(problems, step=s, count=4, seed=1, shuffle=True) for s in range(1, 6)]
-    flat = sum(drawn, [])
-    assert sorted(flat[:10]) == problems and sorted(flat[10:]) == problems and flat[:10] != flat[10:]
-    assert sum((problems_of_step(problems, step=s, count=4, seed=1, shuffle=False) for s in range(1, 6)), []) == problems * 2
+
+    def taken(start, count, shuffle=True):
+        return list(islice(problems_from(problems, start=start, seed=1, shuffle=shuffle), count))
+
+    whole = taken(0, 25)
+    assert sorted(whole[:10]) == problems and sorted(whole[10:20]) == problems and whole[:10] != whole[10:20]
+    assert all(taken(start, 25 - start) == whole[start:] for start in range(25))
+    assert taken(3, 20, shuffle=False) == (problems * 3)[3:23]
 
 
 def test_the_order_of_the_training_prompts_is_recorded(undisturbed):

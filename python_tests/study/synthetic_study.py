@@ -77,7 +77,7 @@ def _run(path, cell, rng, noise, done, counted=False, spread=0.0):
             reward = 1 - true_loss(params, 64 * step, cell.kind) + rng.gauss(0, 0.02)
             grpo = cell.method == "grpo"
             extra = {
-                "reward_mean": reward, "reward_std": 0.4, "reward_failures": 0, "groups": 64, "equal_groups": 9,
+                "reward_mean": reward, "reward_std": 0.4, "reward_failures": 0, "groups": 64, "zero_variance_groups": 9,
                 "response_len_mean": 3 + 2 * step / steps + rng.gauss(0, 0.1), "finished_share": 0.98,
                 "prompt_tokens": 4000, "response_tokens": 2000, "kl": 0.01, "entropy": 1.1 - 0.5 * step / steps,
                 "clip_low_share": 0.0, "clip_high_share": 0.0, "ratio_max": 1.1, "logprob_mismatch_max": 0.0,

@@ -5,10 +5,9 @@ import types
 import pytest
 import torch
 
-from grpo_engine.config import AdvantageConfig
+from grpo_engine.config import AdvantageConfig, RewardConfig, RunConfig
 from grpo_engine.train import advantages
-from grpo_engine.train.advantages import ESTIMATORS, estimate_advantages, estimator
-from grpo_engine.types import Reward
+from grpo_engine.train.advantages import ESTIMATORS, estimate_advantages, estimator, overlong_penalty
 
 EPS = AdvantageConfig().eps
 
@@ -49,8 +48,7 @@ def test_an_estimator_is_its_formula(name, P, G):
     r = rewards_of(P, G, seed=P).float().double()  # what float32 holds
     if P == 1:
         r[0, 0] += 0.25  # one group, and some variance
-    rewards = [Reward(value=v) for v in r.flatten().tolist()]
-    got = estimate_advantages(rewards, rollout(G), AdvantageConfig(estimator=name))
+    got = estimate_advantages(r.float(), rollout(G), AdvantageConfig(estimator=name))
     want = by_hand(name, r).flatten()
     assert got.shape == (P * G,) and got.dtype == torch.float32
     # sums of at most P G rewards in [0, 1.25], each rounded to 2^-24, over the standard deviation
@@ -81,7 +79,7 @@ def no_number(rewards_PG, rollout, config):
 
 
 def test_an_estimator_of_ones_own():
-    rewards = [Reward(value=v) for v in (1.0, 0.0, 0.5, 0.5)]
+    rewards = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
 
     def estimate(name):
         return estimate_advantages(rewards, rollout(2), AdvantageConfig(estimator=f"{__name__}:{name}"))
@@ -98,3 +96,33 @@ def test_an_estimator_of_ones_own():
 def test_the_configuration_names_every_estimator():
     assert all(estimator(AdvantageConfig(estimator=name)) is function for name, function in ESTIMATORS.items())
     assert advantages.ESTIMATORS["rloo"] is advantages.rloo
+
+
+def responses_of(lengths, group_size):
+    """A rollout of responses of those lengths behind prompts of 3 tokens."""
+    cu = torch.tensor([0, *lengths]).cumsum(0) + 3 * torch.arange(len(lengths) + 1)
+    return types.SimpleNamespace(response_len=cu.diff() - 3, group_size=group_size)
+
+
+def test_the_penalty_of_a_long_response_is_dapos():
+    """Equation 13: 0 up to the limit less the buffer, -1 past the limit, linear between."""
+    limit, buffer = 20, 8
+    lengths = [1, 11, 12, 13, 16, 19, 20, 5]
+    config = RewardConfig(overlong_buffer=buffer, overlong_penalty=0.5)
+    got = overlong_penalty(responses_of(lengths, 2), config, max_new_tokens=limit)
+    want = []
+    for n in lengths:
+        if n <= limit - buffer:
+            want.append(0.0)
+        else:
+            want.append(-0.5 * ((limit - buffer) - n) / buffer)
+    assert got.shape == (4, 2) and got.dtype == torch.float32
+    torch.testing.assert_close(got.double().flatten(), torch.tensor(want, dtype=torch.float64), rtol=2.0**-22, atol=0)
+    assert float(got.max()) == 0.5
+    none = overlong_penalty(responses_of(lengths, 2), RewardConfig(), max_new_tokens=limit)
+    assert torch.equal(none, torch.zeros(4, 2))
+
+
+def test_a_buffer_longer_than_the_limit_is_refused():
+    with pytest.raises(ValueError, match="reward.overlong_buffer=17 must be at most rollout.max_new_tokens=16"):
+        RunConfig(reward={"overlong_buffer": 17})

@@ -33,13 +33,13 @@ def example():
 
 def test_the_example_of_the_docstring():
     rollout = example()
-    assert rollout.answers() == [[2], [7, 2]]
+    assert rollout.responses() == [[2], [7, 2]]
     batch = pack(rollout, torch.tensor([0.5, -0.5]), sequences=[1, 0])
     assert batch.tokens.tolist() == [5, 9, 7]
     assert batch.positions.tolist() == [0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 3] and batch.cu_groups.tolist() == [0, 3]
     assert batch.rows.tolist() == [1, 2, 1] and batch.target.tolist() == [7, 2, 2]
-    assert batch.cu_answers.tolist() == [0, 2, 3] and batch.num_sequences == 2 and batch.num_inputs == 5
+    assert batch.cu_responses.tolist() == [0, 2, 3] and batch.num_sequences == 2 and batch.num_inputs == 5
     assert batch.old_logprob.tolist() == [-2.0, -3.0, -1.0] and batch.advantage.tolist() == [-0.5, -0.5, 0.5]
     assert batch.temperature == 0.5
 
@@ -133,7 +133,7 @@ def test_minibatches_take_whole_groups_in_order(sampled):
     _, rollout, advantage = sampled
     parts = list(minibatches(rollout, advantage, count=2, tokens_per_micro_batch=10**6))
     assert [p.num_sequences for p in parts] == [8, 8]
-    assert sum(p.num_tokens for p in parts) == sum(map(len, rollout.answers()))
+    assert sum(p.num_tokens for p in parts) == sum(map(len, rollout.responses()))
     firsts = [p.micro_batches[0].tokens[:3].tolist() for p in parts]
     assert firsts == [rollout.tokens[:3].tolist(), rollout.tokens[rollout.cu_seqlens[8] :][:3].tolist()]
 
@@ -145,8 +145,8 @@ def test_a_budget_is_kept_by_whole_groups_where_they_fit(sampled):
         groups = sum(m.cu_groups.numel() - 1 for m in minibatch.micro_batches)
         assert all(m.tokens.numel() <= budget for m in minibatch.micro_batches)
         assert groups == 4 or budget < 100
-        answers = torch.cat([m.target for m in minibatch.micro_batches]).tolist()
-        assert answers == sum(rollout.answers(), [])
+        responses = torch.cat([m.target for m in minibatch.micro_batches]).tolist()
+        assert responses == sum(rollout.responses(), [])
 
 
 def test_a_longer_sequence_goes_alone(sampled):

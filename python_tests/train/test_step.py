@@ -9,7 +9,7 @@ from grpo_engine.config import OptimizerConfig
 from grpo_engine.train.step import _on_policy_mismatch, learning_rate
 
 SAMPLED = torch.tensor([-1.0, -2.0, -3.0])
-MICRO = SimpleNamespace(old_logprob=SAMPLED, cu_answers=torch.tensor([0, 1, 3]))
+MICRO = SimpleNamespace(old_logprob=SAMPLED, cu_responses=torch.tensor([0, 1, 3]))
 
 
 def test_equal_bits_are_no_mismatch():
@@ -19,7 +19,7 @@ def test_equal_bits_are_no_mismatch():
 @pytest.mark.parametrize("wrong,by", [(-2.5, 0.5), (float("nan"), float("inf"))])
 def test_a_mismatch_is_an_error_that_names_its_token_or_is_measured(wrong, by):
     trained = torch.tensor([-1.0, wrong, -3.0])
-    with pytest.raises(RuntimeError, match=r"disagree: sequence 1 .*answer token 0: sampled with log-prob -2\.0"):
+    with pytest.raises(RuntimeError, match=r"disagree: sequence 1 .*response token 0: sampled with log-prob -2\.0"):
         _on_policy_mismatch(trained, MICRO, True)
     assert _on_policy_mismatch(trained, MICRO, False) == by  # products by cuBLAS may differ
 
