@@ -2,6 +2,8 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "core/checks.h"
@@ -35,8 +37,9 @@ GatherLogprobArgs arguments(const at::Tensor& logits, const at::Tensor& target, 
   args.T = logits.size(0);
   args.V = logits.size(1);
   // float32 as in sample_token, whose temperatures are float32: the log-probs must agree in every bit
+  constexpr float kFloatMax = std::numeric_limits<float>::max();
   args.inv_temperature = arithmetic(logits) == at::kDouble ? 1.0 / temperature
-                                                           : 1.f / static_cast<float>(temperature);
+                                                           : std::min(1.f / static_cast<float>(temperature), kFloatMax);
   args.logits = logits.const_data_ptr();
   args.target = target.const_data_ptr<int64_t>();
   return args;

@@ -13,7 +13,7 @@ void forward(const GatherLogprobArgs& a, int64_t begin, int64_t end) {
     const RowStats r = row_stats(x, a.V, scale);
     const double entropy = r.entropy();
     static_cast<float*>(a.logprob)[t] =
-        static_cast<float>(r.logprob(to_arith(x[a.target[t]]) * scale));
+        static_cast<float>(r.logprob(scaled(to_arith(x[a.target[t]]), scale)));
     static_cast<float*>(a.entropy)[t] = static_cast<float>(entropy);
     double* saved = a.saved + t * 3;
     saved[0] = r.max;
@@ -57,6 +57,10 @@ void backward(const GatherLogprobArgs& a, int64_t begin, int64_t end) {
     const double* saved = a.saved + t * 3;
     const A g_logprob = static_cast<const A*>(a.g_logprob)[t];
     const A g_entropy = static_cast<const A*>(a.g_entropy)[t];
+    if (leaves_float(saved[0], scale)) {
+      wide_gradient(x, a.V, a.target[t], scale, saved, g_logprob, g_entropy, dx);
+      continue;
+    }
     const V z_scale = V::set1(scale), shift = V::set1(static_cast<A>(saved[0]));
     const V log_sum = V::set1(static_cast<A>(saved[1])), entropy = V::set1(static_cast<A>(saved[2]));
     const V gl = V::set1(-g_logprob * scale), ge = V::set1(-g_entropy * scale);

@@ -27,12 +27,12 @@ __global__ void __launch_bounds__(kRowThreads) gather_logprob_forward_kernel(Gat
   using A = Arith<S>;
   const int64_t t = blockIdx.x, target = a.target[t], num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
   const A* const blocks = static_cast<const A*>(a.blocks) + t * num_blocks * 3;
-  const RowStats r = join_row<A>(num_blocks, [&](int64_t block) { return BlockStats<A>::read(blocks + block * 3); });
+  const A scale = static_cast<A>(a.inv_temperature);
+  const RowStats r = join_row(num_blocks, scale, [&](int64_t block) { return BlockStats<A>::read(blocks + block * 3); });
   if (threadIdx.x != 0) return;
   const S* x = static_cast<const S*>(a.logits) + t * a.V;
   const bool known = target >= 0 && target < a.V;
-  write_row(r, known ? to_arith(x[target]) * static_cast<A>(a.inv_temperature) : not_a_number<A>(), t, a.logprob, a.entropy,
-            a.saved);
+  write_row<A>(r, known ? scaled(to_arith(x[target]), scale) : not_a_number<double>(), t, a.logprob, a.entropy, a.saved);
 }
 
 constexpr int kBackwardThreads = 256;

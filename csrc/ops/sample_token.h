@@ -19,8 +19,9 @@
 //
 //   temperature 0   the lowest id among the largest logits; log-prob 0; entropy and full log-prob are
 //                   those of temperature 1
-//   a row whose z holds NaN or +inf, or -inf only: token -1, NaN everywhere else; other rows are
+//   logits that hold NaN or +inf, or -inf only: token -1, NaN everywhere else; other rows are
 //   untouched. On CUDA, a row whose temperature, top_p or min_p is outside its range likewise
+//   z beyond float32: the result of exact arithmetic, which leaves no token but the largest logit's equals any mass
 // Philox: Salmon et al. 2011, SC'11; nucleus: Holtzman et al. 2020, arXiv:1904.09751; min-p: Nguyen et
 // al. 2024, arXiv:2407.01082.
 #pragma once

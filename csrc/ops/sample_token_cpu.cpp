@@ -371,20 +371,31 @@ template <typename S>
 void one_row(const SampleTokenArgs& a, int64_t b, Row<S>& row) {
   const float temperature = a.temperature[b];
   row.x = static_cast<const S*>(a.logits) + b * a.row_stride;
-  row.inv_temperature = temperature > 0.f ? 1.f / temperature : 1.f;
-  RowStats stats;
-  for (int64_t i = 0; i < row.num_blocks; ++i) {
-    const BlockStats s = block_stats(row.x + i * kRowBlock, row.length(i), row.inv_temperature);
-    row.block_max[i] = s.max;
-    row.block_sum[i] = s.sum;
-    stats.add(s);
-  }
+  const float inv_temperature = temperature > 0.f ? finite_inverse(temperature) : 1.f;
+  const auto reduce = [&] {
+    RowStats stats;
+    for (int64_t i = 0; i < row.num_blocks; ++i) {
+      const BlockStats s = block_stats(row.x + i * kRowBlock, row.length(i), row.inv_temperature);
+      row.block_max[i] = s.max * row.inv_temperature;
+      row.block_sum[i] = s.sum;
+      stats.add(s, row.inv_temperature);
+    }
+    return stats;
+  };
+  row.inv_temperature = inv_temperature;
+  const RowStats stats = reduce();
   const float nan = __builtin_nanf("");
   a.token[b] = -1;
   a.logprob[b] = a.full_logprob[b] = a.entropy[b] = nan;
   // NaN, +inf or nothing to sample from
-  if (!(stats.sum > 0.0) || !(stats.max >= kLowest) || stats.max == __builtin_inf()) return;
-  row.max = static_cast<float>(stats.max);
+  if (!(stats.sum > 0.0) || !(__builtin_fabs(stats.max) < __builtin_inf())) return;
+  if (__builtin_fabs(stats.max) > kFloatMax) {
+    // the mass is that of the largest logits' equals: so it is at any temperature that leaves the others no mass
+    row.inv_temperature = static_cast<float>(inv_temperature * (1e38 / __builtin_fabs(stats.max)));
+    row.max = static_cast<float>(reduce().max);
+  } else {
+    row.max = static_cast<float>(stats.max);
+  }
 
   Filters f{a.V, 1.0, 0.0};
   if (a.top_k && a.top_k[b] > 0 && a.top_k[b] < a.V) f.top_k = a.top_k[b];
@@ -402,11 +413,11 @@ void one_row(const SampleTokenArgs& a, int64_t b, Row<S>& row) {
     token = sample_from(row, kept, u * mass);
   } else {
     for (int64_t i = 0; i < row.num_blocks; ++i) {
-      row.mass[i] = ::exp(row.block_max[i] - stats.max) * row.block_sum[i];
+      row.mass[i] = ::exp(row.block_max[i] - static_cast<double>(row.max)) * row.block_sum[i];
     }
     token = sample_from(row, {kLowest, kEveryId}, u * mass);
   }
-  const double z = row.z(token);
+  const double z = scaled(to_arith(row.x[token]), inv_temperature);
   a.token[b] = token;
   a.full_logprob[b] = static_cast<float>(stats.logprob(z));
   a.logprob[b] = temperature == 0.f ? 0.f

@@ -324,7 +324,7 @@ __device__ Row<S> row_of(const SampleTokenArgs& a, int64_t b, bool aligned) {
   row.x = static_cast<const S*>(a.logits) + b * a.row_stride;
   row.V = a.V;
   row.num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
-  row.inv_temperature = a.temperature[b] > 0.f ? 1.f / a.temperature[b] : 1.f;
+  row.inv_temperature = a.temperature[b] > 0.f ? finite_inverse(a.temperature[b]) : 1.f;
   row.aligned = aligned;
   row.block_max = a.block_max + b * row.num_blocks;
   row.block_mass = a.block_mass + b * row.num_blocks;
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kBlocksThreads) sample_token_blocks_kernel(Sam
   const int64_t first = block * kRowBlock;
   const BlockStats<float> s = block_stats(row.x + first, a.V - first, row.inv_temperature, aligned);
   if (threadIdx.x % kWarpSize != 0) return;
-  row.block_max[block] = s.max;
+  row.block_max[block] = s.max;  // of the logits: sample_token_kernel scales it
   row.block_mass[block] = static_cast<double>(s.sum);
   a.block_weighted[item] = s.weighted;
 }
@@ -357,12 +357,13 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
   const bool valid = temperature >= 0.f && temperature < infinity<float>() && top_p >= 0.0 && top_p <= 1.0 &&
                      min_p >= 0.0 && min_p <= 1.0;
   Row<S> row = row_of<S>(a, b, aligned);
-  const RowStats stats = join_row<float>(row.num_blocks, [&](int64_t block) {
+  const float inv_temperature = row.inv_temperature;
+  const RowStats stats = join_row(row.num_blocks, inv_temperature, [&](int64_t block) {
     return BlockStats<float>{row.block_max[block], static_cast<float>(row.block_mass[block]),
                              a.block_weighted[b * row.num_blocks + block]};
   });
   // NaN, +inf or nothing to sample from: the same for all threads
-  if (!valid || !(stats.sum > 0.0) || !(stats.max >= kLowest) || stats.max == infinity<double>()) {
+  if (!valid || !(stats.sum > 0.0) || !(fabs(stats.max) < infinity<double>())) {
     if (threadIdx.x != 0) return;
     a.token[b] = -1;
     a.logprob[b] = a.full_logprob[b] = a.entropy[b] = not_a_number<float>();
@@ -370,6 +371,14 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
   }
   __syncthreads();  // the blocks' masses are read
   row.max = static_cast<float>(stats.max);
+  const bool overflows = fabs(stats.max) > kFloatMax;
+  if (overflows) {
+    // the mass is that of the largest logits' equals: so it is at any temperature that leaves the others no mass
+    row.inv_temperature = static_cast<float>(inv_temperature * (1e38 / fabs(stats.max)));
+    row.max = static_cast<float>(stats.max / inv_temperature) * row.inv_temperature;
+  }
+  for (int64_t i = threadIdx.x; i < row.num_blocks; i += kRowThreads) row.block_max[i] = row.block_max[i] * row.inv_temperature;
+  __syncthreads();
   const int64_t top_k = a.top_k && a.top_k[b] > 0 && a.top_k[b] < a.V ? a.top_k[b] : a.V;
   const bool filtered = top_k < a.V || top_p < 1.0 || min_p > 0.0;
   const double u = philox_uniform(static_cast<uint64_t>(a.seed[b]), static_cast<uint64_t>(a.position[b]));
@@ -384,14 +393,14 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
       mass = measure(row, kept);
     } else {
       for (int64_t i = threadIdx.x; i < row.num_blocks; i += kRowThreads) {
-        row.block_mass[i] = exp(row.block_max[i] - stats.max) * row.block_mass[i];
+        row.block_mass[i] = exp(row.block_max[i] - static_cast<double>(row.max)) * row.block_mass[i];
       }
       __syncthreads();
     }
     token = pick(row, kept, u * mass);
   }
   if (threadIdx.x != 0) return;
-  const double z = to_arith(row.x[token]) * row.inv_temperature;
+  const double z = scaled(to_arith(row.x[token]), inv_temperature);
   a.token[b] = token;
   a.full_logprob[b] = static_cast<float>(stats.logprob(z));
   a.logprob[b] = temperature == 0.f ? 0.f

@@ -32,7 +32,10 @@ void logits_tile(const TokenLogprobArgs& a, int64_t row, int64_t rows, int64_t i
 
 // 1 / temperature as sample_token divides: in float32 for float32 logits.
 template <typename A>
-GE_INLINE A inverse(double temperature) { return A(1) / static_cast<A>(temperature); }
+GE_INLINE A inverse(double temperature) {
+  if constexpr (sizeof(A) == sizeof(float)) return finite_inverse(static_cast<float>(temperature));
+  return static_cast<A>(1.0 / temperature);
+}
 
 void block_of(const float* x, int64_t n, float scale, float* out) {
   const BlockStats s = block_stats(x, n, scale);
@@ -43,8 +46,8 @@ void block_of(const float* x, int64_t n, float scale, float* out) {
 
 void block_of(const double* x, int64_t n, double scale, double* out) {
   double max = -__builtin_inf(), sum = 0.0, weighted = 0.0;
-  for (int64_t i = 0; i < n; ++i) max = x[i] * scale > max ? x[i] * scale : max;
-  const double shift = max == -__builtin_inf() ? 0.0 : max;
+  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
+  const double shift = max == -__builtin_inf() ? 0.0 : max * scale;
   for (int64_t i = 0; i < n; ++i) {
     const double d = x[i] * scale - shift, e = ::exp(d);
     sum += e;
@@ -85,10 +88,10 @@ void join_blocks(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
     const A* blocks = static_cast<const A*>(a.blocks) + t * num_blocks * 3;
     RowStats r;
     for (int64_t b = 0; b < num_blocks; ++b, blocks += 3) {
-      r.add(BlockStatsOf<A>{blocks[0], blocks[1], blocks[2]});
+      r.add(BlockStatsOf<A>{blocks[0], blocks[1], blocks[2]}, scale);
     }
     const double entropy = r.entropy();
-    const A z = static_cast<const A*>(a.target_logit)[t] * scale;
+    const double z = scaled(static_cast<const A*>(a.target_logit)[t], scale);
     static_cast<A*>(a.logprob)[t] = static_cast<A>(r.logprob(z));
     static_cast<A*>(a.entropy)[t] = static_cast<A>(entropy);
     double* saved = a.saved + t * 3;
@@ -128,6 +131,10 @@ void window_gradient(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
       const double* saved = a.saved + t * 3;
       const A g_logprob = static_cast<const A*>(a.g_logprob)[t];
       const A g_entropy = static_cast<const A*>(a.g_entropy)[t];
+      if (leaves_float(saved[0], scale)) {
+        wide_gradient(x, ids, column, scale, saved, g_logprob, g_entropy, x);
+        continue;
+      }
       const bool here = column >= 0 && column < ids;
       const double z = here ? static_cast<double>(x[column] * scale) : 0.0;
       gradient_row(x, ids, scale, saved, g_logprob, g_entropy);

@@ -11,7 +11,10 @@ constexpr int kThreads = 256;
 
 // 1 / temperature as sample_token divides: in float32 for float32 logits.
 template <typename A>
-__device__ inline A inverse(double temperature) { return A(1) / static_cast<A>(temperature); }
+__device__ inline A inverse(double temperature) {
+  if constexpr (sizeof(A) == sizeof(float)) return finite_inverse(static_cast<float>(temperature));
+  return static_cast<A>(1.0 / temperature);
+}
 
 // One warp, one block of the vocabulary of one row of the window.
 template <typename A>
@@ -33,11 +36,12 @@ template <typename A>
 __global__ void __launch_bounds__(kRowThreads) token_logprob_join_kernel(TokenLogprobArgs a) {
   const int64_t t = blockIdx.x, target = a.target[t], num_blocks = (a.V + kRowBlock - 1) / kRowBlock;
   const A* const blocks = static_cast<const A*>(a.blocks) + t * num_blocks * 3;
-  const RowStats r = join_row<A>(num_blocks, [&](int64_t block) { return BlockStats<A>::read(blocks + block * 3); });
+  const A scale = inverse<A>(a.temperature);
+  const RowStats r = join_row(num_blocks, scale, [&](int64_t block) { return BlockStats<A>::read(blocks + block * 3); });
   if (threadIdx.x != 0) return;
   const bool known = target >= 0 && target < a.V;
-  const A z = known ? static_cast<const A*>(a.target_logit)[t] * inverse<A>(a.temperature) : not_a_number<A>();
-  write_row(r, z, t, a.logprob, a.entropy, a.saved);
+  const double z = known ? scaled(static_cast<const A*>(a.target_logit)[t], scale) : not_a_number<double>();
+  write_row<A>(r, z, t, a.logprob, a.entropy, a.saved);
 }
 
 constexpr int kPacks = 4;  // of a thread

@@ -466,10 +466,11 @@ def test_temperature_from_zero_to_huge():
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-40, 1e-45])
-def test_a_row_that_overflows_after_the_division_counts_as_infinite(temperature):
-    out = draw(make(20, 300), temperature=temperature)
-    assert torch.equal(out.token, torch.full((20,), -1))
-    assert all(x.isnan().all() for x in out[1:])
+def test_the_smallest_temperatures_give_the_largest_logit(temperature):
+    logits = make(20, 300)
+    out = draw(logits, temperature=temperature)
+    assert torch.equal(out.token, logits.argmax(dim=1))
+    assert all(x.eq(0).all() for x in out[1:])
 
 
 # ---------------------------------------------------------------- invariance
@@ -655,3 +656,56 @@ def test_registration(dtype):
     names = ("seed", "position", "temperature", "top_k", "top_p", "min_p")
     torch.library.opcheck(op, (logits, *(options[n] for n in names)))
     torch.library.opcheck(op, (logits, *(options[n] for n in names[:3]), None, None, None))
+
+
+# logits and temperatures whose quotient leaves float32
+BEYOND = [
+    ([0.0, 3e38], 0.5),
+    ([1.0, 5.0, 2.0], 1e-38),
+    ([1.0, 5.0, 2.0], 1e-42),
+    ([-3e38, -2e38, -3e38], 0.5),
+    ([2e38, 3e38, 3e38, -3e38], 0.25),
+    ([3e38, -INF, 3.1e38], 1e-3),
+    ([0.0] * 600 + [3e38] + [1.0] * 700, 0.1),
+    ([-3.3e38] * 600 + [-3.2e38] + [-3.3e38] * 600, 0.1),
+]
+
+
+def beyond(row, temperature, dtype):
+    """The logits, their probabilities and the log of these, in float64 of what the row holds."""
+    logits = torch.tensor([row], dtype=torch.float32).to(dtype)
+    exact = logits.double() - logits.double().max()
+    return logits, torch.softmax(exact / temperature, dim=1), torch.log_softmax(exact / temperature, dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row,temperature", BEYOND)
+@pytest.mark.parametrize(
+    "filters", [{}, FILTERS["all"], {"top_k": 1}, {"top_p": 0.5}], ids=["none", "all", "top_k", "top_p"]
+)
+def test_a_row_that_leaves_float32_is_sampled(row, temperature, filters, dtype):
+    logits, p, log_p = beyond(row, temperature, dtype)
+    rows = 64
+    ordinary = make(1, len(row), dtype)
+    out = draw(torch.cat([logits.expand(rows, -1), ordinary]), temperature=temperature, **filters)
+    likely = {int(i) for i in p[0].nonzero()}
+    taken = out.token[:rows].tolist()
+    assert set(taken) <= likely
+    if filters in ({}, FILTERS["all"]):
+        assert set(taken) == likely
+    assert torch.equal(out.full_logprob[:rows].double(), log_p[0, out.token[:rows]].float().double())
+    entropy = -(p * log_p.clamp(min=-1e4)).sum()
+    torch.testing.assert_close(out.entropy[:rows].double(), entropy.expand(rows), rtol=1e-6, atol=1e-6)
+    alone = sample_token(
+        ordinary, seed=torch.tensor([11]), position=torch.tensor([rows]), temperature=temperature, **filters
+    )
+    assert_same_bits([o[rows:] for o in out], alone)  # the row beside them is untouched
+    logprob, _ = gather_logprob(logits.expand(rows, -1).contiguous(), out.token[:rows], temperature=temperature)
+    assert torch.equal(logprob, out.full_logprob[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_number_stays_no_number_beyond_float32(dtype):
+    for bad in (NAN, INF):
+        out = draw(torch.tensor([[3e38, bad, 0.0]]).to(dtype), temperature=0.1)
+        assert out.token.tolist() == [-1] and out.logprob.isnan().all()

@@ -10,7 +10,7 @@ import torch
 from bars import assert_as_good_as_torch
 from conftest import EMULATED
 
-from grpo_engine.ops import linear, token_logprob
+from grpo_engine.ops import gather_logprob, linear, token_logprob
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -329,3 +329,33 @@ def test_registration(batch_invariant):
         torch.ops.grpo_engine.token_logprob_backward.default,
         (*upstream(3), hidden.detach(), weight.detach(), target, saved, 0.9, True, False, *batch_invariant),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits,temperature", [([0.0, 3e38], 0.5), ([1.0, 5.0, 2.0], 1e-38), ([2e38, 3e38, 3e38], 0.25),
+                                                ([-3e38, -2e38], 0.5), ([1.0, 5.0, 2.0], 1e-42)])  # fmt: skip
+def test_logits_that_leave_float32_once_divided(logits, temperature, dtype):
+    """Values and gradients of the fused op and of gather_logprob against float64, of every target."""
+    V = len(logits)
+    weight = torch.tensor(logits).view(V, 1).to(dtype)
+    hidden, target = torch.ones(V, 1, dtype=dtype), torch.arange(V)
+    exact = (weight.double().view(1, V) * torch.ones(V, 1, dtype=torch.float64)).requires_grad_()
+    # the logits less their largest, whose softmax is that of the logits
+    log_p = torch.log_softmax((exact - exact.detach().max()) / temperature, dim=1)
+    want, entropy = log_p[target, target], -(log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=1)
+    grads = torch.autograd.grad(want.sum(), exact)[0]
+    rows = weight.view(1, V).repeat(V, 1).requires_grad_()
+    for got, gradient in (
+        (token_logprob(hidden, weight, target, temperature=temperature), None),
+        (gather_logprob(rows, target, temperature=temperature), rows),
+    ):
+        torch.testing.assert_close(got[0], want.float(), rtol=2**-22, atol=0)
+        torch.testing.assert_close(got[1].double(), entropy.double().detach(), rtol=1e-6, atol=1e-6)
+        if gradient is not None:
+            got[0].sum().backward()
+            most = 3.4028e38  # below 2^-128 a temperature counts as that
+            got_grad, want_grad = (g.double().clamp(-most, most) for g in (gradient.grad, grads))
+            torch.testing.assert_close(got_grad, want_grad, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    weight.requires_grad_()
+    token_logprob(hidden, weight, target, temperature=temperature)[0].sum().backward()
+    assert not weight.grad.isnan().any()

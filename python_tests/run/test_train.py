@@ -193,7 +193,9 @@ def test_killed_between_two_rounds_of_a_step_and_resumed_gives_identical_records
     whole = train(run_config(folder, **DAPO), tmp_path / "whole", quiet=True)
     steps = records.read_run(whole).steps
     assert all(s.groups >= 8 for s in steps) and any(s.groups > 8 for s in steps)
-    assert steps[-1].prompts_seen == sum(s.groups for s in steps) == len((whole / records.ORDER_FILE).read_text().splitlines())
+    assert (
+        steps[-1].prompts_seen == sum(s.groups for s in steps) == len((whole / records.ORDER_FILE).read_text().splitlines())
+    )
     assert any(s.masked_responses for s in steps) and any(s.overlong_penalty_mean for s in steps)
     out = tmp_path / "killed"
     program = (
