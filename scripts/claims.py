@@ -360,6 +360,32 @@ FAULTS = (
         tests=("python_tests/train/test_batch.py::test_many_micro_batches_give_the_gradient_of_one",),
     ),
     Fault(
+        name="masked-denominator",
+        claim="GRPO step",
+        says="a response that is masked still counts in the denominator of a mean over sequences",
+        edits=(
+            Edit(
+                file="grpo_engine/train/batch.py",
+                old="num_sequences=sum(m.num_sequences for m in micro),",
+                new="num_sequences=size * G,",
+            ),
+        ),
+        tests=("python_tests/train/test_loss.py::test_masked_responses_are_in_no_sum_and_in_no_denominator",),
+    ),
+    Fault(
+        name="seeds-again",
+        claim="GRPO step",
+        says="a further round of sampling has the random numbers of the first",
+        edits=(
+            Edit(
+                file="grpo_engine/train/step.py",
+                old="sample(missing, step, again)",
+                new="sample(missing, step)",
+            ),
+        ),
+        tests=("python_tests/train/test_grpo_step.py::test_further_rounds_replace_groups_of_equal_reward",),
+    ),
+    Fault(
         name="own-reference",
         claim="GRPO step",
         says="the reference of the KL term is the policy itself",
@@ -496,12 +522,8 @@ FAULTS = (
             Edit(
                 file="grpo_engine/run/run.py",
                 old="            state.restore(self.model, self.optimizer)\n",
-                new="            state.restore(self.model, self.optimizer)\n            self.behind = 1\n",
-            ),
-            Edit(
-                file="grpo_engine/run/run.py",
-                old="self.task.train, step=step, count=c.batch.prompts,",
-                new='self.task.train, step=step - getattr(self, "behind", 0), count=c.batch.prompts,',
+                new="            state.restore(self.model, self.optimizer)\n"
+                "            self.counters.prompts_seen -= c.batch.prompts\n",
             ),
         ),
         tests=(

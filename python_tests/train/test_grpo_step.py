@@ -13,7 +13,8 @@ from grpo_engine.config import RunConfig
 from grpo_engine.model.config import ModelConfig
 from grpo_engine.model.tokenizer import PromptTokens
 from grpo_engine.records.ledger import Ledger
-from grpo_engine.rollout.engine import Engine
+from grpo_engine.rollout.engine import Engine, derive_seeds
+from grpo_engine.train import step as step_module
 from grpo_engine.train.optimizer import adamw
 from grpo_engine.train.step import groups_to_train, grpo_step
 from grpo_engine.types import Problem, Reward, RolloutBatch
@@ -133,8 +134,10 @@ def same_weights(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_further_rounds_replace_groups_of_equal_reward():
+def test_further_rounds_replace_groups_of_equal_reward(monkeypatch):
     """What is trained on is the step over the first P groups whose rewards differ, wherever they were sampled."""
+    seeds = []
+    monkeypatch.setattr(step_module, "derive_seeds", lambda *a, **k: seeds.append(derive_seeds(*a, **k)) or seeds[-1])
     one, before, taken = dynamic(1, prompts=6)
     assert one.zero_variance_groups > 0 and len(taken) == 6
     many, after, taken = dynamic(50, prompts=6)
@@ -147,6 +150,8 @@ def test_further_rounds_replace_groups_of_equal_reward():
         int(many.scored.rollout.response_len[2 * g : 2 * g + 2].sum()) for g in differ
     )
     assert many.mismatch_max == 0.0
+    of_the_step = torch.cat(seeds[1:]).tolist()
+    assert len(seeds) > 2 and len(set(of_the_step)) == len(of_the_step) == 2 * len(taken)
     again, same, _ = dynamic(50, prompts=6)
     assert same_weights(after, same) and torch.equal(again.scored.rollout.tokens, many.scored.rollout.tokens)
 
