@@ -31,7 +31,7 @@ from grpo_engine.rollout.engine import Engine, SamplingRequest, derive_seeds
 from grpo_engine.system import device as devices
 
 HEAD_ROWS = 256  # rows whose logits exist at once
-FIRST_TOKENS = 32  # of an answer before it is looked at for stop strings; twice as many each further time
+FIRST_TOKENS = 32  # of a response before it is looked at for stop strings; twice as many each further time
 SAMPLING = {"do_sample", "temperature", "until", "max_gen_toks", "top_p", "top_k", "min_p"}
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context, continuation)
@@ -45,8 +45,8 @@ class GrpoEngineLM(TemplateLM):
         pretrained: folder with config.json, safetensors and tokenizer.json, or a name on the hub.
         dtype: "float32" or "bfloat16".
         device: "auto" (also None and "cuda:0", which lm_eval gives when nothing is said), "cpu" or "cuda".
-        max_gen_toks: tokens of an answer whose task names no limit.
-        seed: of sampled answers; answer i of a call has its own.
+        max_gen_toks: tokens of a response whose task names no limit.
+        seed: of sampled responses; response i of a call has its own.
         max_running: sequences decoded at once.
         max_step_tokens: tokens of a forward pass.
         batch_size, max_batch_size: of lm_eval's command line; not used.
@@ -113,12 +113,12 @@ class GrpoEngineLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
 
-    # ------------------------------------------------------------------ answers
+    # ------------------------------------------------------------------ responses
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each (context, settings), cut before the first of its stop strings.
+        """The response to each (context, settings), cut before the first of its stop strings.
 
-        A context that leaves no room for the answer loses its first tokens, as everywhere in lm_eval.
+        A context that leaves no room for the response loses its first tokens, as everywhere in lm_eval.
 
         Raises:
             ValueError: a setting that the rollout does not know (it is named), or no room for any context.
@@ -129,18 +129,18 @@ class GrpoEngineLM(TemplateLM):
             for request, s in zip(requests, settings, strict=True)
         ]
         seeds = derive_seeds(self.seed, count=len(requests))
-        answers: list[list[int]] = [[] for _ in requests]
+        responses: list[list[int]] = [[] for _ in requests]
         texts = [""] * len(requests)
         waiting, tokens = list(range(len(requests))), FIRST_TOKENS
         while waiting:
-            # an answer depends on prompt, seed and place alone: gone on with later, it is what it would have been
+            # a response depends on prompt, seed and position alone: gone on with later, it is what it would have been
             unfinished = []
-            for i, answer, stopped in self._go_on(waiting, prompts, answers, settings, seeds, tokens):
-                answers[i] += answer
-                ids = answers[i][:-1] if stopped else answers[i]
+            for i, response, stopped in self._go_on(waiting, prompts, responses, settings, seeds, tokens):
+                responses[i] += response
+                ids = responses[i][:-1] if stopped else responses[i]
                 text = self.text.decode(ids)
                 texts[i] = postprocess_generated_text(text, settings[i]["until"], None)
-                if stopped or texts[i] != text or len(answers[i]) == settings[i]["max_gen_toks"]:
+                if stopped or texts[i] != text or len(responses[i]) == settings[i]["max_gen_toks"]:
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                 else:
                     unfinished.append(i)
@@ -163,27 +163,27 @@ class GrpoEngineLM(TemplateLM):
         return s
 
     def _go_on(
-        self, waiting: Sequence[int], prompts: Sequence[list[int]], answers: Sequence[list[int]],
+        self, waiting: Sequence[int], prompts: Sequence[list[int]], responses: Sequence[list[int]],
         settings: Sequence[dict[str, Any]], seeds: torch.Tensor, tokens: int,
     ) -> Iterator[tuple[int, list[int], bool]]:  # fmt: skip
-        """Up to `tokens` further tokens of each answer that waits: (which, tokens, whether it stopped)."""
+        """Up to `tokens` further tokens of each response that waits: (which, tokens, whether it stopped)."""
         filters = functools.partial(_filters, settings)
         for filter_key, alike in _grouped(waiting, filters).items():
             config = RolloutConfig(**self.limits, **dict(filter_key))
             parts = _grouped(
-                alike, lambda i: (settings[i]["temperature"], min(tokens, settings[i]["max_gen_toks"] - len(answers[i])))
+                alike, lambda i: (settings[i]["temperature"], min(tokens, settings[i]["max_gen_toks"] - len(responses[i])))
             )
             requests = [
                 SamplingRequest(
-                    prompts=[prompts[i] + answers[i] for i in part], group_size=1, seeds=seeds[part],
+                    prompts=[prompts[i] + responses[i] for i in part], group_size=1, seeds=seeds[part],
                     temperature=temperature, max_new_tokens=new,
                 )
                 for (temperature, new), part in parts.items()
             ]  # fmt: skip
             rollouts = self.engine.stream(requests, stop_ids=self.text.stop_ids, config=config).run()
             for part, rollout in zip(parts.values(), rollouts, strict=True):
-                for i, answer, finish in zip(part, rollout.responses(), rollout.finish, strict=True):
-                    yield i, answer, finish == "stop"
+                for i, response, finish in zip(part, rollout.responses(), rollout.finish, strict=True):
+                    yield i, response, finish == "stop"
 
     # ------------------------------------------------------------------ log-likelihoods
 
