@@ -294,7 +294,7 @@ class Model(nn.Module):
 
 
 def _select_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
-    # responses share their prompt's last row: its gradient is a sum, which index_select on CUDA makes by atomics, in any order
+    # responses share their prompt's last row: its gradient is a sum, which index_select on CUDA makes by atomics, unordered
     return nn.functional.embedding(rows, x_TD) if x_TD.is_cuda else x_TD.index_select(0, rows)
 
 
