@@ -211,6 +211,15 @@ class RunConfig(Config):
     checkpoint_every: Positive = 20  # steps; how much a kill can cost, and nothing else
 
     @pydantic.model_validator(mode="after")
+    def _replaced_groups(self) -> RunConfig:
+        if self.batch.sampling_rounds > 1 and self.advantage.estimator == "reinforce_pp":
+            raise ValueError(
+                f"batch.sampling_rounds={self.batch.sampling_rounds} replaces groups of equal reward, which have a gradient "
+                "with advantage.estimator=reinforce_pp"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _buffer(self) -> RunConfig:
         buffer, limit = self.reward.overlong_buffer, self.rollout.max_new_tokens
         if buffer is not None and buffer > limit:

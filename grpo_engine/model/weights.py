@@ -26,7 +26,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -49,7 +48,7 @@ from grpo_engine.model.hf_config import (
     read_config,
 )
 from grpo_engine.records.jsonl import read_object
-from grpo_engine.system.files import sync_folder, sync_tree
+from grpo_engine.system.files import new_folder
 
 _READABLE = ("F32", "BF16", "F16")  # safetensors' names; F16 is read, never written
 _WRITABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -321,22 +320,10 @@ def save_checkpoint(
         TypeError: another dtype of weights.
         OSError: it cannot be written; nothing is left behind.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: must be absent or an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
+    with new_folder(Path(folder)) as temporary:
         write_files(model, temporary, max_shard_bytes=max_shard_bytes)
         if tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, temporary)
-        sync_tree(temporary)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(folder.parent)
 
 
 def write_files(model: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -67,7 +67,7 @@ class StepRecord:
     reward_std: float | None = None  # over all responses of the step, divided by n - 1
     reward_failures: int | None = None  # responses whose verifier timed out, crashed or raised (scored 0)
     groups: int | None = None  # prompts of the step, those of further rounds of sampling included
-    zero_variance_groups: int | None = None  # groups whose responses all got one reward: they carry no gradient
+    zero_variance_groups: int | None = None  # groups whose responses all got one reward: no gradient, but of a penalty
     overlong_penalty_mean: float | None = None  # over all responses of the step; reward_mean is without it
     masked_responses: int | None = None  # left out of the loss, of those trained on; None: loss.mask_truncated is off
     response_len_mean: float | None = None  # tokens

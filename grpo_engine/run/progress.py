@@ -73,7 +73,8 @@ class RunProgress:
         self._tokens_before = record.trained_tokens
         if record.reward_mean is not None:
             self._facts["reward"] = f"{record.reward_mean:.3f}"
-        self._facts["loss"] = f"{record.loss:.4f}"
+        if record.loss is not None:
+            self._facts["loss"] = f"{record.loss:.4f}"
         self._facts["tokens/s"] = f"{tokens / seconds:,.0f}"
         self._show(record.step)
 

@@ -1,8 +1,8 @@
 """A run from its first step to its last: resumable at any moment, and the same bits either way.
 
 A killed run loses what came after its last checkpoint. Started again, it cuts its record files back to the lengths
-that the checkpoint noted and repeats those steps; every draw depends on (seed, step, place) and not on history, so
-the records and the weights come out as if nothing had happened.
+that the checkpoint noted and repeats those steps. Every sample depends on (seed, step, index) and on what the checkpoint
+holds, so the records and the weights come out as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ class Run:
         if c.model.path is not None:
             folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
         # problems first: a wrong file is found before a model of the ladder is pretrained
-        self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts, reward=c.reward)
+        self.task = load_task(
+            c.task, seed=c.seed, needed=c.steps * c.batch.prompts * c.batch.sampling_rounds, reward=c.reward
+        )
         self.tokenizer, self.encode, self.model, pages_stay = tokenizer_and_model(c, folder, self.task)
         self.engine = Engine(self.model, keep=pages_stay)
         needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
@@ -307,7 +309,7 @@ class Run:
         }
 
     def _record(self, step: int, **fields) -> records.StepRecord:
-        return records.StepRecord(**self._so_far(step), lr=self.optimizer.param_groups[0]["lr"], **fields)
+        return records.StepRecord(**self._so_far(step), lr=learning_rate(self.config.optimizer, step), **fields)
 
     def _evaluate(self, step: int, due: Sequence[int]) -> None:
         sets = list(self.task.evals.values())

@@ -24,9 +24,7 @@ def problems_from(problems: Sequence[Problem], *, start: int, seed: int, shuffle
     """
     U = len(problems)
     for epoch in itertools.count(start // U):
-        order = range(U)
-        if shuffle:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(U, generator=generator, device="cpu").tolist()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(U, generator=generator, device="cpu") if shuffle else range(U)
         first = start % U if epoch == start // U else 0
-        yield from (problems[i] for i in order[first:])
+        yield from (problems[int(i)] for i in order[first:])

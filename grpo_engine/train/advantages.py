@@ -32,7 +32,8 @@ def dr_grpo(rewards_PG: Tensor, rollout: RolloutBatch, config: AdvantageConfig) 
 def rloo(rewards_PG: Tensor, rollout: RolloutBatch, config: AdvantageConfig) -> Tensor:
     """reward - mean of the group's other rewards. Ahmadian et al. 2024, arXiv:2402.14740."""
     G = rewards_PG.shape[1]
-    return (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)) * (G / (G - 1))
+    above = (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)) * (G / (G - 1))
+    return above * varies(rewards_PG)[:, None]  # the mean of equal rewards is rounded
 
 
 def reinforce_pp(rewards_PG: Tensor, rollout: RolloutBatch, config: AdvantageConfig) -> Tensor:
@@ -58,7 +59,7 @@ def reward_matrix(rewards: Sequence[Reward], group_size: int) -> Tensor:
 
 
 def varies(rewards_PG: Tensor) -> Tensor:
-    """[P] bool, whether a group has two different rewards: without, its advantages are exactly 0."""
+    """[P] bool, whether a group has two different rewards: without, estimators by group give exactly 0."""
     return (rewards_PG != rewards_PG[:, :1]).any(dim=1)
 
 

@@ -6,13 +6,16 @@ How this differs from the GRPO of a textbook:
 - The responses of a group share their prompt: its keys and values are kept once in sampling, and its tokens are computed
   once in training.
 - A minibatch is one optimizer step. A micro-batch is what goes through the model at once. The loss divides by the
-  minibatch's totals, so the cut into micro-batches changes memory and rounding only.
-- Options of DAPO: groups of equal reward are replaced (`batch.sampling_rounds`), responses that the length limit cut off
-  are masked (`loss.mask_truncated`), and long ones lose reward (`reward.overlong_buffer`).
+  minibatch's response tokens or sequences (`loss.aggregation`), masked ones left out. So the cut into micro-batches
+  changes memory and rounding only.
+- Each response is trained on once: there is no second epoch over a rollout.
+- Options of DAPO: groups of equal reward are replaced, in at most `batch.sampling_rounds` rounds, the first one included.
+  Responses that the length limit cut off are masked (`loss.mask_truncated`). Long ones lose reward
+  (`reward.overlong_buffer`).
 - In the first minibatch the weights are still those that sampled. The trainer must then compute the sampler's log-probs
-  bit for bit, and a step in which it does not is an error.
+  bit for bit. A step in which it does not is an error, unless `model.batch_invariant` is false: then it is recorded.
 
-P prompts, G responses each, N = P*G sequences, R response tokens.
+P prompts (all that were sampled; from stage 2 on `batch.prompts`), G responses each, N = P*G sequences, R response tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from grpo_engine.train.loss import logprobs, policy_loss
 from grpo_engine.train.optimizer import update
 from grpo_engine.types import Problem, Reward, RolloutBatch, TrainBatch
 
-ROLLOUT_STREAM = 1  # keeps the random numbers of training apart from those of evaluation
+ROLLOUT_STREAM = 1  # of random numbers; those of evaluations are `evaluate.EVALUATION_STREAM`
 
 
 def grpo_step(
@@ -65,13 +68,14 @@ def grpo_step(
         engine: samples; its model is the policy, which is trained in place.
         reference: frozen; None exactly when config.loss.kl_coef is 0.
         optimizer: over the policy's parameters.
-        problems: the run's training problems from here on; the step takes P, and more for further rounds of sampling.
+        problems: the run's training problems from here on, without end. The caller advances by as many as the outcome
+            has groups.
         tokenizer: decodes responses, and has the tokens that end them.
         encode: a problem's prompt in tokens.
         pool: scores responses.
         config: of the run.
         step: number of this step, 1 is the first; part of the random seeds.
-        ledger: books the cost by phase.
+        ledger: books tokens, FLOPs and seconds by phase.
         progress: of the rollout.
 
     Returns:
@@ -84,27 +88,28 @@ def grpo_step(
     """
     policy, batch = engine.model, config.batch
 
-    def sample(count: int, *seed: int) -> Scored:
+    def sample(count: int, *round_: int) -> Scored:
         return sample_and_score(
             engine, list(islice(problems, count)), tokenizer=tokenizer, encode=encode, pool=pool, config=config,
-            seed=seed, ledger=ledger, progress=progress,
+            seed=(step, *round_), ledger=ledger, progress=progress,
         )  # fmt: skip
 
-    # 1. Sample G responses to each prompt and score them. Further rounds replace groups of equal reward.
-    scored = sample(batch.prompts, step)
-    for again in range(1, batch.sampling_rounds):
-        missing = batch.prompts - int(varies(scored.rewards_PG).sum())
+    # 1. Sample G responses to each prompt and score them. Further rounds replace groups that teach nothing.
+    scored = sample(batch.prompts)
+    for round_ in range(1, batch.sampling_rounds):  # round 0 is above
+        missing = batch.prompts - int(informative(scored, config).sum())  # >= 0: a round asks for no more than is missing
         if not missing:
             break
-        scored = scored.join(sample(missing, step, again))
+        scored = scored.join(sample(missing, round_))
 
     # 2. One advantage for each response to P prompts.
+    groups = groups_to_train(informative(scored, config), batch.prompts)
+    nothing_left_out = len(groups) == len(scored.rewards_PG)
+    rollout = scored.rollout if nothing_left_out else scored.rollout.take(groups)
     penalty_PG = overlong_penalty(scored.rollout, config.reward, max_new_tokens=config.rollout.max_new_tokens)
-    groups = groups_to_train(scored.rewards_PG, batch.prompts)
-    rollout = scored.rollout if len(groups) == len(penalty_PG) else scored.rollout.take(groups)
     advantage_N = estimate_advantages((scored.rewards_PG - penalty_PG)[groups], rollout, config.advantage)
 
-    # 3. One optimizer step for each minibatch.
+    # 3. One optimizer step for each minibatch: whole groups, in the order in which they were sampled.
     cut = minibatches(
         rollout,
         advantage_N,
@@ -115,7 +120,7 @@ def grpo_step(
     updates: list[Update] = []
     for minibatch in cut:
         if minibatch.num_sequences:  # 0: all of its responses are masked
-            on_policy = not updates
+            on_policy = not updates  # no minibatch has moved the weights yet
             updates.append(
                 train_minibatch(
                     policy, reference, optimizer, minibatch, config, step=step, on_policy=on_policy, ledger=ledger
@@ -182,11 +187,26 @@ def sample_and_score(
     return Scored(rollout=rollout, rewards=tuple(rewards))
 
 
-def groups_to_train(rewards_PG: Tensor, count: int) -> list[int]:
-    """Which groups a step trains on, in order: those of unequal rewards, filled up to `count` with the first others."""
-    differ = varies(rewards_PG)
-    others = (~differ).nonzero().flatten()[: count - int(differ.sum())]
-    return sorted([*differ.nonzero().flatten().tolist(), *others.tolist()])
+def informative(scored: Scored, config: RunConfig) -> Tensor:
+    """[P] bool, whether a group teaches: its responses got different rewards, and not all of them will be masked.
+
+    The scorer's reward decides, as in DAPO: with the penalty of long responses nearly every group would differ.
+    """
+    differ = varies(scored.rewards_PG)
+    if not config.loss.mask_truncated:
+        return differ
+    ended = torch.tensor([finish == "stop" for finish in scored.rollout.finish], device="cpu")
+    return differ & ended.view_as(scored.rewards_PG).any(dim=1)
+
+
+def groups_to_train(informative_P: Tensor, count: int) -> list[int]:
+    """Which groups a step trains on, in the order in which they were sampled.
+
+    Those that teach; where they are fewer than `count`, the first of the others too. So a batch always has P groups:
+    the others count in its denominators, and the KL penalty acts on them.
+    """
+    others = (~informative_P).nonzero().flatten()[: count - int(informative_P.sum())]
+    return sorted([*informative_P.nonzero().flatten().tolist(), *others.tolist()])
 
 
 def train_minibatch(
@@ -201,26 +221,26 @@ def train_minibatch(
     ledger: Ledger,
 ) -> Update:
     """One optimizer step. With on_policy the weights are those that sampled, and the log-probs must have the same bits."""
-    score = functools.partial(logprobs, activation_checkpointing=config.batch.activation_checkpointing)
-    results, scored, trained_tokens = [], [], 0
+    logprobs_of = functools.partial(logprobs, activation_checkpointing=config.batch.activation_checkpointing)
+    results, recomputed, trained_tokens = [], [], 0
     for micro in minibatch.micro_batches:
-        T, flops = micro.tokens.numel(), training_flops(policy, micro)  # T < micro.num_inputs: prompts are shared
+        T, flops = micro.tokens.numel(), training_flops(policy, micro)  # num_inputs counts a shared prompt for each response
         trained_tokens += micro.num_inputs
         micro = move(micro, policy.device)
         if reference is not None:
             with ledger.timed("reference", tokens=T, flops=flops), torch.no_grad():
-                micro = dataclasses.replace(micro, ref_logprob=score(reference, micro))
+                micro = dataclasses.replace(micro, ref_logprob=logprobs_of(reference, micro))
         with ledger.timed("forward", tokens=T, flops=flops):
-            logprob = score(policy, micro)
+            logprob = logprobs_of(policy, micro)
             loss, stats = policy_loss(logprob, micro, minibatch, config.loss)
         with ledger.timed("backward", tokens=T, flops=2 * flops):
-            loss.backward()
+            loss.backward()  # gradients add up over micro-batches; `update` clears them
         results.append((loss.detach(), stats))
-        scored.append((logprob.detach(), micro))
-    # Only from here on does the host wait for the device.
+        recomputed.append((logprob.detach(), micro))
+    # Only from here on does the host wait for the device: so the bits are compared once, after all micro-batches.
     mismatch = 0.0
-    if on_policy and not _same_bits(scored):
-        mismatch = max(_on_policy_mismatch(logprob, micro, policy.batch_invariant) for logprob, micro in scored)
+    if on_policy and not _same_bits(recomputed):
+        mismatch = max(_on_policy_mismatch(logprob, micro, policy.batch_invariant) for logprob, micro in recomputed)
     with ledger.timed("optimizer"):
         lr = learning_rate(config.optimizer, step)
         grad_norm = update(optimizer, lr=lr, clip_norm=config.optimizer.clip_norm)
@@ -252,14 +272,14 @@ class StepOutcome:
     """What one step sampled, was rewarded with and did to the weights."""
 
     scored: Scored  # all rounds of sampling
-    zero_variance_groups: int  # of all that were sampled, groups whose advantages are exactly 0
-    overlong_penalty: float  # mean over responses
-    masked_responses: int  # of those trained on
-    trained_tokens: int  # inputs of the training pass, each sequence counted whole
+    zero_variance_groups: int  # of all that were sampled, groups whose responses got one reward of the scorer
+    overlong_penalty: float  # mean over all responses
+    masked_responses: int  # of the groups chosen, responses left out of the loss
+    trained_tokens: int  # inputs of the training pass as 6 N T counts them, each sequence with a prompt of its own
     stats: ops.PolicyStats | None  # over the step's minibatches; None: all responses were masked, and nothing was trained
     loss: float | None  # mean over minibatches
     grad_norm: float | None  # before clipping, mean over minibatches
-    mismatch_max: float | None  # max |sampler's - trainer's log-prob| in the first minibatch
+    mismatch_max: float | None  # max |sampler's - trainer's log-prob| in the first minibatch; later ones compare nothing
 
     @classmethod
     def of(cls, scored: Scored, penalty_PG: Tensor, trained: RolloutBatch, updates: Sequence[Update]) -> StepOutcome:
@@ -267,7 +287,7 @@ class StepOutcome:
         count = len(updates)
         return cls(
             scored=scored,
-            zero_variance_groups=int((~varies(scored.rewards_PG - penalty_PG)).sum()),
+            zero_variance_groups=int((~varies(scored.rewards_PG)).sum()),
             overlong_penalty=float(penalty_PG.mean()),
             masked_responses=trained.num_sequences - sum(u.num_sequences for u in updates),
             trained_tokens=sum(u.trained_tokens for u in updates),
@@ -279,7 +299,7 @@ class StepOutcome:
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate at a step (1 is the first): linear over the warm-up steps, then constant."""
+    """The rate at a GRPO step (1 is the first), for all its minibatches: linear over the warm-up steps, then constant."""
     return config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
 
 
@@ -292,8 +312,8 @@ def training_flops(model: Model, micro: TrainBatch) -> float:
     return forward_flops(model, tokens=micro.tokens.numel(), pairs=pairs, head_rows=micro.num_response_tokens)
 
 
-def _same_bits(scored: Sequence[tuple[Tensor, TrainBatch]]) -> bool:
-    trained, sampled = zip(*((logprob, micro.old_logprob) for logprob, micro in scored), strict=True)
+def _same_bits(recomputed: Sequence[tuple[Tensor, TrainBatch]]) -> bool:
+    trained, sampled = zip(*((logprob, micro.old_logprob) for logprob, micro in recomputed), strict=True)
     return torch.equal(torch.cat(trained), torch.cat(sampled))  # one comparison, hence one wait, for all micro-batches
 
 

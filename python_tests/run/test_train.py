@@ -217,6 +217,17 @@ def test_killed_between_two_rounds_of_a_step_and_resumed_gives_identical_records
     assert (out / records.ORDER_FILE).read_bytes() == (whole / records.ORDER_FILE).read_bytes()
 
 
+def test_steps_whose_responses_are_all_masked_are_recorded_and_change_nothing(folder, tmp_path):
+    # one token cannot be an answer and its end: no response ends by itself
+    changes = {"rollout": {"max_new_tokens": 1}, "loss": {"mask_truncated": True}, "optimizer": {"warmup_steps": 9}}
+    out = train(run_config(folder, **changes), tmp_path / "masked", quiet=True)
+    steps = records.read_run(out).steps
+    masked = [s for s in steps if s.masked_responses == 32]
+    assert len(steps) == 12 and masked
+    assert all(s.loss is s.kl is s.grad_norm is s.ratio_max is s.logprob_mismatch_max is None for s in masked)
+    assert [s.lr for s in steps] == [pytest.approx(1e-3 * min(1, s.step / 9)) for s in steps]
+
+
 def test_a_finished_run_is_left_alone(folder, undisturbed):
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
     assert train(run_config(folder), undisturbed) == undisturbed

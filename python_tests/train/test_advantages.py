@@ -54,7 +54,7 @@ def test_an_estimator_is_its_formula(name, P, G):
     # sums of at most P G rewards in [0, 1.25], each rounded to 2^-24, over the standard deviation
     scale = {"grpo": r.std(dim=1).clamp(min=EPS).min(), "reinforce_pp": r.std()}.get(name, torch.tensor(1.0))
     bound = 4 * P * G * 2.0**-24 * 1.25 / float(scale)
-    zero = (r == r[:, :1]).all(dim=1).repeat_interleave(G) & (name in ("grpo", "dr_grpo"))
+    zero = (r == r[:, :1]).all(dim=1).repeat_interleave(G) & (name != "reinforce_pp")
     assert ((got.double() - want).abs()[~zero] <= bound).all()
     assert (got[zero] == 0).all()
 
@@ -126,3 +126,11 @@ def test_the_penalty_of_a_long_response_is_dapos():
 def test_a_buffer_longer_than_the_limit_is_refused():
     with pytest.raises(ValueError, match="reward.overlong_buffer=17 must be at most rollout.max_new_tokens=16"):
         RunConfig(reward={"overlong_buffer": 17})
+
+
+def test_groups_are_not_replaced_where_equal_rewards_have_a_gradient():
+    RunConfig(batch={"sampling_rounds": 2}, advantage={"estimator": "rloo"})
+    with pytest.raises(
+        ValueError, match="batch.sampling_rounds=2 replaces groups of equal reward, which have a gradient with"
+    ):
+        RunConfig(batch={"sampling_rounds": 2}, advantage={"estimator": "reinforce_pp"})

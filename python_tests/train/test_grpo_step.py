@@ -3,6 +3,7 @@
 import copy
 import itertools
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -16,7 +17,7 @@ from grpo_engine.records.ledger import Ledger
 from grpo_engine.rollout.engine import Engine, derive_seeds
 from grpo_engine.train import step as step_module
 from grpo_engine.train.optimizer import adamw
-from grpo_engine.train.step import groups_to_train, grpo_step
+from grpo_engine.train.step import Scored, groups_to_train, grpo_step, informative
 from grpo_engine.types import Problem, Reward, RolloutBatch
 
 TINY = ModelConfig(
@@ -144,7 +145,7 @@ def test_further_rounds_replace_groups_of_equal_reward(monkeypatch):
     rewards = many.scored.rewards_PG
     differ = (rewards[:, 0] != rewards[:, 1]).nonzero().flatten().tolist()
     assert len(differ) == 6 and len(rewards) == len(taken) > 6 and not same_weights(before, after)
-    assert groups_to_train(rewards, 6) == differ
+    assert groups_to_train(rewards[:, 0] != rewards[:, 1], 6) == differ
     assert torch.equal(many.scored.rollout.tokens[: len(one.scored.rollout.tokens)], one.scored.rollout.tokens)
     assert many.zero_variance_groups == len(taken) - 6 and many.stats.tokens == sum(
         int(many.scored.rollout.response_len[2 * g : 2 * g + 2].sum()) for g in differ
@@ -159,8 +160,17 @@ def test_further_rounds_replace_groups_of_equal_reward(monkeypatch):
 def test_rounds_are_bounded_and_the_batch_is_filled_up():
     outcome, _, taken = dynamic(3, pool=Equal())
     assert len(taken) == 3 * 4 and outcome.zero_variance_groups == 12  # each round samples what is missing: all
-    assert groups_to_train(outcome.scored.rewards_PG, 4) == [0, 1, 2, 3] and outcome.loss == 0.0
-    assert groups_to_train(torch.tensor([[1.0, 1], [0, 0], [1, 0], [1, 1], [0, 1]]), 3) == [0, 2, 4]
+    assert outcome.loss == 0.0
+    assert groups_to_train(torch.zeros(12, dtype=torch.bool), 4) == [0, 1, 2, 3]
+    assert groups_to_train(torch.tensor([False, False, True, False, True]), 3) == [0, 2, 4]
+
+
+def test_a_group_that_will_be_masked_teaches_nothing():
+    rewards = tuple(Reward(value=v) for v in (1.0, 0.0, 0.5, 0.2, 0.3, 0.3))
+    rollout = SimpleNamespace(finish=("stop", "length", "length", "length", "stop", "stop"), group_size=2)
+    scored = Scored(rollout=rollout, rewards=rewards)
+    assert informative(scored, RunConfig()).tolist() == [True, True, False]
+    assert informative(scored, RunConfig(loss={"mask_truncated": True})).tolist() == [True, False, False]
 
 
 def test_sampled_groups_are_taken_and_joined_unchanged():
@@ -211,4 +221,4 @@ def test_long_responses_lose_reward_in_training_alone():
     lengths = shaped.scored.rollout.response_len.double()
     assert plain.overlong_penalty == 0 and len(set(lengths.tolist())) > 1
     assert shaped.overlong_penalty == pytest.approx(float((0.7 * lengths / 3).mean()), rel=1e-6)
-    assert plain.zero_variance_groups == 4 > shaped.zero_variance_groups and plain.loss == 0.0 != shaped.loss
+    assert plain.zero_variance_groups == shaped.zero_variance_groups == 4 and plain.loss == 0.0 != shaped.loss
