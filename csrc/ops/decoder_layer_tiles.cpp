@@ -290,8 +290,9 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
                                             const std::optional<Tensor>&, const Tensor&, const Tensor&, double)>(
           "grpo_engine::ragged_attention_backward");
   const Heads heads = split(l, qkv);
-  const auto [dq, dk, dv] = attention_backward.call(dattn.view({T, l.H, l.E}), heads.q, heads.k, heads.v, cu_seqlens,
-                                                    cu_groups, attn.view({T, l.H, l.E}), stats, attention_scale(l));
+  Tensor dq, dk, dv;  // a lambda of C++20 captures no structured binding, as clang has it
+  std::tie(dq, dk, dv) = attention_backward.call(dattn.view({T, l.H, l.E}), heads.q, heads.k, heads.v, cu_seqlens,
+                                                 cu_groups, attn.view({T, l.H, l.E}), stats, attention_scale(l));
 
   const Tensor dqkv = at::empty_like(qkv), dx = at::empty_like(x);
   if (T > 0) {
