@@ -35,7 +35,7 @@ def test_parameters_are_those_of_the_model(tied, family):
 
 def test_a_model_that_nobody_knows_has_its_nominal_size():
     assert num_params(ModelSource(path="/nowhere/Llama-3-8B", params_nominal=8e9)) == 8_000_000_000
-    with pytest.raises(FileNotFoundError, match="no config.json, the name is no Qwen2.5 model's"):
+    with pytest.raises(FileNotFoundError, match="no config.json, the name is no Qwen2.5 or Qwen3 model's"):
         num_params(ModelSource(path="/nowhere/Llama-3-8B"))
 
 

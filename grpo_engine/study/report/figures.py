@@ -150,6 +150,8 @@ def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
             Panel(title={"compute": "against compute", "data": "against data"}[axis],
                   x_label="non-embedding parameters N", y_label="slope k", series=series, x_log=True, zero="y")
         )  # fmt: skip
+    if not panels:
+        return None
     return Figure(
         name="slopes",
         title="How fast the loss falls, by size",
@@ -242,14 +244,17 @@ def residual_figure(data: StudyData, laws: Laws) -> Figure | None:
 def learning_figure(data: StudyData) -> Figure | None:
     """The test loss of each size while it trains, base against instruct."""
     panels, every = [], []
+    curves = {(s, k): data.curve(data.main(s, k)) for s in data.sizes for k in data.kinds}
+    prompts = all(math.isfinite(p.prompts) for c in curves.values() for p in c)  # a log may not tell them
     for size in data.sizes:
         series = []
         for kind in data.kinds:
-            curve = data.curve(data.main(size, kind))
-            if len(curve) > 1 and all(math.isfinite(p.prompts) for p in curve):
+            curve = curves[size, kind]
+            if len(curve) > 1:
                 every += [p.loss + s * p.error for p in curve for s in (-1, 1)]
                 series.append(
-                    Series(label=kind, x=[p.prompts for p in curve], y=[p.loss for p in curve], group=kind,
+                    Series(label=kind, x=[p.prompts if prompts else p.step for p in curve], y=[p.loss for p in curve],
+                           group=kind,
                            y_error=[p.error for p in curve], color=KIND_COLOR[kind], hollow=kind == "instruct")
                 )  # fmt: skip
         if series:
@@ -262,7 +267,7 @@ def learning_figure(data: StudyData) -> Figure | None:
         caption="Test loss from before the first step on, mean over runs; bars one standard error. Instruct models have "
         "hollow points.",
         panels=[
-            Panel(title=f"{size} ({human(data.params[size])})", x_label="prompts seen",
+            Panel(title=f"{size} ({human(data.params[size])})", x_label="prompts seen" if prompts else "step",
                   y_label=f"test loss ({data.headline})", series=series, x_zero=True, y_range=(min(every), max(every)))
             for size, series in panels
         ],
