@@ -190,16 +190,22 @@ def level_figure(data: StudyData, fits: Fits) -> Figure | None:
                 )
             )  # fmt: skip
         if series:
+            # the interval of a law that is not carried may have no end: it leaves the panel
+            levels = [y for s in series for y in s.y]
+            ends = [end for s in series for span in s.y_span or () for end in span if end is not None]
+            far = max(1.0, max(levels) - min(levels))
+            span = (max(min(levels + ends), min(levels) - far), min(max(levels + ends), max(levels) + far))
             panels.append(
                 Panel(title=f"against {axis}", x_label="non-embedding parameters N", y_label="level E, log of the loss",
-                      series=series, x_log=True)
+                      series=series, x_log=True, y_range=span)
             )  # fmt: skip
     if not panels:
         return None
     return Figure(
         name="levels",
         title="Where the loss stands, by size",
-        caption=f"The level E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals. Dashed, "
+        caption=f"The level E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals; one that "
+        "leaves its panel goes on. Dashed, "
         "with four sizes or more: the law of E(N) that misses them least.",
         panels=panels,
         legend=_kinds_legend(data),

@@ -163,10 +163,13 @@ def _recommendation(data: StudyData, laws: Laws) -> Section:
         "Budgets are those that the runs of the ladder ended with. A budget of compute buys a small model more "
         "prompts; a budget of prompts costs a large model more compute."
     )
+    undecided: dict[tuple[str, str], list[str]] = {}
+    for kind, budget, r in laws.picks:
+        if not r.decided:
+            undecided.setdefault((kind, r.why.partition(" Intervals: ")[0]), []).append(budget)
     open_points = [
-        f"{kind.capitalize()} models, {budget}: not decided. {r.why.partition(' Intervals: ')[0]}"
-        for kind, budget, r in laws.picks if not r.decided
-    ]  # fmt: skip
+        f"{kind.capitalize()} models, {listed(budgets)}: not decided. {why}" for (kind, why), budgets in undecided.items()
+    ]
     doubts: dict[tuple[str, str, str], list[str]] = {}
     for kind, budget, r in laws.picks:
         for reason in r.distrust:
