@@ -54,7 +54,7 @@ def _grid(low: float, high: float, count: int = 60) -> list[float]:
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
-def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
+def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
     colors, panels = size_colors(data.sizes), []
     points: list[float] = []
     carried = []
@@ -96,6 +96,8 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
                        color=colors[size], end_label=None if own and joint else size, group=size)
             )  # fmt: skip
         panels.append((kind, series))
+    if not points:
+        return None
     lines = {
         (True,): "Lines: the law fitted to all sizes together, with its 95 % band; dashed, continued beyond the last "
         "point, where nothing was measured. ",

@@ -81,7 +81,7 @@ def sections_of(data: StudyData, laws: Laws, claims: Sequence[Claim]) -> list[Se
     fits = laws.fits
     return [
         _claims(claims),
-        *(Section(id=f.name, title=f.title, figures=[f]) for f in (loss_figure(data, fits, a) for a in axes_of(fits))),
+        *(Section(id=f.name, title=f.title, figures=[f]) for a in axes_of(fits) for f in _some(loss_figure(data, fits, a))),
         _law(data, laws),
         *([_other_laws(data, laws)] if fits.fits else []),
         _recommendation(data, laws),
