@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -236,10 +237,24 @@ def study_import(
     log_format: Annotated[str, typer.Argument(metavar="FORMAT", help="csv, verl, trl or wandb.")],
     paths: Annotated[list[Path], typer.Argument(help="Logs, one a run.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; what it holds already stays.")],
-    size: Annotated[str, typer.Option(help="Size of the model, a label: 7B.")],
-    model: Annotated[str | None, typer.Option(help="Model folder, or a Qwen2.5 name, that --params is counted from")] = None,
-    params: Annotated[int | None, typer.Option(help="Parameters without embedding and head.")] = None,
-    params_nominal: Annotated[float | None, typer.Option(help="Parameters by the model's name: 7e9.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Size of the model, a label: 7B. LABEL=NAME, repeated, where one file has several sizes: NAME is the "
+            "column of its pass rates (csv), its value in the column of sizes (csv), or its run (wandb)."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model folder, or a Qwen2.5 or Qwen3 name, that --params is counted from; or LABEL=MODEL."),
+    ] = None,
+    params: Annotated[
+        list[str] | None, typer.Option(help="Parameters without embedding and head; or LABEL=PARAMS, repeated.")
+    ] = None,
+    params_nominal: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameters by the model's name; or LABEL=PARAMS. None: what a label such as 7B says."),
+    ] = None,
     kind: Annotated[str, typer.Option(help="base or instruct.")] = "base",
     prompts_per_step: Annotated[int | None, typer.Option(help="Prompts of a step; gives the data axis.")] = None,
     dataset_prompts: Annotated[int | None, typer.Option(help="Different prompts there are; gives their reuse.")] = None,
@@ -254,30 +269,50 @@ def study_import(
     ] = None,
     out_of_domain: Annotated[list[str] | None, typer.Option(help="A set that is out of domain; repeatable.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="csv: OURS=THEIRS, a column of our table; repeatable.")] = None,
+    eval_set: Annotated[str | None, typer.Option(help="csv: name of the evaluation set, where no --metric says it.")] = None,
     step: Annotated[str | None, typer.Option(help="wandb: the step column.")] = None,
     tokens: Annotated[str | None, typer.Option(help="wandb: the running count of tokens.")] = None,
 ) -> None:
     """Take another trainer's logs into a folder that `study fit`, `report` and `recommend` read.
 
     Example: grpo-engine study import verl 7b.log --out runs/ours --size 7B --model Qwen2.5-7B --prompts-per-step 512
+
+    With a column a size: grpo-engine study import csv all.csv --out runs/ours --size 4B=c --size 8B=d --column step=Step
     """
     from grpo_engine.config import ModelSource
     from grpo_engine.study.forecast import num_params
     from grpo_engine.study.importers import RunInfo, import_logs
+    from grpo_engine.study.importers.rows import number, whole
 
-    if model is not None and params is None:
-        params = num_params(ModelSource(path=model))
-    run = RunInfo(
-        size=size, kind=kind, params_non_embedding=params, params_nominal=params_nominal,
-        prompts_per_step=prompts_per_step, dataset_prompts=dataset_prompts, group_size=group_size,
-        temperature=temperature, num_problems=num_problems, num_samples=num_samples, seed=seed, run_id=run_id,
-    )  # fmt: skip
+    labels: dict[str | None, str | None] = {None: None}  # label of a size -> its name in the file; None: one, or a column's
+    if size and len(size) == 1 and "=" not in size[0]:
+        labels = {size[0]: None}
+    elif size:
+        labels = _pairs("--size", [s if "=" in s else f"{s}={s}" for s in size])
+        if twice := [name for name in labels.values() if list(labels.values()).count(name) > 1]:
+            raise ValueError(f"--size must name {twice[0]!r} once, got it for several labels")
+    models, counts, nominal = (
+        _by_label(option, given, labels)
+        for option, given in (("--model", model), ("--params", params), ("--params-nominal", params_nominal))
+    )
+    runs = {}
+    for label, name in labels.items():
+        n = whole(counts[label], "--params") if label in counts else None
+        if n is None and label in models:
+            n = num_params(ModelSource(path=models[label]))
+        runs[name] = RunInfo(
+            size=label, kind=kind, params_non_embedding=n,
+            params_nominal=number(nominal[label], "--params-nominal") if label in nominal else None,
+            prompts_per_step=prompts_per_step, dataset_prompts=dataset_prompts, group_size=group_size,
+            temperature=temperature, num_problems=num_problems, num_samples=num_samples, seed=seed, run_id=run_id,
+        )  # fmt: skip
     table = import_logs(
-        out, log_format, paths, run=run, metrics=_pairs("--metric", metric), out_of_domain=out_of_domain or (),
-        columns=_pairs("--column", column), step=step, tokens=tokens,
+        out, log_format, paths, run=runs if None not in runs else runs[None], metrics=_pairs("--metric", metric),
+        out_of_domain=out_of_domain or (), columns=_pairs("--column", column), eval_set=eval_set, step=step, tokens=tokens,
     )  # fmt: skip
-    runs, sizes = (len(set(table.column(name).to_pylist())) for name in ("run_id", "size"))
-    console.print(f"{out}: {table.num_rows} evaluations of {runs} runs and {sizes} sizes", soft_wrap=True)
+    num_runs, num_sizes = (len(set(table.column(name).to_pylist())) for name in ("run_id", "size"))
+    text = f"{out}: {table.num_rows} evaluations of {num_runs} runs and {num_sizes} sizes"
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str] | None:
@@ -285,7 +320,24 @@ def _pairs(option: str, given: list[str] | None) -> dict[str, str] | None:
         return None
     if bad := [g for g in given if "=" not in g]:
         raise ValueError(f"{option} must be NAME=VALUE, got {bad[0]!r}")
+    names = [g.split("=", 1)[0] for g in given]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(f"{option} must name {twice[0]!r} once, got it {names.count(twice[0])} times")
     return dict(g.split("=", 1) for g in given)
+
+
+def _by_label(option: str, given: list[str] | None, labels: Mapping[str | None, str | None]) -> dict[str | None, str]:
+    """The values of an option by the labels of sizes: one value for all, or LABEL=VALUE for each."""
+    if not given:
+        return {}
+    if len(given) == 1 and given[0].partition("=")[0] not in labels:
+        if len(labels) > 1:
+            raise ValueError(f"{option} must be LABEL=VALUE for each of {', '.join(map(str, labels))}, got {given[0]!r}")
+        return dict.fromkeys(labels, given[0])
+    pairs = _pairs(option, given) or {}
+    if unknown := [name for name in pairs if name not in labels]:
+        raise ValueError(f"{option} must name sizes of --size, {', '.join(map(str, labels))}, got {unknown[0]!r}")
+    return dict(pairs)
 
 
 @study_app.command("recommend")
@@ -335,8 +387,9 @@ def _report(study_dir: Path) -> None:
     from grpo_engine.study.report import FITS_FILE, law_table, write_report
 
     page = write_report(study_dir)
-    console.print(law_table(read_fits(study_dir / FITS_FILE)))
-    console.print(f"report: {page}")
+    if (fits := read_fits(study_dir / FITS_FILE)).fits:
+        console.print(law_table(fits))
+    console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _print_run(folder: Path) -> None:
@@ -374,7 +427,7 @@ def main() -> None:
     """Runs the command; an error a user can mend is one message and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError) as e:
         print(f"grpo-engine: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -585,9 +585,9 @@ FAULTS = (
         says="the reader of digitised figures takes the number of steps for the number of prompts",
         edits=(
             Edit(
-                file="grpo_engine/study/importers.py",
-                old="""seen = _whole(cells["D"], f"{where} 'D'")""",
-                new="""seen = _whole(cells["step"], f"{where} 'D'")""",
+                file="grpo_engine/study/importers/digitized.py",
+                old="""seen = whole(cells["D"], f"{where} 'D'")""",
+                new="""seen = whole(cells["step"], f"{where} 'D'")""",
             ),
         ),
         tests=("python_tests/study/test_fit.py::test_published_fit_of_base_models",),
@@ -650,7 +650,7 @@ FAULTS = (
         says="the last row of a CSV file is not read",
         edits=(
             Edit(
-                file="grpo_engine/study/importers.py",
+                file="grpo_engine/study/importers/csv_file.py",
                 old="    return header, rows\n",
                 new="    return header, rows[:-1]\n",
             ),
@@ -663,9 +663,9 @@ FAULTS = (
         says="steps of a verl run that a kill threw away stay, where its log does not come to them again",
         edits=(
             Edit(
-                file="grpo_engine/study/importers.py",
-                old="            del steps[later]\n",
-                new="            pass\n",
+                file="grpo_engine/study/importers/verl.py",
+                old="                del steps[later]\n",
+                new="                pass\n",
             ),
         ),
         tests=("python_tests/study/test_importers.py::test_verl_run_that_was_resumed",),

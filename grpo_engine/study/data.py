@@ -73,6 +73,7 @@ class StudyData:
     group_size: int | None  # of the main runs; None: not known
     params: dict[str, int]  # size -> N
     table: pyarrow.Table  # of `records.runs_table`
+    tau: float = 1.0  # of the main runs
     cells: dict[str, Cell | ImportedCell] = field(default_factory=dict)
 
     @property
@@ -96,10 +97,10 @@ class StudyData:
         return [(c, r) for c, r in found if (c.size, c.kind, c.method, c.variant) == (size, kind, "grpo", "")]
 
     def main(self, size: str, kind: str) -> list[Run]:
-        """GRPO runs without reuse and with the study's own group size."""
+        """GRPO runs with the study's own reuse, which is none where it was planned here, and with its own group size."""
+        groups = (self.group_size, None)  # a log may not say it
         return self.select(
-            size,
-            lambda c: c.method == "grpo" and c.kind == kind and c.tau == 1 and c.group_size == self.group_size,
+            size, lambda c: c.method == "grpo" and c.kind == kind and c.tau == self.tau and c.group_size in groups
         )
 
     def ablation(self, size: str, kind: str, field: str) -> dict[float, list[Run]]:
@@ -109,7 +110,8 @@ class StudyData:
             size: the size.
             kind: the kind.
             field: "tau" or "group_size". Runs are comparable that have the same prompts a step and, for tau, the same
-                group size, for group size no reuse; of several such sets the one with the most values is taken.
+                group size, for group size the main runs' reuse; of several such sets the one with the most values is
+                taken.
 
         Returns:
             Value to runs, rising: those of the seeds that every value has, as a seed stands for a model of its own on
@@ -117,7 +119,7 @@ class StudyData:
         """
         sets: dict[tuple, dict[float, list[tuple[Cell | ImportedCell, Run]]]] = {}
         for c, run in self.runs_of(size, kind):
-            if field == "tau" or c.tau == 1:
+            if getattr(c, field) is not None and (field == "tau" or c.tau == self.tau):
                 same = (c.prompts, c.group_size if field == "tau" else None)
                 sets.setdefault(same, {}).setdefault(float(getattr(c, field)), []).append((c, run))
         values = max(sets.values(), key=len, default={})
@@ -185,8 +187,8 @@ def _headline(folder: Path, runs: Mapping[str, Run]) -> str:
     return counts.most_common(1)[0][0]
 
 
-def _usual_group(cells: Iterable[Cell | ImportedCell]) -> int | None:
-    groups = Counter(c.group_size for c in cells if c.method == "grpo" and c.tau == 1)
+def _usual_group(cells: Iterable[Cell | ImportedCell], tau: float = 1.0) -> int | None:
+    groups = Counter(c.group_size for c in cells if c.method == "grpo" and c.tau == tau and c.group_size is not None)
     return groups.most_common(1)[0][0] if groups else None
 
 
@@ -195,7 +197,16 @@ def _imported(folder: Path, table: pyarrow.Table) -> StudyData:
     by_run: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_run.setdefault(row["run_id"], []).append(row)
+    column = PARAMS[params_of(table)]
+    if unknown := sorted(name for name, rows in by_run.items() if rows[0][column] is None):
+        option = "--params-nominal (some runs have no --params)" if column == PARAMS["nominal"] else "--params or --model"
+        if all(rows[0][c] is None for rows in by_run.values() for c in PARAMS.values()):
+            option = "--params or --model"
+        raise ValueError(
+            f"{folder}: the parameters of {', '.join(unknown)} are not known: import again with {option} for every run"
+        )
     names = [f.name for f in dataclasses.fields(EvalRecord) if f.name in table.column_names]
+    reuse, tau = _reuse_of(by_run)
     runs, cells, params = {}, {}, {}
     for name, rows in sorted(by_run.items()):
         rows.sort(key=lambda r: r["step"])
@@ -203,23 +214,46 @@ def _imported(folder: Path, table: pyarrow.Table) -> StudyData:
         wanted = [{n: math.nan if r[n] is None and n in COUNTERS else r[n] for n in names} for r in rows]
         runs[name] = Run(path=folder, header={"run_id": name}, cell=None, steps=[], timings=[], summary={},
                          evals=[EvalRecord(**w) for w in wanted])  # fmt: skip
-        reuse = first["tau"] or 1.0
         cells[name] = ImportedCell(
             size=first["size"], kind=first["kind"], method=first["method"], group_size=first["group_size"],
-            tau=1.0 if round(reuse) == 1 else round(reuse, 1),
+            tau=reuse[name],
         )  # fmt: skip
-        n = first[PARAMS[params_of(table)]]
-        if n is None:
-            raise ValueError(f"{folder}: run {name}: its parameters are not known: import it again with --params or --model")
-        params[first["size"]] = n
+        params[first["size"]] = first[column]
     if not any(c.method == "grpo" for c in cells.values()):
         raise ValueError(f"{folder}: no run of method grpo was imported")
     studies = {s for s in table.column("study").to_pylist() if s}
     return StudyData(
         name=" and ".join(sorted(studies)) or folder.resolve().name, plan=None, runs=runs, missing=(),
-        headline=_headline(folder, runs), group_size=_usual_group(cells.values()), params=params, table=table,
-        cells=cells,
+        headline=_headline(folder, runs), group_size=_usual_group(cells.values(), tau), params=params,
+        table=_with_reuse(table, reuse), tau=tau, cells=cells,
     )  # fmt: skip
+
+
+def _reuse_of(by_run: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str, float], float]:
+    """The reuse of each imported run, and that of the main runs: the one that the most sizes have.
+
+    The runs of a size are told apart by reuse only where they differ in it. Else they went over their data as often as
+    they did, and are main runs.
+    """
+    rounded = {name: float(max(1, round(rows[0]["tau"] or 1.0))) for name, rows in by_run.items()}
+    of_size: dict[tuple[str, str, str], set[float]] = {}
+    for name, rows in by_run.items():
+        of_size.setdefault((rows[0]["size"], rows[0]["kind"], rows[0]["method"]), set()).add(rounded[name])
+    counts = Counter(tau for taus in of_size.values() for tau in taus)
+    usual = min(counts, key=lambda tau: (-counts[tau], tau))
+    out = {}
+    for name, rows in by_run.items():
+        alike = len(of_size[rows[0]["size"], rows[0]["kind"], rows[0]["method"]]) == 1
+        out[name] = usual if alike else rounded[name]
+    return out, usual
+
+
+def _with_reuse(table: pyarrow.Table, reuse: Mapping[str, float]) -> pyarrow.Table:
+    """The table with the reuse that its runs are told apart by."""
+    import pyarrow as pa
+
+    tau = pa.array([reuse[name] for name in table.column("run_id").to_pylist()], type=pa.float64())
+    return table.set_column(table.column_names.index("tau"), table.schema.field("tau"), tau)
 
 
 COUNTERS = ("prompts_seen", "unique_prompts", "trained_tokens", "compute_6nt", "compute_ledger")

@@ -36,6 +36,14 @@ _QWEN25 = {  # of the models' config.json: layers, width, feed-forward width, he
     "32B": (64, 5120, 27648, 40, 8, False),
     "72B": (80, 8192, 29568, 64, 8, False),
 }
+_QWEN3 = {  # likewise; heads are 128 wide, and their q and k have norms
+    "0.6B": (28, 1024, 3072, 16, 8, True),
+    "1.7B": (28, 2048, 6144, 16, 8, True),
+    "4B": (36, 2560, 9728, 32, 8, True),
+    "8B": (36, 4096, 12288, 32, 8, False),
+    "14B": (40, 5120, 17408, 40, 8, False),
+    "32B": (64, 5120, 25600, 64, 8, False),
+}
 
 
 class EstimateConfig(Config):
@@ -81,8 +89,8 @@ def architecture(source: ModelSource) -> ModelConfig | None:
 
     Returns:
         What the config.json says that is there or in the hub's cache; where there is none, what is published for the
-        Qwen2.5 model that its name begins with ("Qwen2.5-7B-Instruct"), or None. rms_norm_eps and positions are then not
-        the model's.
+        Qwen2.5 or Qwen3 model that its name begins with ("Qwen2.5-7B-Instruct"), or None. rms_norm_eps and positions are
+        then not the model's.
 
     Raises:
         ValueError: the ladder has no such size, or a config.json of another kind of model.
@@ -93,14 +101,16 @@ def architecture(source: ModelSource) -> ModelConfig | None:
     if folder := find_config(source.path):
         return read_config(folder)
     family, _, size = Path(source.path).name.partition("-")
-    sizes = _QWEN25.get(size.partition("-")[0])
-    if family != "Qwen2.5" or sizes is None:
+    published = {"Qwen2.5": _QWEN25, "Qwen3": _QWEN3}.get(family, {})
+    if (sizes := published.get(size.partition("-")[0])) is None:
         return None
 
     layers, width, ffn, heads, kv_heads, tied = sizes
+    qwen3 = family == "Qwen3"
     return ModelConfig(
-        vocab_size=151_936 if tied else 152_064, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads, tie_word_embeddings=tied,
+        vocab_size=151_936 if tied or qwen3 else 152_064, hidden_size=width, intermediate_size=ffn,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=128 if qwen3 else width // heads, tie_word_embeddings=tied, qkv_bias=not qwen3, qk_norm=qwen3,
     )  # fmt: skip
 
 
@@ -121,7 +131,7 @@ def num_params(source: ModelSource) -> int:
         return count_params(model)[0]
     if source.params_nominal is None:
         raise FileNotFoundError(
-            f"{source.path}: no config.json, the name is no Qwen2.5 model's, and params_nominal is not given"
+            f"{source.path}: no config.json, the name is no Qwen2.5 or Qwen3 model's, and params_nominal is not given"
         )
     return round(source.params_nominal)
 

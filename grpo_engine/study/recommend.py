@@ -205,8 +205,8 @@ def recommend(
     if tied:
         cheapest = min([pick, *(c for c in candidates if c.label in tied)], key=lambda c: c.params)
         reasons.append(
-            f"The data cannot tell {pick.label} from {', '.join(tied)}: the interval of their difference holds 0. "
-            f"The smallest of them, {cheapest.label}, is the cheapest to serve."
+            f"The data cannot tell {pick.label} from {', '.join(tied)}: the interval of their difference holds 0."
+            + ("" if reasons else f" The smallest of them, {cheapest.label}, is the cheapest to serve.")
         )
     if pick.notes:
         reasons.append(f"For {pick.label} the law is stretched: {'; '.join(pick.notes)}.")

@@ -25,6 +25,16 @@ def test_sizes_are_those_that_are_published(size, inside, everything):
     assert n == pytest.approx(inside * 1e9, rel=0.01) and total == everything
 
 
+@pytest.mark.parametrize(
+    "size, inside, everything",
+    [("0.6B", 0.44, 596_049_920), ("1.7B", 1.41, 1_720_574_976), ("4B", 3.63, 4_022_468_096), ("8B", 6.95, 8_190_735_360),
+     ("14B", 13.2, 14_768_307_200), ("32B", 31.2, 32_762_123_264)],
+)  # fmt: skip
+def test_sizes_of_qwen3_are_those_that_are_published(size, inside, everything):
+    n, total = count_params(architecture(ModelSource(path=f"Qwen/Qwen3-{size}-Base")))
+    assert n == pytest.approx(inside * 1e9, rel=0.01) and total == everything
+
+
 @pytest.mark.parametrize("tied, family", [(True, {}), (False, {}), (False, {"qkv_bias": False, "qk_norm": True})])
 def test_parameters_are_those_of_the_model(tied, family):
     config = ModelConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
@@ -35,7 +45,7 @@ def test_parameters_are_those_of_the_model(tied, family):
 
 def test_a_model_that_nobody_knows_has_its_nominal_size():
     assert num_params(ModelSource(path="/nowhere/Llama-3-8B", params_nominal=8e9)) == 8_000_000_000
-    with pytest.raises(FileNotFoundError, match="no config.json, the name is no Qwen2.5 model's"):
+    with pytest.raises(FileNotFoundError, match="no config.json, the name is no Qwen2.5 or Qwen3 model's"):
         num_params(ModelSource(path="/nowhere/Llama-3-8B"))
 
 

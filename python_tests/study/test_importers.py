@@ -140,7 +140,7 @@ def test_broken_trl(tmp_path):
         ({"log_history": [{"eval_rewards/r/mean": 1.7, "step": 1}]}, {},
          r"log_history\[0\], eval_rewards/r/mean: must be a pass rate between 0 and 1, got 1.7"),
         ({"log_history": [{"eval_rewards/r/mean": 0.5}]}, {}, r"log_history\[0\]: no step"),
-        ({"log_history": [{"eval_rewards/r/mean": 0.5, "step": 1}] * 2}, {}, "evaluated at step 1 before"),
+        ({"log_history": [{"eval_rewards/r/mean": 0.5, "step": -1}]}, {}, r"log_history\[0\], step: must not be negative"),
     ):  # fmt: skip
         path = put(tmp_path / "trainer_state.json", obj if isinstance(obj, str) else json.dumps(obj))
         with pytest.raises(ValueError, match=message):
@@ -148,6 +148,56 @@ def test_broken_trl(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no trainer_state.json"):
         importers.read_trl(tmp_path / "empty", run=RUN)
+
+
+def test_trl_step_that_was_evaluated_twice(tmp_path, caplog):
+    """By the trainer, and by the script when the training has ended."""
+    log = [*trl_state()["log_history"], {"eval_rewards/accuracy_reward/mean": 0.41, "step": 4}]
+    got = importers.read_trl(put(tmp_path / "log.json", json.dumps(log)), run=RUN)
+    assert steps(got, "pass1") == [(0, 0.2), (2, pytest.approx(0.3)), (4, 0.41)]
+    assert steps(got, "trained_tokens")[-1] == (4, 4000)
+    assert "evaluations of a step that was evaluated before: 1" in caplog.text
+
+
+def test_trl_steps_that_were_run_again(tmp_path, caplog):
+    """Resumed from step 2 in a log that goes on: step 3 is evaluated anew, what step 4 gave before does not count."""
+    again = [{"loss": 0.01, "num_tokens": 2900.0, "step": 3}, {"eval_rewards/accuracy_reward/mean": 0.5, "step": 3}]
+    log = trl_state()["log_history"] + again
+    got = importers.read_trl(put(tmp_path / "log.json", json.dumps(log)), run=RUN)
+    assert steps(got, "pass1") == [(0, 0.2), (2, pytest.approx(0.3)), (3, 0.5)]
+    assert steps(got, "trained_tokens")[-1] == (3, 2900)
+    assert "evaluations of steps that were run again later: 1" in caplog.text
+
+
+def trl_counts(*counts, evaluated):
+    """Entries of (step, num_tokens), each followed by an evaluation where it is wanted."""
+    log = []
+    for step, tokens in counts:
+        log.append({"loss": 0.1, "num_tokens": tokens, "step": step})
+        if step in evaluated:
+            log.append({"eval_rewards/r/mean": 0.5, "step": step})
+    return log
+
+
+def test_trl_count_that_begins_anew_is_carried_on(tmp_path):
+    for name, log, save_steps, want in (
+        ("next", trl_counts((1, 1000), (2, 2000), (3, 900), evaluated=(2, 3)), None, [(2, 2000), (3, 2900)]),
+        ("twice", trl_counts((1, 1000), (2, 900), (3, 1800), (4, 100), evaluated=(3, 4)), None, [(3, 2800), (4, 2900)]),
+        ("checkpoint", trl_counts((10, 1000), (20, 2000), (30, 900), evaluated=(30,)), 20, [(30, 2900)]),
+        ("again", trl_counts((1, 1000), (2, 2000), (3, 3000), (3, 900), evaluated=(3,)), None, [(3, 2900)]),
+    ):
+        state = {"log_history": log} | ({"save_steps": save_steps} if save_steps else {})
+        got = importers.read_trl(put(tmp_path / f"{name}.json", json.dumps(state)), run=RUN)
+        assert steps(got, "trained_tokens") == want, name
+
+
+def test_trl_count_that_begins_anew_at_an_unknown_step_is_refused(tmp_path):
+    log = trl_counts((10, 1000), (20, 2000), (30, 900), evaluated=(30,))
+    path = put(tmp_path / "a.json", json.dumps({"log_history": log, "save_steps": 15}))
+    with pytest.raises(
+        ValueError, match=r"log_history\[2\], num_tokens: must not fall .* got 900 at step 30 after 2000 at s"
+    ):
+        importers.read_trl(path, run=RUN)
 
 
 # ------------------------------------------------------------------------------------------------ verl
@@ -196,6 +246,78 @@ def test_verl_run_that_was_resumed(tmp_path):
     # a log that ends before it is at step 4 again: what step 4 gave before the kill is of no weights that there are
     got = importers.read_verl(put(tmp_path / "short.jsonl", as_jsonl(first + again[:1])), run=RUN)
     assert steps(got, "pass1") == [(0, 0.1), (2, pytest.approx(0.2))]
+
+
+def test_verl_validates_before_it_trains_after_a_resumption(tmp_path):
+    """The step of the checkpoint comes again, with validation alone: its tokens stay."""
+    one = [(s, {"perf/total_num_tokens": 1000 * s, VAL: 0.1 * s}) for s in (1, 2, 3)]
+    back, third = (2, {VAL: 0.25}), (3, {"perf/total_num_tokens": 50, VAL: 0.35})
+    for name, entries, want in (
+        ("resumed", [*one, back, third], [(1, 1000, 0.1), (2, 3000, 0.25), (3, 3050, 0.35)]),
+        ("killed again", [*one, back, back, third], [(1, 1000, 0.1), (2, 3000, 0.25), (3, 3050, 0.35)]),
+        ("not trained yet", [*one, back], [(1, 1000, 0.1), (2, 3000, 0.25), (3, 6000, 0.3)]),
+        ("began anew", [(0, {VAL: 0.0}), *one, (0, {VAL: 0.05}), (1, {"perf/total_num_tokens": 7, VAL: 0.2})],
+         [(0, 0, 0.05), (1, 7, 0.2)]),
+    ):  # fmt: skip
+        got = importers.read_verl(put(tmp_path / "run.jsonl", as_jsonl(entries)), run=RUN).to_pylist()
+        rows = [(r["step"], r["trained_tokens"], pytest.approx(r["pass1"])) for r in got]
+        assert rows == want, name
+
+
+NOISE = {  # what other programs print into a console, and how many lines of it look like a step
+    "response": ("[response] first step:1 - cost:5 - total:12\n", 1),
+    "response with units": ("step:1 - km/h:60 - m/s:12\n", 1),
+    "response that quotes": ("[response] step:1 - critic/score/mean:5\n", 1),
+    "half a dict": ('{"step": 7, "thought": "let us\n', 1),
+    "another's dict": ('{"step": 1, "data": {"cost": 5}}\n', 1),
+    "a list": ('{"step": [1]}\n', 1),
+    "no step": ("substep:1 - critic/score/mean:5\nstep: 1 of 5\n{'step': 3\n", 0),
+    "zeros": ("\x00\x00\x00\n", 0),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_verl_console_into_which_other_programs_print(tmp_path, caplog, name):
+    text, count = NOISE[name]
+    lines = as_console(verl_steps()).splitlines(keepends=True)
+    middle = next(i for i, line in enumerate(lines) if "step:3 - " in line)
+    got = importers.read_verl(put(tmp_path / "run.log", "".join([*lines[:middle], text, *lines[middle:], text])), run=RUN)
+    assert steps(got, "pass1") == [(0, 0.1), (2, pytest.approx(0.2)), (4, pytest.approx(0.3))]
+    assert steps(got, "trained_tokens") == [(0, 0), (2, 2003), (4, 4010)]
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == (count > 0)
+    if count:
+        assert f"look like a step and have no metric of verl's: {2 * count}, the first at line {middle + 1}: " in said[0]
+
+
+def test_verl_lines_that_share_a_line(tmp_path, caplog):
+    """No line break before or behind them, a bar that writes over itself, and Ray's note that a line came again."""
+    one, two, three, four, five = (
+        " - ".join([f"step:{s}", *(f"{k}:{v!r}" for k, v in data.items())]) for s, data in verl_steps()
+    )
+    text = (
+        f"Training Progress:  1%|  | 1/105 [00:30<52:00, 3.1it/s]{one}\n"
+        f"{two}{three}\n"
+        f" 2%|  | 2/105\r 3%|  | 3/105\r{four}Training Progress: 3%|  | 3/105 [00:30<52:00, 30.1s/it]\n"
+        f"\x1b[2K\x1b[36m(TaskRunner pid=77, ip=10.0.0.1)\x1b[0m {five} [repeated 2x across cluster]\n"
+    )
+    got = importers.read_verl(put(tmp_path / "run.log", text), run=RUN)
+    assert steps(got, "pass1") == [(0, 0.1), (2, pytest.approx(0.2)), (4, pytest.approx(0.3))]
+    assert steps(got, "trained_tokens") == [(0, 0), (2, 2003), (4, 4010)]
+    assert caplog.text == ""
+
+
+def test_verl_line_that_is_damaged_is_said(tmp_path, caplog):
+    text = as_console(verl_steps()).replace("num_tokens:1003", "num_to(Worker pid=3) hello")
+    got = importers.read_verl(put(tmp_path / "run.log", text), run=RUN)
+    assert steps(got, "trained_tokens") == [(0, 0), (2, 2003), (4, None)]
+    assert "parts of verl's lines left out that are no KEY:NUMBER: 1, the first at line 10: " in caplog.text
+
+
+def test_verl_keys_that_are_named_need_not_be_its_own(tmp_path):
+    text = "step:0 - held:0.25\nstep:1 - cost:5\nstep:1 - held:0.5 - perf/total_num_tokens:10\n"
+    got = importers.read_verl(put(tmp_path / "run.log", text), run=RUN, metrics={"math": "held"})
+    assert steps(got, "pass1") == [(0, 0.25), (1, 0.5)]
 
 
 def test_verl_sum_with_a_hole_is_no_sum(tmp_path):
@@ -278,6 +400,102 @@ def test_broken_wandb(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             importers.read_wandb_csv(put(tmp_path / "h.csv", text), **({"runs": RUN, "metrics": metrics} | options))
+
+
+# ------------------------------------------------------------------------- what every reader holds to
+
+ENCODINGS = {  # how a file begins, and the encoding of what follows
+    "utf-8 with a mark": ("utf-8", b"\xef\xbb\xbf"),
+    "utf-16-le": ("utf-16-le", b"\xff\xfe"),
+    "utf-16-be": ("utf-16-be", b"\xfe\xff"),
+    "utf-16-le without a mark": ("utf-16-le", b""),
+    "utf-32": ("utf-32-le", b"\xff\xfe\x00\x00"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_logs_in_other_encodings(tmp_path, name):
+    encoding, mark = ENCODINGS[name]
+    metrics = {"held": "acc"}
+    for text, read, want in (
+        (as_jsonl(verl_steps()), importers.read_verl, 3),
+        (as_console([e for e in verl_steps() if e[0] != 1]).split("\n", 3)[3], importers.read_verl, 3),
+        (json.dumps(trl_state()), importers.read_trl, 3),
+        ("step\tacc\r\n0\t0.1\r\n5\t0.5\r\n", lambda p, run: importers.read_wandb_csv(p, runs=run, metrics=metrics), 2),
+        ("step,acc\n0,0.1\n5,0.5\n",
+         lambda p, run: importers.read_csv(p, columns={"step": "step", "pass1": "acc"}, constants={"size": run.size}), 2),
+    ):  # fmt: skip
+        path = tmp_path / "log"
+        path.write_bytes(mark + text.encode(encoding))
+        got = read(path, run=RUN)
+        assert got.num_rows == want and steps(got, "step")[0] == (0, 0)
+
+
+def test_marks_within_a_file_and_other_line_separators(tmp_path):
+    """Two files with marks put together by cat; U+2028 in a string of JSON is no end of a line."""
+    whole = as_jsonl(verl_steps()).splitlines(keepends=True)
+    path = put(tmp_path / "a.jsonl", "\ufeff" + "".join(whole[:2]) + "\ufeff" + "".join(whole[2:]))
+    assert importers.read_verl(path, run=RUN).num_rows == 3
+    data = {VAL: 0.5, "note": "one\u2028two\x85three"}
+    path = put(tmp_path / "b.jsonl", json.dumps({"step": 0, "data": data}, ensure_ascii=False) + "\n")
+    assert importers.read_verl(path, run=RUN).num_rows == 1
+
+
+def test_text_that_is_no_text_is_named_by_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("step,acc\n1,0.5\n2,é\n".encode("latin-1"))
+    ok = {"columns": {"step": "step", "pass1": "acc"}, "constants": {"size": "3B"}}
+    with pytest.raises(ValueError, match=r"a.csv:3: must be text in UTF-8, or in UTF-16 .* got byte 0xe9"):
+        importers.read_csv(path, **ok)
+    with pytest.raises(ValueError, match=r"a.csv:2: must be a line of CSV"):
+        importers.read_csv(put(path, "step,acc\n1," + "9" * 200_000 + "\n"), **ok)
+    with pytest.raises(ValueError, match="must be a file, got a folder"):
+        importers.read_csv(tmp_path, **ok)
+
+
+def test_a_step_twice_is_found_at_import(tmp_path):
+    constants = {"size": "3B", "run_id": "r"}
+    for text, columns, message in (
+        ("step,acc\n1,0.5\n2,0.6\n1,0.5\n", {}, r"a.csv:4: step: run 'r' must have each step once, .*step 1 .*a.csv:2"),
+        ("step,acc,size\n1,0.5,3B\n1,0.6,7B\n", {"size": "size"}, r"a.csv:3: step: run 'r' must have each step once"),
+        ("step,acc,size\n1,0.5,3B\n2,0.6,7B\n", {"size": "size"}, r"a.csv:3: size: must be the same .*'7B' after '3B' at"),
+        ("step,acc,seed\n1,0.5,0\n2,0.6,1\n", {"seed": "seed"}, r"a.csv:3: seed: must be the same in the whole run 'r'"),
+    ):
+        given = {k: v for k, v in constants.items() if k not in columns}
+        with pytest.raises(ValueError, match=message):
+            importers.read_csv(
+                put(tmp_path / "a.csv", text), columns={"step": "step", "pass1": "acc"} | columns, constants=given
+            )
+    path = put(tmp_path / "h.csv", "_step,epoch,val/acc\n0,1,0.5\n1,1,0.5\n")
+    with pytest.raises(ValueError, match=r"h.csv:3: step: run 'h' must have each step once, got held at step 1 a second"):
+        importers.read_wandb_csv(path, runs=RUN, metrics={"held": "val/acc"}, step="epoch")
+    # the same step of two sets, of two modes or of two runs is no step twice
+    path = put(tmp_path / "b.csv", "step,acc,set,seed\n1,0.5,a,0\n1,0.6,b,0\n1,0.6,b,1\n")
+    columns = {"step": "step", "pass1": "acc", "eval_set": "set", "seed": "seed"}
+    assert importers.read_csv(path, columns=columns, constants={"size": "3B"}).num_rows == 3
+
+
+def test_counts_that_fall_are_refused_by_line(tmp_path):
+    for column in ("trained_tokens", "prompts_seen", "compute_6nt"):
+        path = put(tmp_path / "a.csv", "step,acc,n\n3,0.5,900\n1,0.5,1000\n2,0.6,2000\n")
+        with pytest.raises(ValueError, match=rf"a.csv:2: {column}: must not fall .* got 900 at step 3 after 2000 at step 2"):
+            importers.read_csv(
+                path, columns={"step": "step", "pass1": "acc", column: "n"}, constants={"size": "3B"}
+            )  # fmt: skip
+    # between evaluations too
+    path = put(tmp_path / "h.csv", "_step,acc,n\n1,0.5,1000\n2,,2000\n3,,900\n4,0.6,5000\n")
+    with pytest.raises(ValueError, match=r"h.csv:4: column 'n': must not fall .* got 900 after 2000 at line 3"):
+        importers.read_wandb_csv(path, runs=RUN, metrics={"held": "acc"}, tokens="n")
+
+
+def test_standard_errors_of_one_answer_to_each_problem(tmp_path):
+    path = put(tmp_path / "a.csv", "step,acc\n1,0.2\n")
+    for given, want in (({"num_problems": 101, "num_samples": 1}, 0.04), ({"num_problems": 101}, None),
+                        ({"num_problems": 101, "num_samples": 4}, None)):  # fmt: skip
+        got = importers.read_csv(
+            path, columns={"step": "step", "pass1": "acc"}, constants={"size": "3B"} | given
+        ).to_pylist()[0]  # fmt: skip
+        assert got["stderr"] == (None if want is None else pytest.approx(want))
 
 
 # -------------------------------------------------------------------------------------------- digitised

@@ -54,7 +54,7 @@ def _grid(low: float, high: float, count: int = 60) -> list[float]:
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
-def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
+def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
     colors, panels = size_colors(data.sizes), []
     points: list[float] = []
     carried = []
@@ -96,6 +96,8 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
                        color=colors[size], end_label=None if own and joint else size, group=size)
             )  # fmt: skip
         panels.append((kind, series))
+    if not points:
+        return None
     lines = {
         (True,): "Lines: the law fitted to all sizes together, with its 95 % band; dashed, continued beyond the last "
         "point, where nothing was measured. ",
@@ -150,6 +152,8 @@ def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
             Panel(title={"compute": "against compute", "data": "against data"}[axis],
                   x_label="non-embedding parameters N", y_label="slope k", series=series, x_log=True, zero="y")
         )  # fmt: skip
+    if not panels:
+        return None
     return Figure(
         name="slopes",
         title="How fast the loss falls, by size",
@@ -188,16 +192,22 @@ def level_figure(data: StudyData, fits: Fits) -> Figure | None:
                 )
             )  # fmt: skip
         if series:
+            # the interval of a law that is not carried may have no end: it leaves the panel
+            levels = [y for s in series for y in s.y]
+            ends = [end for s in series for span in s.y_span or () for end in span if end is not None]
+            far = max(1.0, max(levels) - min(levels))
+            span = (max(min(levels + ends), min(levels) - far), min(max(levels + ends), max(levels) + far))
             panels.append(
                 Panel(title=f"against {axis}", x_label="non-embedding parameters N", y_label="level E, log of the loss",
-                      series=series, x_log=True)
+                      series=series, x_log=True, y_range=span)
             )  # fmt: skip
     if not panels:
         return None
     return Figure(
         name="levels",
         title="Where the loss stands, by size",
-        caption=f"The level E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals. Dashed, "
+        caption=f"The level E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals; one that "
+        "leaves its panel goes on. Dashed, "
         "with four sizes or more: the law of E(N) that misses them least.",
         panels=panels,
         legend=_kinds_legend(data),
@@ -242,14 +252,17 @@ def residual_figure(data: StudyData, laws: Laws) -> Figure | None:
 def learning_figure(data: StudyData) -> Figure | None:
     """The test loss of each size while it trains, base against instruct."""
     panels, every = [], []
+    curves = {(s, k): data.curve(data.main(s, k)) for s in data.sizes for k in data.kinds}
+    prompts = all(math.isfinite(p.prompts) for c in curves.values() for p in c)  # a log may not tell them
     for size in data.sizes:
         series = []
         for kind in data.kinds:
-            curve = data.curve(data.main(size, kind))
-            if len(curve) > 1 and all(math.isfinite(p.prompts) for p in curve):
+            curve = curves[size, kind]
+            if len(curve) > 1:
                 every += [p.loss + s * p.error for p in curve for s in (-1, 1)]
                 series.append(
-                    Series(label=kind, x=[p.prompts for p in curve], y=[p.loss for p in curve], group=kind,
+                    Series(label=kind, x=[p.prompts if prompts else p.step for p in curve], y=[p.loss for p in curve],
+                           group=kind,
                            y_error=[p.error for p in curve], color=KIND_COLOR[kind], hollow=kind == "instruct")
                 )  # fmt: skip
         if series:
@@ -262,7 +275,7 @@ def learning_figure(data: StudyData) -> Figure | None:
         caption="Test loss from before the first step on, mean over runs; bars one standard error. Instruct models have "
         "hollow points.",
         panels=[
-            Panel(title=f"{size} ({human(data.params[size])})", x_label="prompts seen",
+            Panel(title=f"{size} ({human(data.params[size])})", x_label="prompts seen" if prompts else "step",
                   y_label=f"test loss ({data.headline})", series=series, x_zero=True, y_range=(min(every), max(every)))
             for size, series in panels
         ],

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 FITS_FILE = "fits.json"
+NO_AXIS = (
+    "neither compute nor prompts seen are known of any run, so there is no law to fit: import again with "
+    "--prompts-per-step, or with tokens and --params"
+)
 AXIS_NAMES = {"compute": "6NT", "ledger": "ledger", "data": "prompts"}
 
 
@@ -41,9 +45,12 @@ def fit_study(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Fits:
         all phases for each kind.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_data`.
+        FileNotFoundError, ValueError: see `load_data`; neither compute nor prompts seen are known.
     """
-    return fit_data(load_data(study_dir), Path(study_dir), n_boot)
+    fits = fit_data(load_data(study_dir), Path(study_dir), n_boot)
+    if not fits.fits:
+        raise ValueError(f"{study_dir}: {NO_AXIS}")
+    return fits
 
 
 def plain_table(data: StudyData) -> pyarrow.Table:
@@ -56,15 +63,16 @@ def plain_table(data: StudyData) -> pyarrow.Table:
 
 
 def fit_data(data: StudyData, folder: Path, n_boot: int) -> Fits:
-    """The fits of `fit_study`, of data that were read already."""
+    """The fits of `fit_study`, of data that were read already; none where another trainer's logs have no axis."""
     if data.plan is not None:
         write_table(folder, data.table)
     table = plain_table(data)
     kinds = [*data.kinds, "all"] if len(data.kinds) > 1 else data.kinds
-    chosen = {"eval_set": data.headline, "group_size": data.group_size, "n_boot": n_boot, "params": params_of(table)}
+    chosen = {
+        "eval_set": data.headline, "group_size": data.group_size, "tau": data.tau, "n_boot": n_boot,
+        "params": params_of(table),
+    }  # fmt: skip
     axes = [a for a in ("compute", "data", "ledger") if _known(table, AXES[a])]
-    if not axes:
-        raise ValueError(f"{folder}: neither compute nor prompts seen are known of any run, so there is no law to fit")
     fits = fit_table(table, axes=[a for a in axes if a != "ledger"], kinds=kinds, **chosen)
     if "ledger" in axes:
         ledger = fit_table(table, axes=("ledger",), kinds=data.kinds, shapes=False, **chosen)
@@ -126,7 +134,7 @@ class Laws:
 def study_laws(data: StudyData, fits: Fits) -> Laws:
     """Fits what fits.json does not hold: surfaces, reuse, predictions across test sets, the frontier."""
     table, curves, surfaces, others = plain_table(data), {}, {}, {}
-    shared = {"group_size": data.group_size, "params": params_of(table)}
+    shared = {"group_size": data.group_size, "tau": data.tau, "params": params_of(table)}
     for f in fits.fits:
         if f.axis in axes_of(fits) and f.kind in data.kinds:
             chosen = dataclasses.asdict(f.selection)

@@ -37,7 +37,7 @@ from grpo_engine.study.report.figures import (
     transfer_figure,
     transfer_grid_figure,
 )
-from grpo_engine.study.report.fits import Laws, axes_of, fit_data, study_laws
+from grpo_engine.study.report.fits import NO_AXIS, Laws, axes_of, fit_data, study_laws
 from grpo_engine.study.report.tables import (
     Table,
     claims_table,
@@ -81,13 +81,9 @@ def sections_of(data: StudyData, laws: Laws, claims: Sequence[Claim]) -> list[Se
     fits = laws.fits
     return [
         _claims(claims),
-        *(Section(id=f.name, title=f.title, figures=[f]) for f in (loss_figure(data, fits, a) for a in axes_of(fits))),
-        Section(
-            id="law", title="The fitted law",
-            figures=_some(slope_figure(data, fits), level_figure(data, fits), residual_figure(data, laws)),
-            tables=[joint_table(fits), size_table(fits)], points=[*verdicts(fits), *cautions(fits)],
-        ),
-        _other_laws(data, laws),
+        *(Section(id=f.name, title=f.title, figures=[f]) for a in axes_of(fits) for f in _some(loss_figure(data, fits, a))),
+        _law(data, laws),
+        *([_other_laws(data, laws)] if fits.fits else []),
         _recommendation(data, laws),
         Section(
             id="losses", title="Where the runs begin and end",
@@ -130,6 +126,17 @@ def _claims(claims: Sequence[Claim]) -> Section:
     return Section(id="claims", title=title, text=[text], figures=[figure], tables=tables)
 
 
+def _law(data: StudyData, laws: Laws) -> Section:
+    title, fits = "The fitted law", laws.fits
+    if not fits.fits:
+        return Section(id="law", title=title, text=[f"{NO_AXIS[0].upper()}{NO_AXIS[1:]}."])
+    return Section(
+        id="law", title=title,
+        figures=_some(slope_figure(data, fits), level_figure(data, fits), residual_figure(data, laws)),
+        tables=[joint_table(fits), size_table(fits)], points=[*verdicts(fits), *cautions(fits)],
+    )  # fmt: skip
+
+
 def _other_laws(data: StudyData, laws: Laws) -> Section:
     text, points = [], []
     held = held_out_table(data, laws, most=BEST_LAWS)
@@ -150,15 +157,19 @@ def _other_laws(data: StudyData, laws: Laws) -> Section:
 def _recommendation(data: StudyData, laws: Laws) -> Section:
     title = "Which size to train"
     if not laws.picks:
-        return Section(id="recommendation", title=title, text=["One size was measured, so there is nothing to choose."])
+        why = "One size was measured" if len(data.sizes) == 1 else "No law for all sizes was fitted"
+        return Section(id="recommendation", title=title, text=[f"{why}, so there is nothing to choose."])
     text = (
         "Budgets are those that the runs of the ladder ended with. A budget of compute buys a small model more "
         "prompts; a budget of prompts costs a large model more compute."
     )
+    undecided: dict[tuple[str, str], list[str]] = {}
+    for kind, budget, r in laws.picks:
+        if not r.decided:
+            undecided.setdefault((kind, r.why.partition(" Intervals: ")[0]), []).append(budget)
     open_points = [
-        f"{kind.capitalize()} models, {budget}: not decided. {r.why.partition(' Intervals: ')[0]}"
-        for kind, budget, r in laws.picks if not r.decided
-    ]  # fmt: skip
+        f"{kind.capitalize()} models, {listed(budgets)}: not decided. {why}" for (kind, why), budgets in undecided.items()
+    ]
     doubts: dict[tuple[str, str, str], list[str]] = {}
     for kind, budget, r in laws.picks:
         for reason in r.distrust:

@@ -106,16 +106,21 @@ def listed(words: Sequence[str]) -> str:
 
 
 def loss_text(point: Point) -> str:
-    return f"{point.loss:.3f}\u00a0±\u00a0{point.error:.3f}"
+    return f"{point.loss:.3f}{_error(point.error, '.3f')}"
 
 
 def rate_text(p: Point) -> str:
-    return f"{100 * p.pass1:.1f}\u00a0±\u00a0{100 * p.error:.1f}"
+    return f"{100 * p.pass1:.1f}{_error(100 * p.error, '.1f')}"
+
+
+def _error(error: float, form: str) -> str:
+    """± a standard error; nothing where another trainer's log gives none."""
+    return f"\u00a0±\u00a0{error:{form}}" if error else ""
 
 
 def change_text(a: Point, b: Point) -> str:
     change = round(100 * (b.pass1 - a.pass1), 1) + 0.0  # + 0.0: no negative zero
-    return f"{change:+.1f}\u00a0±\u00a0{100 * math.hypot(a.error, b.error):.1f}".replace("-", "\u2212")
+    return f"{change:+.1f}{_error(100 * math.hypot(a.error, b.error), '.1f')}".replace("-", "\u2212")
 
 
 def interval_text(e: Estimate | None, show: Callable[[float], str]) -> str:
@@ -162,7 +167,7 @@ def misses(data: StudyData, fits: Fits) -> list[str]:
         for s in fit.sizes:
             last = data.curve(data.main(s.size, kind))[-1]
             law = float(fit.joint.loss(s.size, last.prompts))
-            if abs(last.loss - law) > NOISE * last.error:
+            if last.error and abs(last.loss - law) > NOISE * last.error:
                 side = "below" if last.loss < law else "above"
                 out.append(f"{s.size} {kind} ends {side} it, at {loss_text(last)} where the law has {law:.3f}")
     if not out:
@@ -183,8 +188,8 @@ def method_points(data: StudyData) -> list[str]:
             f"what {TABLE_FILE} holds.",
             f"Test loss L = 1 - pass@1 on {data.headline}. Data D: prompts seen. Compute: 6 N T, T the tokens that the "
             f"log counts, N {'what the model is called' if nominal else 'without the embedding and the output head'}.",
-            "Logs have no standard errors: those shown are of the spread between runs alone, and none where there is "
-            "one run.",
+            "Standard errors are of the spread between runs, and of the test problems where their number is known and each "
+            "has one answer. Where there is neither, no error is shown, and every difference counts.",
             "Rewards, entropy, lengths of answers, cost by phase and results of single problems are not in such a table, "
             "and so not in this report.",
         ]
