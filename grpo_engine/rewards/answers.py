@@ -73,7 +73,9 @@ _LEADING_WORDS = re.compile(
     r"((?:(?:\\text\{[A-Za-z :]+\}|[A-Za-z]{2,}(?![A-Za-z])):? ?)+)(?=[-+\d\\(\[.|" + CURRENCY + "])"
 )
 _TRAILING_UNIT = re.compile(
-    r"(?<=[\d})\]!A-Za-z" + CURRENCY + r"])( ?(?:\\text\{[^{}]*\}|\^\\circ ?[CF]?)(?: ?\^ ?(?:\{-?\d\}|\d))?(?: ?/ ?\\text\{[^{}]*\})?)+$"
+    r"(?<=[\d})\]!A-Za-z"
+    + CURRENCY
+    + r"])( ?(?:\\text\{[^{}]*\}|\^\\circ ?[CF]?)(?: ?\^ ?(?:\{-?\d\}|\d))?(?: ?/ ?\\text\{[^{}]*\})?)+$"
 )
 _TRAILING_WORDS = re.compile(r"(?<=[\d})!%])( [A-Za-z]{2,}\.?(?:[ /][A-Za-z]+\.?)*|[a-z]{2,3})(?:\^(\d|\{-?\d\}))?$")
 _NOUN = re.compile(r"(?=.*[aeiou])[A-Za-z]{4,}\.?")  # no product of variables
@@ -104,7 +106,7 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Many:
-    """Several answers; opened by "" (in any order, repeated ones count), a set's brace (in any order) or a tuple's bracket."""
+    """Several answers: opened by "" in any order, by a brace in any order and each once, by another bracket in its order."""
 
     items: tuple[Answer, ...]
     opened: str = ""
@@ -213,7 +215,7 @@ def found_in(gold: str, text: str) -> bool:
     return verified(parsed(f"\\boxed{{{_for_parser(gold)}}}"), parsed(text))
 
 
-def vote(answer: str) -> str:
+def common_form(answer: str) -> str:
     """What answers that say the same have in common, as far as that can be told from each alone.
 
     Args:
@@ -355,7 +357,9 @@ def _read_relation(text: str, depth: int) -> Answer | None:
 def _has_symbols(text: str) -> bool:
     """Whether a variable stands in a text; words, units, e, i and pi are none."""
     bare = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+|(?<=\d)[eE](?=[-+]?\d)|[A-Za-z]{3,}", " ", text)
-    greek = re.search(r"\\(?:alpha|beta|gamma|delta|varepsilon|epsilon|theta|lambda|mu|rho|sigma|phi|psi|omega|ell)(?![A-Za-z])", text)
+    greek = re.search(
+        r"\\(?:alpha|beta|gamma|delta|varepsilon|epsilon|theta|lambda|mu|rho|sigma|phi|psi|omega|ell)(?![A-Za-z])", text
+    )
     return bool(greek or re.search(r"[A-Za-df-hj-z]", bare)) or bool(re.fullmatch(r"[A-Za-z ]*", text))
 
 
@@ -731,7 +735,12 @@ def _differ(gold: object, found: object) -> bool:
         if a is None or b is None:
             continue
         size = max(abs(a), abs(b))
-        if size and abs(a - b) > tolerance * size and abs(a * 100 - b) > tolerance * size and abs(a - b * 100) > tolerance * size:
+        if (
+            size
+            and abs(a - b) > tolerance * size
+            and abs(a * 100 - b) > tolerance * size
+            and abs(a - b * 100) > tolerance * size
+        ):
             return True
     return False
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 MAX_GAP_CHARS = 80  # between two boxes of one list
 
-_TAKEN_BACK = re.compile(r"\b(?:no|not|wait|actually|instead|rather|but|sorry|wrong|mistake|correct\w*|hmm)\b", re.IGNORECASE)
+_TAKEN_BACK = re.compile(
+    r"\b(?:no|not|wait|actually|instead|rather|but|sorry|wrong|mistake|correct\w*|hmm)\b", re.IGNORECASE
+)
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 

@@ -31,7 +31,9 @@ _ASSIGNED = re.compile(r"[A-Za-z]=(?=[^=])")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _RATIONAL = re.compile(r"([-+]?)(?:(\d+)(?:\.0*)?|(?:\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+)))")
 _HASHES = re.compile(r"####[# \t]*([^\n]+)")
-_HEADING = re.compile(r"(?:(?:step|part|case|section|problem|question|example)\b|\d+[.)]\s+\*{0,2}[A-Za-z]{2})", re.IGNORECASE)
+_HEADING = re.compile(
+    r"(?:(?:step|part|case|section|problem|question|example)\b|\d+[.)]\s+\*{0,2}[A-Za-z]{2})", re.IGNORECASE
+)
 _HAS_VALUE = re.compile(r"[\d\\]")
 _MIXED = re.compile(r"(?<![\d.,/^])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.])")
 _POWER = re.compile(r"(?<![\w.])(\d{1,20}(?:\.\d{1,20})?[eE][-+]?\d{1,3})(?![\w.])")

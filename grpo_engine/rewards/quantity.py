@@ -163,8 +163,9 @@ class Unit(NamedTuple):
 
 _LENGTH, _TIME, _MASS, _MONEY, _VOLUME = "length", "time", "mass", "money", "volume"
 _NAMES: dict[str, tuple[str, str]] = {  # names, one spelling each but for the plural: dimension, size
-    "m meter metre": (_LENGTH, "1"), "km kilometer kilometre": (_LENGTH, "1000"), "cm centimeter centimetre": (_LENGTH, "1/100"),
-    "mm millimeter millimetre": (_LENGTH, "1/1000"), "in inch inche": (_LENGTH, "127/5000"), "ft foot feet": (_LENGTH, "381/1250"),
+    "m meter metre": (_LENGTH, "1"), "km kilometer kilometre": (_LENGTH, "1000"),
+    "cm centimeter centimetre": (_LENGTH, "1/100"), "mm millimeter millimetre": (_LENGTH, "1/1000"),
+    "in inch inche": (_LENGTH, "127/5000"), "ft foot feet": (_LENGTH, "381/1250"),
     "yd yard": (_LENGTH, "1143/1250"), "mi mile": (_LENGTH, "201168/125"), "s sec second": (_TIME, "1"),
     "min minute": (_TIME, "60"), "h hr hour": (_TIME, "3600"), "day": (_TIME, "86400"), "week": (_TIME, "604800"),
     "month": ("month", "1"), "yr year": ("month", "12"), "g gram": (_MASS, "1"), "kg kilogram": (_MASS, "1000"),
