@@ -209,9 +209,8 @@ def found_in(gold: str, text: str) -> bool:
     truth = _read_cached(gold)
     if isinstance(truth, Leaf) and truth.scale == 1:
         gold = truth.text
-        if truth.number is not None and not truth.number.percent:  # 1.5e3, which math-verify takes for 1.5 e 3
+        if truth.number is not None and not truth.number.percent and "e" in gold.lower():  # for math-verify 1.5 e 3
             gold = f"\\frac{{{truth.number.value.numerator}}}{{{truth.number.value.denominator}}}"
-            gold = truth.text if truth.number.decimal else gold
     return verified(parsed(f"\\boxed{{{_for_parser(gold)}}}"), parsed(text))
 
 
@@ -263,7 +262,9 @@ def _without_commas(match: re.Match) -> str:
 
 def _unwrapped(text: str) -> str:
     """Without braces, dollars of a text that is all words, and a leading approximation sign."""
-    while text.startswith("{") and text.endswith("}") and _closes(text, "{") == len(text) - 1:
+    for _ in range(MAX_DEPTH):
+        if not (text.startswith("{") and text.endswith("}") and _closes(text, "{") == len(text) - 1):
+            break
         text = text[1:-1].strip()
     if (match := _TEXT.fullmatch(text)) and (inner := match[1].strip()):
         return inner
