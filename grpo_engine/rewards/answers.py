@@ -41,6 +41,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 MAX_ANSWER_CHARS = 1_000  # of an answer that is read; a longer one is right when it is the truth's own text
 MAX_DEPTH = 20  # of answers within answers
+MAX_NESTING = 20  # of brackets in an expression
 MAX_PARTS = 200  # of one answer
 EXACT, ROUNDED = 1e-9, 1e-4  # how far two expressions' values may differ, as a share of them
 
@@ -682,11 +683,21 @@ def _value(answer: Answer) -> float | None:
     return None
 
 
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _for_parser(text: str) -> str:
     return text.replace(ROW_BREAK, r"\\").replace(CURRENCY, "")
 
 
 def _verified(gold: str, found: str) -> bool:
+    if _nesting(gold) > MAX_NESTING or _nesting(found) > MAX_NESTING:
+        return False  # math-verify's parser takes minutes
     return verified(*(parsed(f"\\boxed{{{_for_parser(text)}}}") for text in (gold, found)))
 
 
