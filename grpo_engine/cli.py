@@ -110,6 +110,59 @@ def evaluate(
 
 
 @app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="Responses with their truths: .jsonl or .parquet.")],
+    scorer: Annotated[str, typer.Option(help="math, choice, exact, ..., or module:function.")] = "math",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another scorer: math_verify, verl_prime, verl_math, lm_eval or module:function; repeatable. "
+            "None: those that are installed."
+        ),
+    ] = None,
+    response: Annotated[str | None, typer.Option(help="Field of the responses: response, output, completion, ...")] = None,
+    truth: Annotated[str | None, typer.Option(help="Field of the truths: truth, ground_truth, doc.answer, ...")] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="The responses are answers alone, without a box.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for every verdict.")] = None,
+    show: Annotated[int, typer.Option(help="Rows of each table; 0: all.")] = 20,
+    limit: Annotated[int | None, typer.Option(help="At most this many rows of the file.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that score.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds for a response and a scorer; more is worth 0.")] = 10.0,
+) -> None:
+    """Score a file of responses with our verifier and with others', and list where they disagree.
+
+    Example: grpo-engine score rollouts/120.jsonl --response output --truth gts
+    """
+    from grpo_engine.evaluate.audit import audit, summary, write_verdicts
+    from grpo_engine.evaluate.audit import table as rows_of
+
+    verdicts = audit(
+        file, scorer=scorer, beside=beside, response=response, truth=truth, bare=bare, limit=limit, workers=workers,
+        timeout_s=timeout,
+    )  # fmt: skip
+    if out is not None:
+        write_verdicts(out, verdicts)
+    disagreed = [v for v in verdicts if not v.agreed]
+    for title, chosen in (("verdicts", verdicts), ("disagreements", disagreed)):
+        shown = chosen[: show or None]
+        if shown:
+            of = f" ({len(shown)} of {len(chosen)})" if len(shown) < len(chosen) else ""
+            _print_table(f"{title}{of}", rows_of(shown))
+    _print_table("scorers", summary(verdicts))
+    console.print(f"{len(verdicts)} responses, {len(disagreed)} disagreements" + (f": {out}" if out else ""), markup=False)
+
+
+def _print_table(title: str, rows: list[list[str]]) -> None:
+    from rich.text import Text
+
+    heads, *body = rows
+    table = Table(*heads, title=title, title_justify="left")
+    for row in body:
+        table.add_row(*(Text(cell) for cell in row))  # an answer's brackets are no markup
+    Console(width=max(console.width, 120)).print(table)
+
+
+@app.command()
 def track(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run, complete or under way.")],
     to: Annotated[str, typer.Option(help="tensorboard, wandb (offline) or trackio; each must be installed.")],

@@ -717,10 +717,9 @@ FAULTS = (
         says="several answers of which one is right are worth as much as the right one",
         edits=(
             Edit(
-                file="grpo_engine/rewards/math.py",
-                old='if "," not in plain_gold and _is_list(plain_found):\n        return False',
-                new='if "," not in plain_gold and _is_list(plain_found):\n'
-                '        return plain_gold in plain_found.split(",")',
+                file="grpo_engine/rewards/answers.py",
+                old="return False  # several answers answer no one question",
+                new="return any(_same(gold, item) for item in several.items)",
             ),
         ),
         tests=("python_tests/rewards/test_math.py",),

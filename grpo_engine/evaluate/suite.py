@@ -33,9 +33,9 @@ from grpo_engine.load import tokenizer_and_model
 from grpo_engine.model import hub
 from grpo_engine.model.tokenizer import PromptTokens, Tokenizer
 from grpo_engine.records import jsonl
+from grpo_engine.rewards.answers import common_form
 from grpo_engine.rewards.choice import chosen_letter
 from grpo_engine.rewards.extract import after_thinking, last_boxed
-from grpo_engine.rewards.math import spelling
 from grpo_engine.rewards.pool import RewardPool, reward_pool
 from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest
 from grpo_engine.system import device
@@ -319,7 +319,7 @@ def _vote(problem: Problem, text: str) -> str | None:
         found = re.findall(r"<answer>(.*?)</answer>", after_thinking(text), re.DOTALL)
         return "".join(found[-1].split()).lower() if found else None
     boxed = last_boxed(after_thinking(text))
-    return None if boxed is None else spelling(boxed)
+    return None if boxed is None else common_form(boxed)
 
 
 def _result(name: str, problems: Sequence[Problem], done: Done, config: RunConfig) -> SetResult:

@@ -1,24 +1,27 @@
-r"""Scorer of mathematical answers: text equality first, then math-verify.
+r"""Scorer of mathematical answers: finding the answer, and comparing it (`answers`).
 
 math-verify's own time limits are switched off: they rest on SIGALRM, which works in a main thread only and cannot
 interrupt C code. The pool kills the whole worker instead.
+
+`equal` and `equal_somewhere` are another comparison, with errors that studies of the paper must reproduce: `paper` alone
+uses them, and they do not change.
 """
 
 from __future__ import annotations
 
+import decimal
 import functools
-import logging
 import re
 from fractions import Fraction
 
-from grpo_engine.rewards import Question
-from grpo_engine.rewards.extract import after_thinking, last_boxed
+from grpo_engine.rewards import Question, answers
+from grpo_engine.rewards.extract import after_thinking, boxes, last_boxed, last_boxes, tagged
+from grpo_engine.rewards.notation import in_ascii, tidy
+from grpo_engine.rewards.quantity import number_text
 
-MAX_ANSWER_CHARS = 1_000  # the longest true answer of the data has 90; a longer box is wrong unread
+MAX_ANSWER_CHARS = 1_000  # for the paper's scorers a longer box is wrong unread
 MAX_TAIL_CHARS = 4_000  # of a response without a box, what is searched for an answer
-
-# Without this every worker would warn once that its time limits are off.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+MAX_HEADINGS = 5  # the last, among which the line with the answer is looked for
 
 _SPACES = re.compile(r"\\[,;:!> ]|~|\s+|\\q?quad\b")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -27,17 +30,22 @@ _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
 _ASSIGNED = re.compile(r"[A-Za-z]=(?=[^=])")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _RATIONAL = re.compile(r"([-+]?)(?:(\d+)(?:\.0*)?|(?:\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+)))")
-_HASHES = re.compile(r"####[ \t]*([^\n]+)")
+_HASHES = re.compile(r"####[# \t]*([^\n]+)")
+_HEADING = re.compile(
+    r"(?:(?:step|part|case|section|problem|question|example)\b|\d+[.)]\s+\*{0,2}[A-Za-z]{2})", re.IGNORECASE
+)
+_HAS_VALUE = re.compile(r"[\d\\]")
+_MIXED = re.compile(r"(?<![\d.,/^])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.])")
+_POWER = re.compile(r"(?<![\w.])(\d{1,20}(?:\.\d{1,20})?[eE][-+]?\d{1,3})(?![\w.])")
 
 
 def score(response: str, problem: Question) -> float:
     r"""1.0 when the response's answer equals the problem's.
 
-    The answer is the last closed \boxed{...} after the last "</think>"; without a box, what follows the last "####"
-    on its line (GSM8K's form); without either, what math-verify finds in the last `MAX_TAIL_CHARS` characters.
-    It is right when its text equals the true answer's up to LaTeX spelling, or when math-verify finds the two equal
-    (numbers to 6 decimals, expressions by simplification, sets, intervals, matrices). Words are compared as words:
-    "no" and "on" are not both n*o.
+    The answer is the last closed \boxed{...} after the last "</think>", or the last <answer>...</answer> if no box comes
+    behind its beginning. Several boxes beside each other answer a truth that is a list. Without either, the answer is what
+    follows the last "####" on its line (GSM8K's form), unless that is a heading. Else it is what math-verify finds in the
+    last `MAX_TAIL_CHARS` characters. `answers` says when two answers are equal.
 
     Args:
         response: decoded answer.
@@ -54,20 +62,73 @@ def score(response: str, problem: Question) -> float:
     if not gold:
         raise ValueError("math.score: the problem's answer is empty")
     text = after_thinking(response)
-    found = last_boxed(text)
-    if found is not None:
-        return float(equal(gold, _unescaped(found.strip()))) if len(found) <= MAX_ANSWER_CHARS else 0.0
-    hashes = _HASHES.findall(text)
+    boxed, tag = boxes(text), tagged(text)
+    if tag is not None and not (boxed and boxed[-1].end > tag[0]):
+        return float(_equals_line(gold, tag[1]))
+    if boxed:
+        found = _unescaped(text[boxed[-1].inner : boxed[-1].end - 1].strip())
+        return float(answers.equal(gold, found) or (len(boxed) > 1 and _equals_boxes(gold, text)))
+    hashes = list(_HASHES.finditer(text))
     if hashes:
-        line = hashes[-1].strip()[:MAX_ANSWER_CHARS]
-        return float(equal(gold, line) or equal_somewhere(gold, line))  # "#### 18 dollars" holds the number 18
-    return float(equal_somewhere(gold, text[-MAX_TAIL_CHARS:]))
+        return float(_equals_hashes(gold, hashes, text))
+    return float(_found_in(gold, text))
+
+
+def _equals_line(gold: str, line: str) -> bool:
+    """Whether a line that should hold the answer alone does: "18 dollars" holds the number 18, "5 or 6" no answer."""
+    line = line.strip("* ")
+    if answers.equal(gold, _unescaped(line)):
+        return True
+    return not answers.says_more(line[:MAX_TAIL_CHARS]) and _found_in(gold, line)
+
+
+def _equals_boxes(gold: str, text: str) -> bool:
+    truths = answers.read(tidy(gold)) if len(gold) <= answers.MAX_ANSWER_CHARS else None
+    if not isinstance(truths, answers.Many) or len(truths.items) < 2:
+        return False
+    found = last_boxes(text)
+    return len(found) == len(truths.items) and answers.equal(gold, ", ".join(map(_unescaped, found)))
+
+
+def _equals_hashes(gold: str, hashes: list[re.Match], text: str) -> bool:
+    """Whether the last "####" with an answer has the true one: on its line, or below it where the line is a heading."""
+    end = len(text)
+    for match in reversed(hashes[-MAX_HEADINGS:]):
+        line, below = match[1].strip(" \t*"), text[match.end() : end]
+        if not _HEADING.match(line):
+            if any(c.isdigit() for c in line) or answers.equal(gold, line):
+                return _equals_line(gold, line)
+            if not _HAS_VALUE.search(below):
+                below = line  # "#### \pi", or a word
+        if _HAS_VALUE.search(below[-MAX_TAIL_CHARS:]):
+            return _found_in(gold, below)
+        end = match.start()
+    return False
+
+
+def _found_in(gold: str, text: str) -> bool:
+    """Whether math-verify finds an answer in a text's end, and it is the true one; a word is found nowhere."""
+    truth = tidy(gold)
+    if answers.is_words(truth):
+        return False  # a word in running text proves nothing
+    text = in_ascii(text[-MAX_TAIL_CHARS:]).replace("**", " ")
+    text = _POWER.sub(_in_digits, _MIXED.sub(_improper, text))
+    return answers.found_in(truth, text)
 
 
 def warm_up() -> None:
     """Imports math-verify and has it compare once: the first comparison takes a second."""
-    _verify(_parse(r"\boxed{\frac{1}{2}}"), _parse(r"\boxed{0.5}"))
-    _parse("the answer is $x = 2$")
+    answers.equal(r"\frac{x}{2}", "0.5x")
+    answers.found_in("2", "the answer is $x = 2$")
+
+
+def _improper(match: re.Match) -> str:
+    whole, above, below = (int(group) for group in match.groups())
+    return f"{whole * below + above}/{below}" if above < below else " "
+
+
+def _in_digits(match: re.Match) -> str:
+    return number_text(decimal.Decimal(match[1]))
 
 
 @functools.lru_cache(maxsize=4096)
