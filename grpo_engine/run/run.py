@@ -147,6 +147,7 @@ class Run:
             state.restore(self.model, self.optimizer)
         else:
             if c.method == "grpo":
+                self.progress.announce(self.encode.show(self._problems(1)[0], most=100))
                 seen = (p.uid for step in range(1, c.steps + 1) for p in self._problems(step))
                 files.write_bytes_atomic(self.out / records.ORDER_FILE, "".join(f"{u}\n" for u in seen).encode())
             jsonl.write_json_atomic(self.out / records.RUN_FILE, self._header())
