@@ -57,7 +57,7 @@ def test_prompts_of_a_kind_are_for_the_cells_of_that_kind():
         "prompt_template": "Q: {prompt}",
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    sizes = {"7B": SizeConfig(base="/models/base", instruct="/models/instruct")}
+    sizes = {"7B": SizeConfig(base="Qwen2.5-7B", instruct="Qwen2.5-7B-Instruct")}
     cells = plan(
         study(run=RUN | {"model": prompts}, sizes=sizes, axes=(AxesConfig(name="main", kinds=("base", "instruct")),))
     ).cells
