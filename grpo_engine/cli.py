@@ -61,6 +61,9 @@ def train(
         str | None, typer.Option("--config", "-c", help="YAML file with a run configuration; none: the defaults.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; none: torch's default.")] = None,
+    show_prompt: Annotated[
+        bool, typer.Option("--show-prompt", help="Show the first prompt as text and tokens, and run nothing.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Run one GRPO training, or resume it where it stopped.
@@ -68,6 +71,11 @@ def train(
     Example: grpo-engine train --out runs/one model.size=s steps=40 optimizer.lr=1.5e-4
     """
     from grpo_engine.config import load_run_config
+
+    if show_prompt:
+        from grpo_engine.load import first_prompt
+
+        return print(first_prompt(load_run_config(config, overrides or [])))
     from grpo_engine.run.run import train as run
     from grpo_engine.system.startup import skip_compiler
 

@@ -24,6 +24,10 @@ Positive = Annotated[int, Field(ge=1)]
 Scoring = Literal["default", "paper"]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+# of a chat template's arguments, what follows from the problem or from how its text is used
+TEMPLATE_ARGUMENTS = {"messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message",
+                      "tokenize", "return_tensors", "return_dict", "return_assistant_tokens_mask"}  # fmt: skip
+
 
 def named_or_target(*names: str) -> pydantic.AfterValidator:
     """Of a setting that is one of some names, or "module:function" of the user's own."""
@@ -53,6 +57,9 @@ class ModelSource(Config):
     params_nominal: float | None = None  # what the model's name says, for instance 0.5e9; only recorded
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_invariant: bool = True  # False: products on CUDA by cuBLAS; sampling and training differ in bits
+    system_prompt: str | None = None  # goes before every prompt, in place of the system message of a row that has one
+    chat_template_kwargs: dict[str, Any] = {}  # kind=instruct: arguments of the chat template, as enable_thinking
+    prompt_template: str | None = None  # kind=base: what is shown in place of a prompt, with {prompt} in it
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelSource:
@@ -62,13 +69,27 @@ class ModelSource(Config):
             raise ValueError(f"seed belongs to models of the embedded ladder, got {self.seed} and a path")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _prompts(self) -> ModelSource:
+        if self.chat_template_kwargs and self.kind != "instruct":
+            raise ValueError(f"chat_template_kwargs belongs to kind=instruct, got kind={self.kind}")
+        if taken := TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys():
+            raise ValueError(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}: a run sets it")
+        if self.prompt_template is not None and self.kind != "base":
+            raise ValueError(f"prompt_template belongs to kind=base, got kind={self.kind}: a chat has its model's template")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template must hold {{prompt}}, got {self.prompt_template!r}")
+        if self.path is None and (self.system_prompt, self.prompt_template, self.chat_template_kwargs) != (None, None, {}):
+            raise ValueError("system_prompt, prompt_template and chat_template_kwargs belong to models with a path")
+        return self
+
 
 class TaskConfig(Config):
     """Problems to train on and to be tested on."""
 
     name: str = "micro"  # micro, files, or "module:function" of your own: see `tasks`
-    train: str | None = None  # files: what to train on, see `tasks.files`; your own: what you like
-    evals: dict[str, str] = {}  # likewise: name -> file
+    train: str | list[str] | None = None  # files: what to train on, see `tasks.rows`; your own: what you like
+    evals: dict[str, str | list[str]] = {}  # likewise: name -> files
     train_problems: Positive | None = None  # how many different training problems; None: all, or as many as needed
     subset: Literal["nested", "independent"] = "nested"  # which: a smaller number's are among a larger one's, or not
     eval_problems: Positive | None = 500  # problems an evaluation set is cut to; None: all
@@ -112,7 +133,14 @@ class RewardConfig(Config):
     function: Annotated[str, Field(pattern=plugins.TARGET)] | None = None  # "module:function" of your own, for all problems
     overlong_buffer: Positive | None = None  # tokens before the length limit in which a response loses reward (DAPO)
     overlong_penalty: NonNegative = 1.0  # what it has lost at the limit; training alone sees it
+    scorer: str | dict[str, str] | None = None  # name of the scorer of all problems, or by data_source: {"my/*": math}
     unprotected: bool = False  # run programs where the kernel refuses a protection of `rewards.sandbox`
+
+    @pydantic.model_validator(mode="after")
+    def _one_choice(self) -> RewardConfig:
+        if self.scorer is not None and self.function is not None:
+            raise ValueError(f"give scorer or function, not both, got {self.scorer!r} and {self.function!r}")
+        return self
 
 
 class AdvantageConfig(Config):

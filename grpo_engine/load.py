@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 
-from grpo_engine.config import RewardConfig, RunConfig, TaskConfig
+from grpo_engine.config import ModelSource, RewardConfig, RunConfig, TaskConfig
 from grpo_engine.micro import pretrain
 from grpo_engine.micro.task import micro_task
 from grpo_engine.micro.tokenizer import MicroTokenizer
-from grpo_engine.model import hf_config, weights
+from grpo_engine.model import hf_config, hub, weights
 from grpo_engine.model.decoder import Model
 from grpo_engine.model.tokenizer import HFTokenizer, PromptTokens, Tokenizer
+from grpo_engine.rewards import scorer_target
 from grpo_engine.system import device, plugins
 from grpo_engine.tasks.files import files_task
+from grpo_engine.tasks.order import problems_of_step
 from grpo_engine.tasks.subset import difficulty, subset
 from grpo_engine.train import footprint
 from grpo_engine.types import Problem, Task
@@ -65,7 +67,7 @@ def tokenizer_and_model(
     m = config.model
     folder = folder or pretrain.ensure_model(m.size, m.kind, seed=m.seed)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
-    encode = PromptTokens(tokenizer, chat=m.kind == "instruct")
+    encode = prompt_tokens(m, tokenizer)
     pages_stay = True
     if train_on is not None:
         sizes, longest = hf_config.read_config(folder), _longest(train_on, encode, config.rollout.max_prompt_tokens)
@@ -77,6 +79,48 @@ def tokenizer_and_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
         )
     return tokenizer, encode, model, pages_stay
+
+
+def prompt_tokens(model: ModelSource, tokenizer: Tokenizer) -> PromptTokens:
+    """Prompts in the tokens that a model is given.
+
+    Args:
+        model: its kind, system prompt and templates are read.
+        tokenizer: the model's.
+
+    Returns:
+        From a problem to tokens.
+    """
+    return PromptTokens(
+        tokenizer,
+        chat=model.kind == "instruct",
+        system_prompt=model.system_prompt,
+        chat_template_kwargs=model.chat_template_kwargs,
+        prompt_template=model.prompt_template,
+    )
+
+
+def first_prompt(config: RunConfig) -> str:
+    """The first prompt that a run trains on, as text and tokens; no weights are read.
+
+    Args:
+        config: model, task, reward, seed, steps, batch.prompts and rollout.max_prompt_tokens are read.
+
+    Returns:
+        See `PromptTokens.show`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, a bad file, or no prompt that fits.
+    """
+    m = config.model
+    folder = hub.find_model(m.path).folder if m.path else None
+    task = load_task(config.task, seed=config.seed, needed=config.steps * config.batch.prompts, reward=config.reward)
+    encode = prompt_tokens(m, load_tokenizer("micro" if config.task.name == "micro" or folder is None else folder))
+    limit = config.rollout.max_prompt_tokens
+    fitting = [p for p in task.train if limit is None or len(encode(p)) <= limit]
+    if not fitting:
+        raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no problem to train on")
+    return encode.show(problems_of_step(fitting, step=1, count=1, seed=config.seed, shuffle=config.task.shuffle)[0])
 
 
 def _require_positions(positions: int, longest: int, config: RunConfig) -> None:
@@ -107,21 +151,26 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
         seed: of the run; generated training problems depend on it, test problems do not.
         needed: training problems that the run draws; a generator makes that many, or config.train_problems if that
             is more.
-        reward: whose scoring the scorers of files have, and whose function, if it names one, scores all problems;
-            None: the defaults.
+        reward: whose scoring the scorers of files have, and whose scorer or function, if it names one, scores all
+            problems; None: the defaults.
 
     Returns:
         A `Task` with config.train_problems training problems (see `subset`), where there are as many, from easy to hard
         unless they are to be shuffled, and at most config.eval_problems problems in each evaluation set.
 
     Raises:
-        ValueError: a bad file, or a function of the user's that is not there or returns no task; the fault is named.
+        ValueError: a bad file, a scorer that is not there, or a function of the user's that is not there or returns no
+            task; the fault is named.
     """
     reward = reward or RewardConfig()
+    _require_scorers(config, reward)
     if plugins.is_target(config.name):
         task = _own_task(config, seed=seed, needed=needed)
     elif config.name == "files":
-        task = files_task(train=config.train, evals=config.evals, eval_problems=config.eval_problems, scoring=reward.scoring)
+        task = files_task(
+            train=config.train, evals=config.evals, eval_problems=config.eval_problems, scoring=reward.scoring,
+            scorer=reward.function or reward.scorer,
+        )  # fmt: skip
     else:
         count = max(needed, config.train_problems or 0)
         task = micro_task(
@@ -131,7 +180,7 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
     if config.train_problems is not None:
         train = subset(train, config.train_problems, seed=seed, how=config.subset)
     task = dataclasses.replace(task, train=train if config.shuffle else sorted(train, key=difficulty))
-    return _scored_by(task, reward.function)
+    return _scored_by(task, reward)
 
 
 def _own_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
@@ -145,16 +194,28 @@ def _own_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
     return task
 
 
-def _scored_by(task: Task, function: str | None) -> Task:
+def _require_scorers(config: TaskConfig, reward: RewardConfig) -> None:
+    if isinstance(reward.scorer, dict) and config.name != "files":
+        raise ValueError("reward.scorer by data_source belongs to task.name=files: other problems have none")
+    for name in reward.scorer.values() if isinstance(reward.scorer, dict) else [reward.scorer] * (reward.scorer is not None):
+        try:
+            scorer_target(name)
+        except ValueError as e:
+            raise ValueError(f"reward.scorer: {e}") from None
+
+
+def _scored_by(task: Task, reward: RewardConfig) -> Task:
     """The task with one scorer for all, if one is given; a scorer that is not there is found now and not in a worker."""
+    scorer = reward.function or (reward.scorer if isinstance(reward.scorer, str) else None)
 
     def changed(problems: Sequence[Problem]) -> list[Problem]:
-        return [dataclasses.replace(p, reward=function) for p in problems]
+        return [dataclasses.replace(p, reward=scorer) for p in problems]
 
-    if function is not None:
+    if scorer is not None:
         evals = {name: dataclasses.replace(s, problems=changed(s.problems)) for name, s in task.evals.items()}
         task = dataclasses.replace(task, train=changed(task.train), evals=evals)
+    argument = "reward.function" if reward.function else "reward.scorer" if reward.scorer else "Problem.reward"
     for name in {p.reward for problems in (task.train, *(s.problems for s in task.evals.values())) for p in problems}:
         if plugins.is_target(name):
-            plugins.load(name, "Problem.reward" if function is None else "reward.function")
+            plugins.load(name, argument)
     return task

@@ -9,13 +9,20 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 RewardStatus = Literal["ok", "timeout", "crash", "error"]
+
+
+class Message(NamedTuple):
+    """One message of a chat."""
+
+    role: str  # "system", "user", "assistant", ...
+    content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,10 +33,11 @@ class Problem:
     """
 
     uid: str  # stable and unique within its task
-    prompt: str  # text shown to the model, before any chat template
+    prompt: str  # text shown to the model, before any chat template; of several messages all contents
     answer: str  # ground truth in the form that the scorer reads
     domain: str  # task family, for instance "chain", "math", "code"
     reward: str  # name of the scorer (`grpo_engine.rewards`), or "module:function"
+    messages: tuple[Message, ...] | None = None  # what a chat template is given; None: prompt is a user's only message
     grade: int | None = None  # difficulty level, None when ungraded
     info: Mapping[str, object] = field(default_factory=dict)  # what the source said besides
 

@@ -862,7 +862,7 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/model/tokenizer.py",
-                old="add_generation_prompt=True",
+                old="add_generation_prompt=not goes_on",
                 new="add_generation_prompt=False",
             ),
         ),

@@ -139,7 +139,9 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
     config = config.model_copy(update={"device": device.resolve(config.device)})
     folder = hub.find_model(config.model.path).folder if config.model.path else None
     sets = {
-        name: read_problems(file, limit=config.task.eval_problems, scoring=config.reward.scoring)
+        name: read_problems(
+            file, limit=config.task.eval_problems, scoring=config.reward.scoring, scorer=config.reward.scorer
+        )
         for name, file in config.task.evals.items()
     }
     out = Path(out)

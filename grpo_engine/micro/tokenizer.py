@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from grpo_engine.micro.facts import ASSISTANT, EOS, SPECIAL, USER, VOCABULARY
+from grpo_engine.types import Message
 
 
 class MicroTokenizer:
@@ -40,11 +41,12 @@ class MicroTokenizer:
         except KeyError as e:
             raise ValueError(f"MicroTokenizer.encode: {e.args[0]!r} in {text!r} is no word of the micro tasks") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The words of some ids, special tokens left out.
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The words of some ids.
 
         Args:
             ids: each in [0, vocab_size).
+            special: write special tokens out instead of leaving them out.
 
         Returns:
             The words joined by single spaces.
@@ -56,7 +58,7 @@ class MicroTokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"MicroTokenizer.decode: ids must be in [0, {self.vocab_size}), got {i}")
-            if i >= len(SPECIAL):
+            if special or i >= len(SPECIAL):
                 words.append(VOCABULARY[i])
         return " ".join(words)
 
@@ -75,3 +77,14 @@ class MicroTokenizer:
         """
         ids = self.encode(text)
         return [self._ids[USER], *ids, self._ids[ASSISTANT]] if chat else ids
+
+    def encode_chat(self, messages: Sequence[Message], **arguments: object) -> list[int]:
+        """A user's only message, as `encode_prompt` of a chat.
+
+        Raises:
+            ValueError: other messages, or arguments: the embedded models have seen neither.
+        """
+        roles = [m.role for m in messages]
+        if roles != ["user"] or arguments:
+            raise ValueError(f"MicroTokenizer.encode_chat: wanted a user's only message, got {roles} and {arguments}")
+        return self.encode_prompt(messages[0].content, True)

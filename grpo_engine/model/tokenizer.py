@@ -6,13 +6,14 @@ import array
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_engine.records import jsonl
 from grpo_engine.system import files
-from grpo_engine.types import Problem
+from grpo_engine.types import Message, Problem
 
 if TYPE_CHECKING:
     import transformers
@@ -38,12 +39,16 @@ class Tokenizer(Protocol):
         """Tokens of a text, none added before or after."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens, special tokens left out."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens, with special tokens or without."""
         ...
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
         """Tokens that a model is given to answer: the plain text, or with chat a user's turn for instruct models."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Message], **arguments: Any) -> list[int]:
+        """Tokens of messages in the chat template, which gets the arguments, up to where the model goes on."""
         ...
 
 
@@ -55,18 +60,70 @@ class PromptTokens:
         encode(problem)  # array("i", [...])
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, chat: bool) -> None:
-        """chat: give each prompt as a user's turn, for instruct models."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        chat: bool,
+        system_prompt: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        prompt_template: str | None = None,
+    ) -> None:
+        """What stands around a problem's prompt.
+
+        Args:
+            tokenizer: of the model.
+            chat: give the messages of a problem, or its prompt as a user's turn, through the chat template. Else the text
+                is given as it is: of several messages their contents with an empty line between.
+            system_prompt: a first message, in place of the problem's own system message if it has one.
+            chat_template_kwargs: further arguments of the chat template; with chat alone.
+            prompt_template: text whose "{prompt}" is replaced by the prompt; without chat alone.
+        """
         self._tokenizer, self._chat = tokenizer, chat
-        self._known: dict[str, array.array[int]] = {}  # four bytes a token, where a list takes 36
+        self._system_prompt, self._prompt_template = system_prompt, prompt_template
+        self._arguments = dict(chat_template_kwargs or {})
+        # by what is encoded; four bytes a token, where a list takes 36
+        self._known: dict[str | tuple[Message, ...], array.array[int]] = {}
 
     def __call__(self, problem: Problem) -> array.array[int]:
         """The tokens that a model is given to answer this problem."""
-        tokens = self._known.get(problem.prompt)
+        key = problem.messages or problem.prompt
+        tokens = self._known.get(key)
         if tokens is None:
-            tokens = array.array("i", self._tokenizer.encode_prompt(problem.prompt, self._chat))
-            self._known[problem.prompt] = tokens
+            tokens = self._known[key] = array.array("i", self._encode(problem))
         return tokens
+
+    def show(self, problem: Problem, *, most: int | None = None) -> str:
+        """What a model is given to answer this problem, for a person to read.
+
+        Args:
+            problem: any.
+            most: tokens that are listed, the first and the last; None: all.
+
+        Returns:
+            The text with its special tokens, and below it each token's id and text.
+        """
+        ids = list(self(problem))
+        listed = [f"{i} {self._tokenizer.decode([i], special=True)!r}" for i in ids]
+        if most is not None and len(ids) > most:
+            listed[most // 2 : len(ids) - most // 2] = [f"({len(ids) - most // 2 * 2} more)"]
+        text = self._tokenizer.decode(ids, special=True)
+        return f"first prompt ({problem.uid}), {len(ids)} tokens:\n{text}\ntokens: {', '.join(listed)}"
+
+    def _encode(self, problem: Problem) -> list[int]:
+        messages = problem.messages or (Message("user", problem.prompt),)
+        if self._system_prompt is not None:
+            messages = (Message("system", self._system_prompt), *(m for m in messages if m.role != "system"))
+        if not self._chat:
+            text = problem.prompt
+            if self._system_prompt is not None:
+                text = "\n\n".join(m.content for m in messages if m.content)
+            if self._prompt_template is not None:
+                text = self._prompt_template.replace("{prompt}", text)
+            return self._tokenizer.encode_prompt(text, False)
+        if [m.role for m in messages] == ["user"] and not self._arguments:
+            return self._tokenizer.encode_prompt(messages[0].content, True)
+        return self._tokenizer.encode_chat(messages, **self._arguments)
 
 
 class HFTokenizer:
@@ -149,16 +206,17 @@ class HFTokenizer:
         """
         return self._fast.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens, special tokens left out.
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some tokens.
 
         Args:
             ids: each >= 0. Bytes that are no UTF-8 decode to U+FFFD.
+            special: write special tokens out instead of leaving them out.
 
         Returns:
             A text.
         """
-        return self._fast.decode(list(ids), skip_special_tokens=True)
+        return self._fast.decode(list(ids), skip_special_tokens=not special)
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
         """What a model is given to answer a problem.
@@ -166,8 +224,8 @@ class HFTokenizer:
         Args:
             text: the problem's prompt.
             chat: as a user's turn of the folder's chat template, followed by the head of the assistant's turn,
-                instead of the plain text, which has what tokenizer.json puts around a text: Llama 3's begin of text,
-                nothing in Qwen's.
+                instead of the plain text. That has before it what tokenizer.json puts there, Llama 3's begin of text and
+                nothing in Qwen's, unless the text begins with it. A token that ends texts is not put behind it.
 
         Returns:
             Ids.
@@ -175,15 +233,46 @@ class HFTokenizer:
         Raises:
             ValueError: chat, and the folder has no chat template, or one that fails.
         """
-        if not chat:
-            return self._fast.encode(text, add_special_tokens=True).ids
+        if chat:
+            return self.encode_chat([Message("user", text)])
+        ids, (before, after) = self.encode(text), self._around
+        return [*before * (ids[: len(before)] != before), *ids, *after]
+
+    @functools.cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that tokenizer.json puts before a text and, but for those that end texts, behind it."""
+        bare, whole = self.encode("a"), self._fast.encode("a", add_special_tokens=True).ids
+        first = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:first], [i for i in whole[first + len(bare) :] if i not in self.stop_ids]
+
+    def encode_chat(self, messages: Sequence[Message], **arguments: Any) -> list[int]:
+        """What a model is given to go on with a chat.
+
+        Args:
+            messages: at least one. The head of the assistant's turn follows them; if the last is the assistant's, it is
+                left open to be gone on with.
+            **arguments: of the chat template, as enable_thinking of Qwen3's.
+
+        Returns:
+            Ids.
+
+        Raises:
+            ValueError: no chat template, one that fails, or one that does not read an argument.
+        """
         if self.templates.chat_template is None:
             raise ValueError(f"{self.folder}: no chat template there, as a base model's tokenizer; wanted one for chat")
-        turn = [{"role": "user", "content": text}]
+        template, goes_on = self.templates.get_chat_template(), messages[-1].role == "assistant"
+        for name in arguments:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ValueError(f"{self.folder}: the chat template reads no {name!r}; got it as an argument for it")
         try:
-            rendered = self.templates.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            rendered = self.templates.apply_chat_template(
+                [m._asdict() for m in messages], tokenize=False, add_generation_prompt=not goes_on,
+                continue_final_message=goes_on, **arguments,
+            )  # fmt: skip
         except Exception as error:  # a template is a program, and may raise anything
-            raise ValueError(f"{self.folder}: the chat template failed: {error}") from error
+            roles = ", ".join(m.role for m in messages)
+            raise ValueError(f"{self.folder}: the chat template failed: {error} (roles: {roles})") from error
         return self.encode(rendered)
 
     @functools.cached_property

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from grpo_engine.config import RunConfig
 from grpo_engine.evaluate.evaluate import EvalResult
@@ -30,6 +31,8 @@ class RunProgress:
         self.quiet = not sys.stderr.isatty() if quiet is None else quiet
         self.config = config
         self._console = Console(stderr=True, quiet=self.quiet)
+        # without a terminal a log may read along, unless silence was asked for
+        self._log = Console(stderr=True, quiet=bool(quiet)) if self.quiet else self._console
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -55,6 +58,10 @@ class RunProgress:
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
         self._console.print(message, highlight=False)
+
+    def announce(self, text: str) -> None:
+        """Prints a text as it is, above the bar or, without a terminal, into the log."""
+        self._log.print(Text(text), soft_wrap=True)
 
     def start_step(self, step: int) -> None:
         """A step begins."""

@@ -150,6 +150,8 @@ class Run:
             lengths = state.lengths
             state.restore(self.model, self.optimizer)
         else:
+            if c.method == "grpo":
+                self.progress.announce(self.encode.show(next(self._problems()), most=100))
             jsonl.write_json_atomic(self.out / records.RUN_FILE, self._header())
         self.steps, self.evals, self.timings, self.order = self.writers = tuple(
             jsonl.JsonlWriter(self.out / name, truncate_to=length) for name, length in lengths.items()

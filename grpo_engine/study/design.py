@@ -299,6 +299,7 @@ def _cell(
     data = apply_overrides(data, _dotted(block.run))
     data = apply_overrides(data, [f"seed={seed}", f"method={method}", f"model.kind={kind}"])
     data["model"] |= {"path": folder} if folder else {"size": size, "seed": data["model"].get("seed", seed)}
+    data["model"].pop("prompt_template" if kind == "instruct" else "chat_template_kwargs", None)  # the other kind's
     if entry.params_nominal is not None:
         data["model"]["params_nominal"] = entry.params_nominal
     parts = [size, kind, *(["control"] if method == "pretrain" else [])]

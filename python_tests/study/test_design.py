@@ -51,6 +51,26 @@ def test_the_overrides_make_the_configuration():
     assert load_run_config(None, []) == RunConfig()
 
 
+def test_prompts_of_a_kind_are_for_the_cells_of_that_kind():
+    prompts = {
+        "system_prompt": "Think.",
+        "prompt_template": "Q: {prompt}",
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    sizes = {"7B": SizeConfig(base="Qwen2.5-7B", instruct="Qwen2.5-7B-Instruct")}
+    cells = plan(
+        study(run=RUN | {"model": prompts}, sizes=sizes, axes=(AxesConfig(name="main", kinds=("base", "instruct")),))
+    ).cells
+    for cell in cells:
+        m = cell.config.model
+        assert m.system_prompt == "Think."
+        assert (m.prompt_template, m.chat_template_kwargs) == (
+            ("Q: {prompt}", {}) if m.kind == "base" else (None, {"enable_thinking": False})
+        )
+        assert load_run_config(None, cell.overrides) == cell.config
+    assert {cell.kind for cell in cells} == {"base", "instruct"}
+
+
 def test_ids_depend_on_what_is_computed_and_not_on_names():
     before = {c.name: c.id for c in plan(study()).cells}
     again = {c.name: c.id for c in plan(study(name="another")).cells}

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import types
 
 import pyarrow
@@ -197,7 +198,8 @@ def test_what_the_datasets_library_saves(tmp_path):
     assert [p.prompt for p in read_problems(tmp_path / "one")] == [r["prompt"][0]["content"] for r in shuffled]
     datasets.DatasetDict(train=shuffled, test=shuffled).save_to_disk(tmp_path / "two")
     assert read_problems(tmp_path / "two" / "test") == read_problems(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"two: holds the splits \['train', 'test'\]; name the folder of one"):
+    assert read_problems(f"{tmp_path / 'two'}:train") == read_problems(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"two: holds the splits \['train', 'test'\]; name one of them: .*two:train"):
         read_problems(tmp_path / "two")
 
 
@@ -238,6 +240,16 @@ def test_repeated_rows_are_left_out(write, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(read_problems(write([row(0), row(1), row(0)]))) == 2
     assert "1 of 3 rows" in caplog.text
+
+
+def test_rows_without_a_true_answer_are_left_out(written, caplog):
+    rows = [row(0), *(row(i, reward_model={"style": "rule", "ground_truth": truth}) for i, truth in ((1, ""), (2, " \n")))]
+    with caplog.at_level(logging.WARNING):
+        assert [p.answer for p in read_problems(written(rows))] == ["1"]
+    assert "2 of 3 rows have no true answer" in caplog.text and "repeat" not in caplog.text
+    assert re.search("first .*problems.*: (row 1|line 2): reward_model.ground_truth is empty", caplog.text)
+    with pytest.raises(ValueError, match="(row 0|line 1): reward_model.ground_truth is empty"):
+        read_problems(written(rows[1:], "none"))
 
 
 def test_families_name_scorers_that_exist():
@@ -345,10 +357,9 @@ def test_an_empty_file_is_named(tmp_path):
         ({"answer": "1"}, "prompt .or question or problem. is missing; there are answer"),
         ({"problem": "?", "answer": None}, "answer .*is missing"),
         ({"problem": " ", "answer": "1"}, "problem is empty"),
-        ({"question": ["?"], "answer": "1"}, "question must be a list of messages"),
-        ({"problem": "?", "solution": ""}, "solution is empty"),
-        ({"problem": "?", "answer": True}, "answer must be text for math problems, got bool True"),
-        ({"problem": "?", "answer": ["1"]}, "answer must be text for math problems, got list"),
+        ({"question": ["?"], "answer": "1"}, "question must be text or a list of messages"),
+        ({"problem": "?", "answer": True}, "answer must be text or a number for math problems, got bool True"),
+        ({"problem": "?", "answer": ["1"]}, "answer must be text or a number for math problems, got list"),
         ({"problem": "?", "answer": "1", "pass_rate": 2}, r"pass_rate must be a share in \[0, 1\], got int 2"),
         ({"problem": "?", "answer": "1", "data_source": "poetry"}, "unknown data_source 'poetry'"),
         ({"problem": "?", "ground_truth": "K", "data_source": "stem__supergpqa"}, "ground_truth must be a letter A to J"),
@@ -363,18 +374,20 @@ def test_a_bad_plain_value_is_named(write, plain, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data_source": "poetry"}, "unknown data_source 'poetry': known ones begin with math__"),
+        ({"data_source": "poetry"}, "unknown data_source 'poetry': choose its scorer"),
         ({"data_source": 3}, "data_source must be text, got int 3"),
         ({"data_source": None}, "data_source must be text, got NoneType"),
-        ({"prompt": "what?"}, "prompt must be a list of messages .* got str"),
-        ({"prompt": None}, "prompt must be a list of messages"),
-        ({"prompt": []}, "one user message"),
-        ({"prompt": [{"role": "user", "content": None}]}, "prompt must be a list of messages"),
-        ({"prompt": [{"role": "assistant", "content": "x"}]}, r"one user message.*\['assistant'\]"),
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"prompt": None}, "prompt must be text or a list of messages with role and content, got NoneType"),
+        ({"prompt": []}, r"prompt must hold a user's message .*, got \[\]"),
+        ({"prompt": [{"role": "user", "content": None}]}, "prompt must be text or a list of messages"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, r"must hold a user's message .*\['assistant'\]"),
+        ({"prompt": [{"role": r, "content": "x"} for r in ("user", "system")]}, "not end with a system message"),
         ({"prompt": [{"role": "user", "content": "  "}]}, "message is empty"),
         ({"reward_model": "7"}, "reward_model must hold a ground_truth"),
         ({"reward_model": {"style": "rule"}}, "reward_model must hold a ground_truth"),
-        ({"reward_model": {"ground_truth": 7}}, "must be text for math problems, got int 7"),
+        ({"reward_model": {"ground_truth": True}}, "must be text or a number for math problems, got bool True"),
+        ({"reward_model": {"ground_truth": math.nan}}, "must be text or a number for math problems, got float nan"),
         ({"reward_model": {"ground_truth": " "}}, "ground_truth is empty"),
         ({"data_source": "stem__supergpqa"}, "letter A to J, got str '1'"),
         ({"data_source": "codegen__humaneval"}, "functional"),
@@ -389,8 +402,8 @@ def test_a_bad_value_is_named(write, changes, said):
 
 
 def test_the_row_is_named(written):
-    with pytest.raises(ValueError, match="(row 2|line 3): reward_model.ground_truth is empty"):
-        read_problems(written([row(0), row(1), row(2, reward_model={"style": "rule", "ground_truth": ""})]))
+    with pytest.raises(ValueError, match="(row 2|line 3): reward_model must hold a ground_truth"):
+        read_problems(written([row(0), row(1), row(2, reward_model={"style": "rule", "ground_truth": None})]))
 
 
 @pytest.mark.parametrize("arguments", [{"eval_problems": 0}, {"eval_problems": -1}])
