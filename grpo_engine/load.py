@@ -20,7 +20,7 @@ from grpo_engine.model.tokenizer import HFTokenizer, PromptTokens, Tokenizer
 from grpo_engine.rewards import scorer_target
 from grpo_engine.system import device, plugins
 from grpo_engine.tasks.files import files_task
-from grpo_engine.tasks.order import problems_of_step
+from grpo_engine.tasks.order import problems_from
 from grpo_engine.tasks.subset import difficulty, subset
 from grpo_engine.train import footprint
 from grpo_engine.types import Problem, Task
@@ -120,7 +120,7 @@ def first_prompt(config: RunConfig) -> str:
     fitting = [p for p in task.train if limit is None or len(encode(p)) <= limit]
     if not fitting:
         raise ValueError(f"rollout.max_prompt_tokens={limit} leaves no problem to train on")
-    return encode.show(problems_of_step(fitting, step=1, count=1, seed=config.seed, shuffle=config.task.shuffle)[0])
+    return encode.show(next(problems_from(fitting, start=0, seed=config.seed, shuffle=config.task.shuffle)))
 
 
 def _require_positions(positions: int, longest: int, config: RunConfig) -> None:
