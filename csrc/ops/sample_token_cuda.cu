@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
   const int64_t b = blockIdx.x;
   const float temperature = a.temperature[b];
   const double top_p = a.top_p ? a.top_p[b] : 1.0, min_p = a.min_p ? a.min_p[b] : 0.0;
-  const bool valid = temperature >= 0.f && temperature < infinity<float>() && top_p >= 0.0 && top_p <= 1.0 &&
-                     min_p >= 0.0 && min_p <= 1.0;
+  const bool valid =
+      temperature >= 0.f && temperature < infinity<float>() && top_p >= 0.0 && top_p <= 1.0 && min_p >= 0.0 && min_p <= 1.0;
   Row<S> row = row_of<S>(a, b, aligned);
   const RowStats stats = join_row<float>(row.num_blocks, [&](int64_t block) {
     return BlockStats<float>{row.block_max[block], static_cast<float>(row.block_mass[block]),
@@ -394,9 +394,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
   const double z = to_arith(row.x[token]) * row.inv_temperature;
   a.token[b] = token;
   a.full_logprob[b] = static_cast<float>(stats.logprob(z));
-  a.logprob[b] = temperature == 0.f ? 0.f
-                 : filtered         ? static_cast<float>((z - stats.max) - log(mass))
-                                    : a.full_logprob[b];
+  a.logprob[b] = temperature == 0.f ? 0.f : filtered ? static_cast<float>((z - stats.max) - log(mass)) : a.full_logprob[b];
   a.entropy[b] = static_cast<float>(stats.entropy());
 }
 
