@@ -27,6 +27,7 @@ from grpo_engine.micro import task
 from grpo_engine.micro.corpus import Corpus
 from grpo_engine.micro.facts import CORPUS_TERMS, LIMIT, LIST_LENGTHS, NAME_COUNTS, OPERAND, TEST_SHARE, VOCABULARY
 from grpo_engine.micro.ladder import Kind, MicroRecipe, architecture_of, recipe, schedule_of
+from grpo_engine.micro.tokenizer import save_tokenizer
 from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
 from grpo_engine.train.language import DocumentBatch, Progress, train_language
@@ -119,7 +120,7 @@ def ensure_model(
         progress: called every optimizer step of a training.
 
     Returns:
-        A Hugging Face checkpoint folder (config.json, safetensors).
+        A Hugging Face checkpoint folder: config.json, safetensors, tokenizer.json.
 
     Raises:
         ValueError: no such size or kind.
@@ -151,6 +152,7 @@ def ensure_model(
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             weights.save_checkpoint(model, temporary)
+            save_tokenizer(temporary)
             temporary.chmod(0o755)  # mkdtemp makes folders private; a model is not a secret
             os.rename(temporary, folder)
         finally:
