@@ -92,7 +92,7 @@ def from_json(cls: type[Record], obj: Mapping[str, Any], *, where: str = "record
     body = {k: _restored(v, k, names) if names else v for k, v in obj.items() if k not in ("schema", "non_finite")}
     try:
         # from text: pydantic's strict mode takes a list for a tuple, and an object for a dataclass, in JSON only
-        return _adapter(cls).validate_json(json.dumps([body]))[0]
+        return _adapter(cls).validate_json(json.dumps([body]))[0]  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise _fault(cls, error, where) from None
 
@@ -127,7 +127,7 @@ def _fault(cls: type, error: pydantic.ValidationError, where: str) -> Exception:
     fault = faults[0]
     wanted = _WANTED.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
     if len(fault["loc"]) == 2:  # a field of the record itself: what its declaration says, None included
-        wanted = next(f.type for f in dataclasses.fields(cls) if f.name == fault["loc"][1])
+        wanted = next(str(f.type) for f in dataclasses.fields(cls) if f.name == fault["loc"][1])
     return TypeError(f"{where}: {_path(cls, fault['loc'])} must be {wanted}, got {fault['input']!r}")
 
 
