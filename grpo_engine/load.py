@@ -63,7 +63,9 @@ def tokenizer_and_model(
     if config.device == "cuda":
         device.require_capability()
     m = config.model
-    folder = folder or pretrain.ensure_model(m.size, m.kind, seed=m.seed)
+    if folder is None:
+        assert m.size is not None  # ModelConfig demands a path or a size
+        folder = pretrain.ensure_model(m.size, m.kind, seed=m.seed)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
     encode = PromptTokens(tokenizer, chat=m.kind == "instruct")
     pages_stay = True
@@ -121,6 +123,7 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
     if plugins.is_target(config.name):
         task = _own_task(config, seed=seed, needed=needed)
     elif config.name == "files":
+        assert config.train is not None  # TaskConfig demands it
         task = files_task(
             train=config.train, evals=config.evals, eval_problems=config.eval_problems, behaviour=reward.behaviour
         )
@@ -150,12 +153,12 @@ def _own_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
 def _scored_by(task: Task, function: str | None) -> Task:
     """The task with one scorer for all, if one is given; a scorer that is not there is found now and not in a worker."""
 
-    def changed(problems: Sequence[Problem]) -> list[Problem]:
+    def changed(problems: Sequence[Problem], function: str) -> list[Problem]:
         return [dataclasses.replace(p, reward=function) for p in problems]
 
     if function is not None:
-        evals = {name: dataclasses.replace(s, problems=changed(s.problems)) for name, s in task.evals.items()}
-        task = dataclasses.replace(task, train=changed(task.train), evals=evals)
+        evals = {name: dataclasses.replace(s, problems=changed(s.problems, function)) for name, s in task.evals.items()}
+        task = dataclasses.replace(task, train=changed(task.train, function), evals=evals)
     for name in {p.reward for problems in (task.train, *(s.problems for s in task.evals.values())) for p in problems}:
         if plugins.is_target(name):
             plugins.load(name, "Problem.reward" if function is None else "reward.function")

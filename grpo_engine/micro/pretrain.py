@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def model_key(size: str, kind: Kind, *, seed: int = 0) -> str:
     """
     r = recipe(size, seed=seed)
     schedule_of(r, kind)
-    facts = {"version": VERSION, "recipe": dataclasses.asdict(r), "tasks": _task_facts()}
+    facts: dict[str, Any] = {"version": VERSION, "recipe": dataclasses.asdict(r), "tasks": _task_facts()}
     if kind == "base":
         del facts["recipe"]["instruct"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -31,7 +31,7 @@ class MicroTokenizer:
     def __init__(self) -> None:
         self._ids = {word: i for i, word in enumerate(VOCABULARY)}
         self.eos_id = self._ids[EOS]
-        self.stop_ids = (self.eos_id,)
+        self.stop_ids: tuple[int, ...] = (self.eos_id,)
         self.vocab_size = len(VOCABULARY)
 
     def encode(self, text: str) -> list[int]:
