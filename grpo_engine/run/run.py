@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,7 +75,8 @@ class Run:
         # a device decides the last bits, so it is part of what a run is: the id is that of the resolved configuration
         self.config = config.model_copy(update={"device": self._device(config.device, begun)})
         self.run_id = records.run_id(self.config.model_dump(mode="json"))
-        self.revision = begun and begun["model"].get("revision")  # a run goes on with the weights that it began with
+        # a run goes on with the weights that it began with
+        self.revision: str | None = begun["model"].get("revision") if begun else None
         if begun is not None:
             self._refuse_another_run(begun)
         out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,8 @@ class Run:
         advantages.estimator(c.advantage), loss.objective(c.loss)  # of the user's own: found now, or named
         folder = None
         if c.model.path is not None:
-            folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
+            found = hub.find_model(c.model.path, revision=self.revision)
+            folder, self.revision = found.folder, found.revision
         # problems first: a wrong file is found before a model of the ladder is pretrained
         self.task = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts, reward=c.reward)
         self.tokenizer, self.encode, self.model, pages_stay = tokenizer_and_model(c, folder, self.task)
@@ -139,7 +142,7 @@ class Run:
         self.corpus = control.control_corpus(c) if c.method == "pretrain" else None
 
         self.counters = Counters()
-        lengths = {name: 0 for name in (records.STEPS_FILE, records.EVALS_FILE, records.TIMINGS_FILE)}
+        lengths: Mapping[str, int] = {name: 0 for name in (records.STEPS_FILE, records.EVALS_FILE, records.TIMINGS_FILE)}
         state = checkpoint.load(self.out, config_hash=self.run_id)
         if state is not None:
             self.counters = Counters(**state.meta["counters"])
@@ -193,7 +196,7 @@ class Run:
             "model": {
                 "name": c.model.path or f"{c.model.size}-{c.model.kind}",
                 "kind": c.model.kind,
-                "size": c.model.size or Path(c.model.path).name,
+                "size": c.model.size or Path(c.model.path or "").name,
                 "revision": self.revision,
                 "params_non_embedding": self.model.num_non_embedding,
                 "params_nominal": c.model.params_nominal,
@@ -283,6 +286,7 @@ class Run:
         return problems_of_step(self.task.train, step=step, count=c.batch.prompts, seed=c.seed, shuffle=c.task.shuffle)
 
     def _pretrain_step(self, step: int) -> records.StepRecord:
+        assert self.corpus is not None  # of a control
         outcome = control.control_step(
             self.model, self.optimizer, self.corpus, config=self.config, step=step, ledger=self.ledger
         )
@@ -294,7 +298,7 @@ class Run:
         self.counters.trained_tokens += tokens
         self.counters.flops = self.ledger.flops_without_evaluation
 
-    def _so_far(self, step: int) -> dict[str, float]:
+    def _so_far(self, step: int) -> dict[str, Any]:
         seen = step * self.config.batch.prompts if self.config.method == "grpo" else 0
         return {
             "step": step,
