@@ -65,7 +65,9 @@ def tokenizer_and_model(
     if config.device == "cuda":
         device.require_capability()
     m = config.model
-    folder = folder or pretrain.ensure_model(m.size, m.kind, seed=m.seed)
+    if folder is None:
+        assert m.size is not None  # ModelConfig demands a path or a size
+        folder = pretrain.ensure_model(m.size, m.kind, seed=m.seed)
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
     encode = prompt_tokens(m, tokenizer)
     pages_stay = True
@@ -167,6 +169,7 @@ def load_task(config: TaskConfig, *, seed: int, needed: int, reward: RewardConfi
     if plugins.is_target(config.name):
         task = _own_task(config, seed=seed, needed=needed)
     elif config.name == "files":
+        assert config.train is not None  # TaskConfig demands it
         task = files_task(
             train=config.train, evals=config.evals, eval_problems=config.eval_problems, scoring=reward.scoring,
             scorer=reward.function or reward.scorer,

@@ -312,8 +312,8 @@ FAULTS = (
             ),
             Edit(
                 file="csrc/rollout/sequence.cpp",
-                old="              num_tokens <= request_->prompt_length(),",
-                new="              num_tokens <= request_->prompt_length() + 1,",
+                old="num_tokens <= request_->prompt_length(),",
+                new="num_tokens <= request_->prompt_length() + 1,",
             ),
         ),
         tests=("python_tests/rollout/test_rollout.py::test_scarce_pages_and_threads_change_no_bit",),

@@ -43,6 +43,8 @@ fi
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort | xargs clang-format --dry-run -Werror
 
 # the CUDA emulator is slow and has one thread: beside the rest, and of the op tests one in three, or all if
 # GRPO_ENGINE_ONE_OP_TEST_IN=1

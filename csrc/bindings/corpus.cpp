@@ -30,47 +30,39 @@ void bind_source(py::module_& module) {
       .value("word", Domain::word)
       .value("code", Domain::code)
       .value("logic", Domain::logic);
-  py::class_<MicroSource>(module, "MicroSource",
-                          "Samples problems of the embedded tasks (csrc/tasks/micro_corpus.h).")
-      .def(py::init([](const std::vector<uint32_t>& state, Words vocabulary, Words functions,
-                       Words letters, Words people, int64_t limit, int64_t operand,
-                       double test_share) {
-             return MicroSource(MicroTasks{std::move(vocabulary), std::move(functions),
-                                           std::move(letters), std::move(people), limit, operand,
-                                           test_share},
+  py::class_<MicroSource>(module, "MicroSource", "Samples problems of the embedded tasks (csrc/tasks/micro_corpus.h).")
+      .def(py::init([](const std::vector<uint32_t>& state, Words vocabulary, Words functions, Words letters, Words people,
+                       int64_t limit, int64_t operand, double test_share) {
+             return MicroSource(MicroTasks{std::move(vocabulary), std::move(functions), std::move(letters),
+                                           std::move(people), limit, operand, test_share},
                                 state);
            }),
-           py::arg("state"), py::kw_only(), py::arg("vocabulary"), py::arg("functions"),
-           py::arg("letters"), py::arg("people"), py::arg("limit"), py::arg("operand"),
-           py::arg("test_share"), "state: random.Random(...).getstate()[1].")
+           py::arg("state"), py::kw_only(), py::arg("vocabulary"), py::arg("functions"), py::arg("letters"),
+           py::arg("people"), py::arg("limit"), py::arg("operand"), py::arg("test_share"),
+           "state: random.Random(...).getstate()[1].")
       .def(
           "item",
           [](MicroSource& self, Domain domain, int64_t grade) {
             const MicroItem item = self.item(domain, grade);
-            return py::make_tuple(item.key, self.text(item.prompt),
-                                  self.text({item.values.back()}));
+            return py::make_tuple(item.key, self.text(item.prompt), self.text({item.values.back()}));
           },
           py::arg("domain"), py::arg("grade"), "The next problem: (key, prompt, answer), all text.")
-      .def("is_test", &MicroSource::is_test, py::arg("key"),
-           "Whether a key belongs to the test pool.");
+      .def("is_test", &MicroSource::is_test, py::arg("key"), "Whether a key belongs to the test pool.");
 }
 
 void bind_corpus(py::module_& module) {
   py::class_<MicroCorpus>(module, "MicroCorpus", "Documents of the embedded tasks, without end.")
-      .def(py::init([](const MicroSource& source, const std::array<double, 4>& domains,
-                       double direct, double error, double chat, float prompt_weight,
-                       std::vector<int64_t> sum_terms, std::vector<int64_t> list_lengths,
-                       std::vector<int64_t> name_counts,
-                       std::unordered_set<std::string> held_out) {
+      .def(py::init([](const MicroSource& source, const std::array<double, 4>& domains, double direct, double error,
+                       double chat, float prompt_weight, std::vector<int64_t> sum_terms, std::vector<int64_t> list_lengths,
+                       std::vector<int64_t> name_counts, std::unordered_set<std::string> held_out) {
              return MicroCorpus(source,
-                                CorpusShares{domains, direct, error, chat, prompt_weight,
-                                             std::move(sum_terms), std::move(list_lengths),
-                                             std::move(name_counts)},
+                                CorpusShares{domains, direct, error, chat, prompt_weight, std::move(sum_terms),
+                                             std::move(list_lengths), std::move(name_counts)},
                                 std::move(held_out));
            }),
-           py::arg("source"), py::kw_only(), py::arg("domains"), py::arg("direct"),
-           py::arg("error"), py::arg("chat"), py::arg("prompt_weight"), py::arg("sum_terms"),
-           py::arg("list_lengths"), py::arg("name_counts"), py::arg("held_out"))
+           py::arg("source"), py::kw_only(), py::arg("domains"), py::arg("direct"), py::arg("error"), py::arg("chat"),
+           py::arg("prompt_weight"), py::arg("sum_terms"), py::arg("list_lengths"), py::arg("name_counts"),
+           py::arg("held_out"))
       .def(
           "document",
           [](MicroCorpus& self) {
@@ -83,8 +75,8 @@ void bind_corpus(py::module_& module) {
           "batch",
           [](MicroCorpus& self, int64_t documents, int64_t max_tokens) {
             const MicroBatch batch = self.batch(documents, max_tokens);
-            return py::make_tuple(to_array(batch.tokens), to_array(batch.cu_seqlens),
-                                  to_array(batch.target), to_array(batch.weight));
+            return py::make_tuple(to_array(batch.tokens), to_array(batch.cu_seqlens), to_array(batch.target),
+                                  to_array(batch.weight));
           },
           py::arg("documents"), py::arg("max_tokens"),
           "The next documents packed: (tokens [T], cu_seqlens [N+1], target [T], weight [T]); N is "

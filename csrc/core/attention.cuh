@@ -167,7 +167,8 @@ struct LaneVectors {
 
 // dots[r][x] = sum_e tile[e][r] * vector x of this lane [e].
 template <typename S>
-__device__ inline void lane_dots(const Arith<S>* tile, const LaneVectors<S>& lane, int64_t E, Arith<S> (&dots)[kTileRows][2]) {
+__device__ inline void lane_dots(const Arith<S>* tile, const LaneVectors<S>& lane, int64_t E,
+                                 Arith<S> (&dots)[kTileRows][2]) {
   using A = Arith<S>;
 #pragma unroll
   for (int r = 0; r < kTileRows; ++r) dots[r][0] = dots[r][1] = 0;
@@ -186,8 +187,8 @@ __device__ inline void lane_dots(const Arith<S>* tile, const LaneVectors<S>& lan
 
 // sums[r][i] += weights[j][r] * vectors[j][columns.at[i]], j ascending in [0, count), where sees(r, j).
 template <typename S, int C, typename Sees>
-__device__ inline void add_weighted(const Arith<S>* weights, const S* const* vectors, int count, const LaneColumns<C>& columns,
-                                    Sees sees, Arith<S> (&sums)[kTileRows][C]) {
+__device__ inline void add_weighted(const Arith<S>* weights, const S* const* vectors, int count,
+                                    const LaneColumns<C>& columns, Sees sees, Arith<S> (&sums)[kTileRows][C]) {
   using A = Arith<S>;
 #pragma unroll 8
   for (int j = 0; j < count; ++j) {
@@ -316,7 +317,8 @@ __device__ inline void poison_token(const AttentionRows& a, int64_t t) {
 // A warp has one tile of one kv head. The warps past the tiles look for tokens without a sequence, one a lane. The number of
 // blocks of a multiprocessor tells ptxas how many registers it may take. Left alone it takes fewer and spills.
 template <typename S, int C, Attend kMode, typename Source>
-__global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 : 2) attention_kernel(Source source, AttentionRows a) {
+__global__ void __launch_bounds__(kAttentionThreads, kMode == Attend::part ? 3 : 2)
+    attention_kernel(Source source, AttentionRows a) {
   using A = Arith<S>;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t splits = kMode == Attend::part ? a.stretches : 1, tiles = a.tiles(), group = a.H / a.K;
@@ -459,8 +461,12 @@ void launch_attention(const char* name, const Source& source, AttentionRows a, C
   const int64_t tiles = a.K * a.tiles();
   const int64_t warps = kMode == Attend::part ? tiles * a.stretches : tiles + ceil_div(a.T, kWarpSize);
   for_columns<S>(a.E, [&]<int C>() {
-    launch({.name = name, .blocks = ceil_div(warps, kAttentionWarps), .threads = kAttentionThreads, .stream = stream,
-            .shared_bytes = kAttentionWarps * a.shared_of_warp, .blocks_y = ceil_div(a.E, C * kWarpSize)},
+    launch({.name = name,
+            .blocks = ceil_div(warps, kAttentionWarps),
+            .threads = kAttentionThreads,
+            .stream = stream,
+            .shared_bytes = kAttentionWarps * a.shared_of_warp,
+            .blocks_y = ceil_div(a.E, C * kWarpSize)},
            attention_kernel<S, C, kMode, Source>, source, a);
   });
 }

@@ -112,8 +112,8 @@ GE_INLINE VecF fma_if(bool yes, VecF a, VecF b, VecF c) {
 
 // s[m][16 n + lane] = scale * sum_e q[m][e] * key[n][e][lane] for M rows and N blocks of 16 keys.
 template <typename S, int M, int N>
-GE_INLINE void score_blocks(const Arith<S>* const* q, const S* const* key, int64_t key_stride,
-                            int64_t E, Arith<S> scale, Arith<S>* s, int64_t s_stride) {
+GE_INLINE void score_blocks(const Arith<S>* const* q, const S* const* key, int64_t key_stride, int64_t E, Arith<S> scale,
+                            Arith<S>* s, int64_t s_stride) {
   using V = Vec16<Arith<S>>;
   V acc[M][N];
 #pragma GCC unroll 16
@@ -145,9 +145,8 @@ GE_INLINE void score_blocks(const Arith<S>* const* q, const S* const* key, int64
 
 // The same for any number of blocks.
 template <typename S, int M>
-GE_NOINLINE void score_rows(const Arith<S>* const* q, const S* const* key, int64_t key_stride,
-                          int64_t E, Arith<S> scale, int64_t blocks, Arith<S>* s,
-                          int64_t s_stride) {
+GE_NOINLINE void score_rows(const Arith<S>* const* q, const S* const* key, int64_t key_stride, int64_t E, Arith<S> scale,
+                            int64_t blocks, Arith<S>* s, int64_t s_stride) {
   int64_t b = 0;
   for (; b + kWide <= blocks; b += kWide) {
     score_blocks<S, M, kWide>(q, key + b, key_stride, E, scale, s + b * kLanes, s_stride);
@@ -160,9 +159,8 @@ GE_NOINLINE void score_rows(const Arith<S>* const* q, const S* const* key, int64
 // sums[m][16 n + lane] = sum_{j < visible[m]} p[m][j] * value_j[16 n + lane]. visible never falls.
 // value[b] points at the first of 16 rows; `lanes` of the last vector exist (16 unless N is 1).
 template <typename S, int M, int N>
-GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value,
-                       int64_t value_stride, int64_t column, int lanes, const int64_t* visible,
-                       Arith<S>* sums) {
+GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* value, int64_t value_stride, int64_t column,
+                       int lanes, const int64_t* visible, Arith<S>* sums) {
   using V = Vec16<Arith<S>>;
   V acc[M][N];
 #pragma GCC unroll 16
@@ -207,8 +205,8 @@ GE_NOINLINE void weigh(const Arith<S>* p, int64_t p_stride, const S* const* valu
 
 // Calls write(m, column, lanes, vector) with sum_j p[m][j] * value_j over all E columns.
 template <typename S, int M, typename Write>
-GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* value,
-                          int64_t value_stride, int64_t E, const int64_t* visible, Write write) {
+GE_INLINE void weigh_rows(const Arith<S>* p, int64_t p_stride, const S* const* value, int64_t value_stride, int64_t E,
+                          const int64_t* visible, Write write) {
   using V = Vec16<Arith<S>>;
   Arith<S> sums[M * kWide * kLanes];
   int64_t column = 0;
@@ -242,16 +240,13 @@ GE_INLINE void each_block(const int64_t (&visible)[M], F f) {
   const int64_t whole = visible[0] / kLanes, blocks = blocks_of(visible[M - 1]);
   for (int64_t b = 0; b < whole; ++b) f(b, [](int, auto v, auto) GE_LAMBDA { return v; });
   for (int64_t b = whole; b < blocks; ++b) {
-    f(b, [&](int m, auto v, auto fill) GE_LAMBDA {
-      return keep_first(v, visible_lanes(visible[m], b), fill);
-    });
+    f(b, [&](int m, auto v, auto fill) GE_LAMBDA { return keep_first(v, visible_lanes(visible[m], b), fill); });
   }
 }
 
 // In place: s_j -> exp(s_j - max) where row m sees key j, 0 in the rest of the last block of all.
 template <typename A, int M>
-GE_NOINLINE void softmax_rows(A* s, int64_t s_stride, const int64_t (&visible)[M], A (&max)[M],
-                              A (&inverse)[M]) {
+GE_NOINLINE void softmax_rows(A* s, int64_t s_stride, const int64_t (&visible)[M], A (&max)[M], A (&inverse)[M]) {
   using V = Vec16<A>;
   const A neg_inf = static_cast<A>(-__builtin_inf());
   V top[M], total[M];
@@ -289,16 +284,16 @@ GE_NOINLINE void softmax_rows(A* s, int64_t s_stride, const int64_t (&visible)[M
 template <typename S, typename KeyS>
 struct KeyBlocks {
   const KeyS* const* key;  // [blocks] -> [E][16], rows key_stride apart
-  const S* const* value;   // [blocks] -> [16][E], rows value_stride apart
+  const S* const* value;  // [blocks] -> [16][E], rows value_stride apart
   int64_t key_stride, value_stride;
 };
 
 // The query rows of num_tokens tokens and the `group` heads that share a kv head, token-major.
 template <typename S>
 struct QueryRows {
-  const S* query;      // first row of the first token
+  const S* query;  // first row of the first token
   S* out;
-  Arith<S>* stats;     // (max, 1 / sum) of each row; null when not wanted
+  Arith<S>* stats;  // (max, 1 / sum) of each row; null when not wanted
   int64_t query_stride, out_stride, stats_stride;  // from token to token
   int64_t num_tokens, group, E;
   int64_t first_visible;  // how many keys the first token sees; the next sees one more
@@ -316,8 +311,8 @@ struct RowIndex {
 // The M rows from `first` on, and how many keys each sees. There is no branch: a predictor would have to learn which rows
 // start the next token.
 template <int M>
-GE_INLINE void index_rows(RowIndex first, int64_t group, int64_t first_visible,
-                          RowIndex (&index)[M], int64_t (&visible)[M]) {
+GE_INLINE void index_rows(RowIndex first, int64_t group, int64_t first_visible, RowIndex (&index)[M],
+                          int64_t (&visible)[M]) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     index[m] = first;
@@ -330,19 +325,16 @@ GE_INLINE void index_rows(RowIndex first, int64_t group, int64_t first_visible,
 
 // q[m] = the row of index[m] in arithmetic type, copied to `buffer` [M][E] where it has another.
 template <typename A, int M>
-GE_INLINE void find_rows(const A* rows, int64_t stride, int64_t E, const RowIndex (&index)[M],
-                         A*, const A* (&q)[M]) {
+GE_INLINE void find_rows(const A* rows, int64_t stride, int64_t E, const RowIndex (&index)[M], A*, const A* (&q)[M]) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) q[m] = rows + index[m].token * stride + index[m].head * E;
 }
 template <int M>
-GE_INLINE void find_rows(const bfloat16* rows, int64_t stride, int64_t E,
-                         const RowIndex (&index)[M], float* buffer, const float* (&q)[M]) {
+GE_INLINE void find_rows(const bfloat16* rows, int64_t stride, int64_t E, const RowIndex (&index)[M], float* buffer,
+                         const float* (&q)[M]) {
   for (int m = 0; m < M; ++m) {
     const bfloat16* row = rows + index[m].token * stride + index[m].head * E;
-    each_vector(E, [&](int64_t e, int n) {
-      store(load<VecF>(row + e, n), buffer + m * E + e, n);
-    });
+    each_vector(E, [&](int64_t e, int n) { store(load<VecF>(row + e, n), buffer + m * E + e, n); });
     q[m] = buffer + m * E;
   }
 }
@@ -355,9 +347,8 @@ GE_INLINE int tile_rows(int64_t left) {
 }
 
 template <typename S, typename KeyS, int M>
-GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>& keys,
-                             Arith<S> scale, RowIndex first, Arith<S>* buffer, Arith<S>* s,
-                             int64_t s_stride) {
+GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>& keys, Arith<S> scale, RowIndex first,
+                             Arith<S>* buffer, Arith<S>* s, int64_t s_stride) {
   using A = Arith<S>;
   RowIndex index[M];
   int64_t visible[M];
@@ -365,8 +356,7 @@ GE_NOINLINE void attend_tile(const QueryRows<S>& rows, const KeyBlocks<S, KeyS>&
   index_rows(first, rows.group, rows.first_visible, index, visible);
   const A* q[M];
   find_rows(rows.query, rows.query_stride, rows.E, index, buffer, q);
-  score_rows<KeyS, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s,
-                   s_stride);
+  score_rows<KeyS, M>(q, keys.key, keys.key_stride, rows.E, scale, blocks_of(visible[M - 1]), s, s_stride);
   softmax_rows(s, s_stride, visible, max, inverse);
   if (rows.stats) {
     for (int m = 0; m < M; ++m) {
@@ -413,7 +403,7 @@ class Attend {
   static int64_t stride(int64_t max_visible) { return (blocks_of(max_visible) | 1) * kLanes; }
 
   A* buffer_;  // [kRows][E]
-  A* s_;       // [kRows][s_stride]
+  A* s_;  // [kRows][s_stride]
   int64_t s_stride_;
 };
 
@@ -436,16 +426,14 @@ GE_INLINE int64_t find_interval(int64_t low, int64_t high, int64_t x, Start star
 }
 
 GE_INLINE AttentionItem find_item(const AttentionPlan& plan, int64_t item) {
-  const int64_t group = find_interval(0, plan.M, item, [&](int64_t m) {
-    return plan.first_chunk[first_of_group(plan, m)] * plan.K;
-  });
+  const int64_t group =
+      find_interval(0, plan.M, item, [&](int64_t m) { return plan.first_chunk[first_of_group(plan, m)] * plan.K; });
   const int64_t begin = first_of_group(plan, group), end = first_of_group(plan, group + 1);
   const int64_t first_chunk = plan.first_chunk[begin];
   const int64_t group_chunks = plan.first_chunk[end] - first_chunk;
   const int64_t local = item - first_chunk * plan.K, kv_head = local / group_chunks;
   const int64_t in_order = first_chunk + local - kv_head * group_chunks;
-  const int64_t n =
-      find_interval(begin, end, in_order, [&](int64_t i) { return plan.first_chunk[i]; });
+  const int64_t n = find_interval(begin, end, in_order, [&](int64_t i) { return plan.first_chunk[i]; });
   // late chunks see more keys: first, last, second, last but one, ... balances any split in half
   const int64_t turn = in_order - plan.first_chunk[n];
   const int64_t chunks = plan.first_chunk[n + 1] - plan.first_chunk[n];

@@ -361,7 +361,8 @@ __device__ inline void join_chunks(const AttentionRows& a, int64_t sequence, con
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int column = i * kWarpSize + lane;
-      if (column < a.E) from_arith(out[i] * inverse, static_cast<bfloat16*>(a.out) + (rows.token * a.H + head) * a.E + column);
+      if (column < a.E)
+        from_arith(out[i] * inverse, static_cast<bfloat16*>(a.out) + (rows.token * a.H + head) * a.E + column);
     }
   }
 }
@@ -369,7 +370,8 @@ __device__ inline void join_chunks(const AttentionRows& a, int64_t sequence, con
 // A block has 64 rows of one sequence and kv head, over all their keys. Where `partial` has the chunks of a sequence's one
 // token, the block joins them. The blocks past the tiles look for tokens without a sequence.
 template <int kWidth, typename Source>
-__global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) attention_mma_kernel(Source source, AttentionRows a) {
+__global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2)
+    attention_mma_kernel(Source source, AttentionRows a) {
   using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
   using Tiles = MmaTiles<kWidth, Keys>;
   const int64_t group = a.H / a.K, tiles = tile_number<kMmaRows>(a.T, a.N, group), index = blockIdx.x;
@@ -415,7 +417,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
     if (works) {
       float dots[kKeyChunk / 8][4];
       row_matmul<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
-                                                                                     0, limit, dots);
+                                                                                    0, limit, dots);
       sums = chunk_weights(dots, static_cast<float>(a.scale), seen_here, weights);
     }
     __syncthreads();  // the keys are read
@@ -475,7 +477,8 @@ __device__ inline int count_sharing(const Source& source, int64_t first, int ste
 // sequences that share its pages and have one new token each. The kernel finds the runs in the page table, which is small
 // beside the keys. A host that planned them would wait for the table, and could not see that of a recorded graph.
 template <int kWidth, typename Source>
-__global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) attention_chunk_kernel(Source source, AttentionRows a) {
+__global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2)
+    attention_chunk_kernel(Source source, AttentionRows a) {
   using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
   using Tiles = MmaTiles<kWidth, Keys>;
   const int group = static_cast<int>(a.H / a.K), pieces = (group + kMmaRows - 1) / kMmaRows;
@@ -494,7 +497,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
     int sequences = 1;
     if (fit > 1 && limit == kKeyChunk) {
       int64_t before = 0;
-      for (int more = kWarpSize; more == kWarpSize; before += more) more = count_sharing(source, sequence - 1 - before, -1, begin);
+      for (int more = kWarpSize; more == kWarpSize; before += more)
+        more = count_sharing(source, sequence - 1 - before, -1, begin);
       if (before % fit != 0) continue;  // an earlier sequence's block has this one
       for (int more = kWarpSize; more == kWarpSize && sequences < fit; sequences += more) {
         more = count_sharing(source, sequence + sequences - 1, 1, begin);
@@ -518,7 +522,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kWidth == 64 ? 3 : 2) atten
     if (works) {
       float dots[kKeyChunk / 8][4];
       row_matmul<typename Tiles::Query, typename Tiles::Key, Keys::kAcross, kWidth>(shared.query, lane.warp * 16, shared.key,
-                                                                                     0, limit, dots);
+                                                                                    0, limit, dots);
       sums = chunk_weights(dots, static_cast<float>(a.scale), seen, weights);
     }
     copies_landed<0>();
@@ -559,7 +563,10 @@ void launch_attention_mma(const char* name, const Source& source, const Attentio
   const int64_t tiles = a.K * tile_number<kMmaRows>(a.T, a.N, a.H / a.K);
   for_mma_width(a.E, [&]<int kWidth>() {
     using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
-    launch({.name = name, .blocks = tiles + ceil_div(a.T, kAttentionThreads), .threads = kAttentionThreads, .stream = stream,
+    launch({.name = name,
+            .blocks = tiles + ceil_div(a.T, kAttentionThreads),
+            .threads = kAttentionThreads,
+            .stream = stream,
             .shared_bytes = MmaTiles<kWidth, Keys>::kBytes},
            attention_mma_kernel<kWidth, Source>, source, a);
   });
@@ -575,8 +582,11 @@ void launch_attention_chunks(const char* name, const Source& source, const Atten
   const int64_t each = a.N * ceil_div(a.H / a.K, kMmaRows) * a.K, wanted = ceil_div(kManyBlocks, each);
   for_mma_width(a.E, [&]<int kWidth>() {
     using Keys = decltype(source.template open<bfloat16>(0, 0, 0));
-    launch({.name = name, .blocks = each * (wanted < a.stretches ? wanted : a.stretches), .threads = kAttentionThreads,
-            .stream = stream, .shared_bytes = MmaTiles<kWidth, Keys>::kBytes},
+    launch({.name = name,
+            .blocks = each * (wanted < a.stretches ? wanted : a.stretches),
+            .threads = kAttentionThreads,
+            .stream = stream,
+            .shared_bytes = MmaTiles<kWidth, Keys>::kBytes},
            attention_chunk_kernel<kWidth, Source>, source, a);
   });
 }

@@ -27,17 +27,20 @@ GE_INLINE int64_t transpose_whole_words(const S* const* row, int64_t E, float* d
   constexpr int64_t kStep = 16 / static_cast<int64_t>(sizeof(S));
   int64_t e = 0;
   for (; e + kStep <= E; e += kStep) {
-    transpose16<S>([&](int i) { return row[i] + e; },
-                   [&](int64_t k, VecF v) { v.store(dst + (e + k) * kLanes); });
+    transpose16<S>([&](int i) { return row[i] + e; }, [&](int64_t k, VecF v) { v.store(dst + (e + k) * kLanes); });
   }
   return e;
 }
 #endif
 template <typename S>
-GE_INLINE int64_t transpose_whole_words(const S* const*, int64_t, double*) { return 0; }
+GE_INLINE int64_t transpose_whole_words(const S* const*, int64_t, double*) {
+  return 0;
+}
 #if !defined(__AVX2__) && !defined(GE_NEON)
 template <typename S>
-GE_INLINE int64_t transpose_whole_words(const S* const*, int64_t, float*) { return 0; }
+GE_INLINE int64_t transpose_whole_words(const S* const*, int64_t, float*) {
+  return 0;
+}
 #endif
 
 // dst[e * 16 + lane] = row[lane][e].
@@ -51,8 +54,7 @@ GE_INLINE void transpose_rows(const S* const* row, int64_t E, Arith<S>* dst) {
 // Blocks [begin, end) of 16 rows, each transposed to [E][16]. Lanes past the last row repeat it. Readers mask
 // them.
 template <typename S>
-static void pack_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, int64_t end,
-                        Arith<S>* packed) {
+static void pack_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, int64_t end, Arith<S>* packed) {
   for (int64_t b = begin; b < end; ++b) {
     const S* row[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -66,8 +68,7 @@ static void pack_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, i
 // block[b] = the first of 16 rows `stride` apart, for b in [begin, end). The block with the end of the prompt and the start
 // of the sequence is assembled in `seam` [16 * stride].
 template <typename S>
-static void point_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, int64_t end,
-                         const S** block, S* seam) {
+static void point_blocks(const SequenceRows<S>& rows, int64_t E, int64_t begin, int64_t end, const S** block, S* seam) {
   for (int64_t b = begin; b < end; ++b) block[b] = rows.at(b * kLanes);
   const int64_t b = rows.prompt_len / kLanes;
   if (rows.prompt_len % kLanes == 0 || b < begin || b >= end) return;

@@ -17,13 +17,9 @@ struct AttentionPlan {
   double pairs;                // (query token, key that it sees), all sequences; about
 };
 
-static inline int64_t first_of_group(const AttentionPlan& plan, int64_t m) {
-  return plan.cu_groups ? plan.cu_groups[m] : m;
-}
+static inline int64_t first_of_group(const AttentionPlan& plan, int64_t m) { return plan.cu_groups ? plan.cu_groups[m] : m; }
 
-static inline int64_t num_items(const AttentionPlan& plan) {
-  return plan.first_chunk[plan.N] * plan.K;
-}
+static inline int64_t num_items(const AttentionPlan& plan) { return plan.first_chunk[plan.N] * plan.K; }
 
 // Fills first_chunk [N + 1] and sets it in a plan whose N, K and cu are set.
 static inline void plan_chunks(AttentionPlan& plan, int64_t* first_chunk) {

@@ -48,8 +48,8 @@ __attribute__((target("avx512f,avx512bf16"))) static bool dot_is_a_chain() {
       chain[i] = std::fma(value(a[2 * i]), value(b[2 * i]), chain[i]);
     }
     const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
-    _mm512_storeu_ps(dot, _mm512_dpbf16_ps(_mm512_loadu_ps(dot), reinterpret_cast<__m512bh>(x),
-                                           reinterpret_cast<__m512bh>(y)));
+    _mm512_storeu_ps(dot,
+                     _mm512_dpbf16_ps(_mm512_loadu_ps(dot), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y)));
     if (std::memcmp(dot, chain, sizeof dot) != 0) return false;
   }
   return true;

@@ -27,31 +27,28 @@ using CpuKernel = void (*)(const Args&, int64_t begin, int64_t end);
 
 #if defined(__x86_64__)
 #define GE_CPU_KERNEL(name, Args) GE_CPU_KERNEL_COPIES(name, Args, avx512)
-#define GE_CPU_MATMUL_KERNEL(name, Args)                                                     \
-  namespace avx512_bf16 { void name(const Args&, int64_t begin, int64_t end); }              \
+#define GE_CPU_MATMUL_KERNEL(name, Args)                                        \
+  namespace avx512_bf16 { void name(const Args&, int64_t begin, int64_t end); } \
   GE_CPU_KERNEL_COPIES(name, Args, avx512_bf16)
-#define GE_CPU_KERNEL_COPIES(name, Args, best)                                               \
-  namespace generic { void name(const Args&, int64_t begin, int64_t end); }                  \
-  namespace avx2 { void name(const Args&, int64_t begin, int64_t end); }                     \
-  namespace avx512 { void name(const Args&, int64_t begin, int64_t end); }                   \
-  inline void name##_cpu(const Args& args, int64_t begin, int64_t end) {                     \
-    static constexpr CpuKernel<Args> kCopies[] = {generic::name, avx2::name, avx512::name,   \
-                                                  best::name};                               \
-    kCopies[static_cast<int>(cpu_isa())](args, begin, end);                                  \
+#define GE_CPU_KERNEL_COPIES(name, Args, best)                                                          \
+  namespace generic { void name(const Args&, int64_t begin, int64_t end); }                             \
+  namespace avx2 { void name(const Args&, int64_t begin, int64_t end); }                                \
+  namespace avx512 { void name(const Args&, int64_t begin, int64_t end); }                              \
+  inline void name##_cpu(const Args& args, int64_t begin, int64_t end) {                                \
+    static constexpr CpuKernel<Args> kCopies[] = {generic::name, avx2::name, avx512::name, best::name}; \
+    kCopies[static_cast<int>(cpu_isa())](args, begin, end);                                             \
   }
 #elif defined(__aarch64__)
-#define GE_CPU_KERNEL(name, Args)                                                            \
-  namespace generic { void name(const Args&, int64_t begin, int64_t end); }                  \
-  namespace neon { void name(const Args&, int64_t begin, int64_t end); }                     \
-  inline void name##_cpu(const Args& args, int64_t begin, int64_t end) {                     \
-    (cpu_isa() == CpuIsa::neon ? neon::name : generic::name)(args, begin, end);              \
+#define GE_CPU_KERNEL(name, Args)                                               \
+  namespace generic { void name(const Args&, int64_t begin, int64_t end); }     \
+  namespace neon { void name(const Args&, int64_t begin, int64_t end); }        \
+  inline void name##_cpu(const Args& args, int64_t begin, int64_t end) {        \
+    (cpu_isa() == CpuIsa::neon ? neon::name : generic::name)(args, begin, end); \
   }
 #define GE_CPU_MATMUL_KERNEL(name, Args) GE_CPU_KERNEL(name, Args)
 #else
 #define GE_CPU_KERNEL(name, Args)                                           \
   namespace generic { void name(const Args&, int64_t begin, int64_t end); } \
-  inline void name##_cpu(const Args& args, int64_t begin, int64_t end) {    \
-    generic::name(args, begin, end);                                        \
-  }
+  inline void name##_cpu(const Args& args, int64_t begin, int64_t end) { generic::name(args, begin, end); }
 #define GE_CPU_MATMUL_KERNEL(name, Args) GE_CPU_KERNEL(name, Args)
 #endif

@@ -50,12 +50,13 @@ bool cuda_call([[maybe_unused]] const at::Tensor& t, [[maybe_unused]] Launch lau
 
 // GE_DEVICE_IMPL(m) { m.impl(...); } registers the implementations of a file's ops for each device of the build.
 #ifdef GE_CUDA
-#define GE_CUDA_IMPL TORCH_LIBRARY_IMPL(grpo_engine, CUDA, m) { device_impl(m); }
+#define GE_CUDA_IMPL \
+  TORCH_LIBRARY_IMPL(grpo_engine, CUDA, m) { device_impl(m); }
 #else
 #define GE_CUDA_IMPL
 #endif
-#define GE_DEVICE_IMPL(m)                                       \
-  static void device_impl(torch::Library& m);                   \
-  TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { device_impl(m); }   \
-  GE_CUDA_IMPL                                                  \
+#define GE_DEVICE_IMPL(m)                                     \
+  static void device_impl(torch::Library& m);                 \
+  TORCH_LIBRARY_IMPL(grpo_engine, CPU, m) { device_impl(m); } \
+  GE_CUDA_IMPL                                                \
   static void device_impl(torch::Library& m)

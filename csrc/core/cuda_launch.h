@@ -57,7 +57,7 @@ void launch(const Launch& l, void (*kernel)(Params...), const Args&... args) {
   if (l.shared_bytes > kUnasked) {
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), l.name);
   }
-  kernel<<<grid, l.threads, shared, l.stream>>>(args...);
+  kernel<<<grid, l.threads, shared, l.stream> > >(args...);
   cuda_check(cudaGetLastError(), l.name);
 #endif
 }

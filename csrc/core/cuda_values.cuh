@@ -58,9 +58,13 @@ __device__ inline Arith<S> round_to(Arith<S> x) {
 }
 
 template <typename A>
-__host__ __device__ constexpr A infinity() { return static_cast<A>(INFINITY); }
+__host__ __device__ constexpr A infinity() {
+  return static_cast<A>(INFINITY);
+}
 template <typename A>
-__host__ __device__ constexpr A not_a_number() { return static_cast<A>(NAN); }
+__host__ __device__ constexpr A not_a_number() {
+  return static_cast<A>(NAN);
+}
 
 // ---------------------------------------------------------------- 16 bytes at a time
 

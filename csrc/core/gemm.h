@@ -27,35 +27,49 @@ namespace {
 template <typename SA, typename SB, typename SC>
 struct Gemm {
   int64_t M, N, K;
-  const SA* a;            // A[m,k] = a[m * a_row + k * a_col]; one of the two strides is 1
+  const SA* a;  // A[m,k] = a[m * a_row + k * a_col]; one of the two strides is 1
   int64_t a_row, a_col;
-  const SB* b;            // B[k,n] = b[k * b_row + n * b_col]; one of the two strides is 1
+  const SB* b;  // B[k,n] = b[k * b_row + n * b_col]; one of the two strides is 1
   int64_t b_row, b_col;
-  const SB* bias;         // [N], or null
-  SC* c;                  // C[m,n] = c[m * c_row + n]
+  const SB* bias;  // [N], or null
+  SC* c;  // C[m,n] = c[m * c_row + n]
   int64_t c_row;
-  bool accumulate;        // start the chains from C; only where C has arithmetic type
+  bool accumulate;  // start the chains from C; only where C has arithmetic type
 };
 
 // Registers hold kTileRows x kTileVectors sums, kTileVectors of B and one of A.
 #if defined(__AVX512F__)
 template <typename A>
-struct TileShape { static constexpr int rows = 2, vectors = 1; };
+struct TileShape {
+  static constexpr int rows = 2, vectors = 1;
+};
 template <>
-struct TileShape<float> { static constexpr int rows = 8, vectors = 3; };
+struct TileShape<float> {
+  static constexpr int rows = 8, vectors = 3;
+};
 #elif defined(__AVX2__)
 template <typename A>
-struct TileShape { static constexpr int rows = 2, vectors = 1; };
+struct TileShape {
+  static constexpr int rows = 2, vectors = 1;
+};
 template <>
-struct TileShape<float> { static constexpr int rows = 6, vectors = 1; };
+struct TileShape<float> {
+  static constexpr int rows = 6, vectors = 1;
+};
 #elif defined(GE_NEON)
 template <typename A>
-struct TileShape { static constexpr int rows = 2, vectors = 1; };
+struct TileShape {
+  static constexpr int rows = 2, vectors = 1;
+};
 template <>
-struct TileShape<float> { static constexpr int rows = 6, vectors = 1; };  // 24 of 32 registers
+struct TileShape<float> {
+  static constexpr int rows = 6, vectors = 1;
+};  // 24 of 32 registers
 #else
 template <typename A>
-struct TileShape { static constexpr int rows = 2, vectors = 1; };
+struct TileShape {
+  static constexpr int rows = 2, vectors = 1;
+};
 #endif
 
 // Operands along k in a slice: many, so that sums rarely travel.
@@ -65,19 +79,27 @@ constexpr int64_t kSlice = 256;
 constexpr int64_t kCopyRows = 200, kCopyColumns = 96, kCopyColumnsAcross = 40;
 
 template <typename T, typename U>
-struct Same { static constexpr bool value = false; };
+struct Same {
+  static constexpr bool value = false;
+};
 template <typename T>
-struct Same<T, T> { static constexpr bool value = true; };
+struct Same<T, T> {
+  static constexpr bool value = true;
+};
 
 template <typename SA, typename SB>
 constexpr bool kDescends = Same<SA, bfloat16>::value && Same<SB, bfloat16>::value;
 
 // The operand of one multiply-add: a value in arithmetic type, or two bfloat16 of adjacent k.
 template <typename SA, typename SB, typename A>
-struct OperandOf { using type = A; };
+struct OperandOf {
+  using type = A;
+};
 #if defined(__AVX512BF16__)
 template <>
-struct OperandOf<bfloat16, bfloat16, float> { using type = Bf16Pair; };
+struct OperandOf<bfloat16, bfloat16, float> {
+  using type = Bf16Pair;
+};
 #endif
 template <typename O>
 constexpr int64_t kValues = Same<O, Bf16Pair>::value ? 2 : 1;
@@ -98,7 +120,9 @@ GE_INLINE int panel_vectors(int64_t columns) {
 
 // Operand k of a line of values src[k * stride].
 template <typename A, typename S>
-GE_INLINE void gather(const S* src, int64_t stride, int64_t k, int64_t, A* out) { *out = to_arith(src[k * stride]); }
+GE_INLINE void gather(const S* src, int64_t stride, int64_t k, int64_t, A* out) {
+  *out = to_arith(src[k * stride]);
+}
 GE_INLINE void gather(const bfloat16* src, int64_t stride, int64_t k, int64_t values, Bf16Pair* out) {
   out->first = src[2 * k * stride];
   out->second = 2 * k + 1 < values ? src[(2 * k + 1) * stride] : bfloat16{0};
@@ -157,7 +181,8 @@ GE_INLINE void copy_line(const bfloat16* src, int64_t stride, int64_t k, int64_t
   } else {
     int last;
     memcpy(&last, line + R - 2, sizeof last);
-    bits = R == 2 ? _mm_cvtsi32_si128(last) : _mm_insert_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(line)), last, 2);
+    bits = R == 2 ? _mm_cvtsi32_si128(last)
+                  : _mm_insert_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(line)), last, 2);
   }
   const __m256i values = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
   memcpy(dst, &values, R * sizeof(float));
@@ -191,7 +216,8 @@ template <typename S>
 class RowFetcher {
  public:
   GE_MEMBER RowFetcher(const S* rows, int64_t stride, int64_t values)
-      : row_(reinterpret_cast<const char*>(rows)), stride_(stride * static_cast<int64_t>(sizeof(S))),
+      : row_(reinterpret_cast<const char*>(rows)),
+        stride_(stride * static_cast<int64_t>(sizeof(S))),
         bytes_(values * static_cast<int64_t>(sizeof(S))) {}
   GE_MEMBER void fetch() {
     for (int i = 0; i < 4; ++i) {
@@ -224,17 +250,20 @@ int64_t transpose_whole(const S* src, int64_t stride, int64_t values, O* dst, in
 }
 #endif
 template <typename S>
-int64_t transpose_whole(const S*, int64_t, int64_t, double*, int64_t) { return 0; }
+int64_t transpose_whole(const S*, int64_t, int64_t, double*, int64_t) {
+  return 0;
+}
 #if !defined(__AVX2__) && !defined(GE_NEON)
 template <typename S>
-int64_t transpose_whole(const S*, int64_t, int64_t, float*, int64_t) { return 0; }
+int64_t transpose_whole(const S*, int64_t, int64_t, float*, int64_t) {
+  return 0;
+}
 #endif
 
 // dst[k * width + i] = operand k of src[i * stride + k] for i < count. Lanes past count repeat the last row. Their sums are
 // never stored.
 template <typename O, typename S>
-void copy_transposed(const S* src, int64_t stride, int64_t depth, int64_t values, int64_t count, O* dst,
-                     int64_t width) {
+void copy_transposed(const S* src, int64_t stride, int64_t depth, int64_t values, int64_t count, O* dst, int64_t width) {
   constexpr int64_t kRow = kSlice * kValues<O>;
   S padded[kLanes * kRow];
   for (int64_t first = 0; first < width; first += kLanes, src += kLanes * stride, dst += kLanes) {
@@ -258,15 +287,15 @@ void copy_transposed(const S* src, int64_t stride, int64_t depth, int64_t values
 
 template <typename O, typename A>
 struct Tile {
-  const O* a;             // a[i * a_row + k * a_col], i < rows of the tile
+  const O* a;  // a[i * a_row + k * a_col], i < rows of the tile
   int64_t a_row, a_col;
-  const O* b;             // b[k * b_row + j], j < columns of the tile
+  const O* b;  // b[k * b_row + j], j < columns of the tile
   int64_t b_row;
   int64_t depth;
-  const A* init;          // sums so far, or null for 0
+  const A* init;  // sums so far, or null for 0
   int64_t init_row;
-  const A* bias;          // [vectors * 16], or null
-  int last;               // columns of the last vector that exist
+  const A* bias;  // [vectors * 16], or null
+  int last;  // columns of the last vector that exist
 };
 
 template <typename O, typename A, typename S, int R, int NV, bool kWhole>
@@ -338,11 +367,11 @@ GE_INLINE void run_tile_of(int rows, const Tile<O, A>& t, S* out, int64_t out_ro
   switch (rows) {
     case 1: return run_tile<O, A, S, 1, NV>(t, out, out_row);
     case 2: return run_tile<O, A, S, 2, NV>(t, out, out_row);
-    case 3: return run_tile<O, A, S, kMax < 3 ? kMax : 3, NV>(t, out, out_row);
-    case 4: return run_tile<O, A, S, kMax < 4 ? kMax : 4, NV>(t, out, out_row);
-    case 5: return run_tile<O, A, S, kMax < 5 ? kMax : 5, NV>(t, out, out_row);
-    case 6: return run_tile<O, A, S, kMax < 6 ? kMax : 6, NV>(t, out, out_row);
-    case 7: return run_tile<O, A, S, kMax < 7 ? kMax : 7, NV>(t, out, out_row);
+    case 3: return run_tile < O, A, S, kMax<3 ? kMax : 3, NV>(t, out, out_row);
+    case 4: return run_tile < O, A, S, kMax<4 ? kMax : 4, NV>(t, out, out_row);
+    case 5: return run_tile < O, A, S, kMax<5 ? kMax : 5, NV>(t, out, out_row);
+    case 6: return run_tile < O, A, S, kMax<6 ? kMax : 6, NV>(t, out, out_row);
+    case 7: return run_tile < O, A, S, kMax<7 ? kMax : 7, NV>(t, out, out_row);
     default: return run_tile<O, A, S, kMax, NV>(t, out, out_row);
   }
 }
@@ -351,7 +380,7 @@ template <typename O, typename A, typename S>
 GE_INLINE void run_tile_of(int vectors, int rows, const Tile<O, A>& t, S* out, int64_t out_row) {
   constexpr int kMax = TileShape<A>::vectors;
   if (vectors == 1) return run_tile_of<O, A, S, 1>(rows, t, out, out_row);
-  if (vectors == 2) return run_tile_of<O, A, S, kMax < 2 ? kMax : 2>(rows, t, out, out_row);
+  if (vectors == 2) return run_tile_of < O, A, S, kMax<2 ? kMax : 2>(rows, t, out, out_row);
   run_tile_of<O, A, S, kMax>(rows, t, out, out_row);
 }
 
@@ -362,7 +391,7 @@ GE_INLINE void run_tile_of(int vectors, int rows, const Tile<O, A>& t, S* out, i
 #if defined(__AVX512F__)
 constexpr int kChainRows = 16;
 constexpr double kFewRowsPasses = 1.5;  // over B, at most: more passes cost more than the copy
-constexpr int kPairedRows = 4;          // so few rows have chains of two vectors in the registers
+constexpr int kPairedRows = 4;  // so few rows have chains of two vectors in the registers
 #elif defined(__AVX2__) || defined(GE_NEON)
 constexpr int kChainRows = 4;
 constexpr double kFewRowsPasses = 4;
@@ -379,7 +408,7 @@ struct FewRows {
   int64_t M, N, K;
   const O* x;
   int64_t x_row;
-  const SB* b;    // B[k,n] = b[k + n * b_col]
+  const SB* b;  // B[k,n] = b[k + n * b_col]
   int64_t b_col;
   const SB* bias;
   SC* c;
@@ -477,12 +506,12 @@ void run_few_rows(const Gemm<SA, SB, SC>& g) {
   switch (rows) {
     case 1: return few_rows<1, kDown>(f);
     case 2: return few_rows<2, kDown>(f);
-    case 3: return few_rows<kChainRows < 3 ? 1 : 3, kDown>(f);
-    case 4: return few_rows<kChainRows < 4 ? 1 : 4, kDown>(f);
-    case 6: return few_rows<kChainRows < 6 ? 1 : 6, kDown>(f);
-    case 8: return few_rows<kChainRows < 8 ? 1 : 8, kDown>(f);
-    case 12: return few_rows<kChainRows < 12 ? 1 : 12, kDown>(f);
-    default: return few_rows<kChainRows < 16 ? 1 : 16, kDown>(f);
+    case 3: return few_rows < kChainRows<3 ? 1 : 3, kDown>(f);
+    case 4: return few_rows < kChainRows<4 ? 1 : 4, kDown>(f);
+    case 6: return few_rows < kChainRows<6 ? 1 : 6, kDown>(f);
+    case 8: return few_rows < kChainRows<8 ? 1 : 8, kDown>(f);
+    case 12: return few_rows < kChainRows<12 ? 1 : 12, kDown>(f);
+    default: return few_rows < kChainRows<16 ? 1 : 16, kDown>(f);
   }
 }
 #endif

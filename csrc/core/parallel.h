@@ -55,8 +55,7 @@ void parallel_ranges(int64_t num_items, double cost, const Body& body) {
 
 // kernel(args, begin, end) over [0, num_items); see parallel_ranges.
 template <typename Args>
-void parallel_items(void (*kernel)(const Args&, int64_t, int64_t), const Args& args,
-                    int64_t num_items, double cost) {
+void parallel_items(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t num_items, double cost) {
   parallel_ranges(num_items, cost, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 

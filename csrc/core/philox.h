@@ -28,8 +28,8 @@ GE_HOST_DEVICE static inline PhiloxCounter philox4x32_10(PhiloxCounter ctr, uint
 
 // The uniform for the token at `position`: in (0, 1], 53 bits, never 0, and 1 with probability 2^-53.
 GE_HOST_DEVICE static inline double philox_uniform(uint64_t seed, uint64_t position) {
-  const PhiloxCounter r = philox4x32_10(
-      {{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0u, 0u}}, seed);
+  const PhiloxCounter r =
+      philox4x32_10({{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0u, 0u}}, seed);
   const uint64_t bits = (static_cast<uint64_t>(r.c[0]) << 32 | r.c[1]) >> 11;
   return (static_cast<double>(bits) + 0.5) * 0x1p-53;
 }

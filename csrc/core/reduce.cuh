@@ -9,12 +9,16 @@ namespace grpo_engine {
 
 struct Add {
   template <typename T>
-  __device__ T operator()(T a, T b) const { return a + b; }
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 // NaN loses against a number; two NaN stay NaN.
 struct Max {
   template <typename T>
-  __device__ T operator()(T a, T b) const { return a > b || b != b ? a : b; }
+  __device__ T operator()(T a, T b) const {
+    return a > b || b != b ? a : b;
+  }
 };
 
 template <typename T, typename Op>

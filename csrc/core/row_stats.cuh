@@ -76,7 +76,8 @@ __device__ inline BlockStats<Arith<S>> block_stats(const S* x, int64_t n, Arith<
   for (int k = 0; k < kPacks; ++k) {
 #pragma unroll
     for (int i = 0; i < kPack<S>; ++i) {
-      const A away = (z[k].v[i] - before) * inv_temperature - shift, d = away < kExpFloor<A> ? kExpFloor<A> : away;  // NaN stays
+      const A away = (z[k].v[i] - before) * inv_temperature - shift,
+              d = away < kExpFloor<A> ? kExpFloor<A> : away;  // NaN stays
       const A e = exp(d);
       b.sum = b.sum + e;
       b.weighted = fma(d, e, b.weighted);

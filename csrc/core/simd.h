@@ -97,33 +97,49 @@ struct Vec16 {
   }
 };
 
-#define GE_LANEWISE(expr)                       \
-  Vec16<T> r;                                   \
+#define GE_LANEWISE(expr)                           \
+  Vec16<T> r;                                       \
   for (int i = 0; i < kLanes; ++i) r.v[i] = (expr); \
   return r
 template <typename T>
-GE_INLINE Vec16<T> operator+(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] + b.v[i]); }
+GE_INLINE Vec16<T> operator+(Vec16<T> a, Vec16<T> b) {
+  GE_LANEWISE(a.v[i] + b.v[i]);
+}
 template <typename T>
-GE_INLINE Vec16<T> operator-(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] - b.v[i]); }
+GE_INLINE Vec16<T> operator-(Vec16<T> a, Vec16<T> b) {
+  GE_LANEWISE(a.v[i] - b.v[i]);
+}
 template <typename T>
-GE_INLINE Vec16<T> operator*(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] * b.v[i]); }
+GE_INLINE Vec16<T> operator*(Vec16<T> a, Vec16<T> b) {
+  GE_LANEWISE(a.v[i] * b.v[i]);
+}
 template <typename T>
-GE_INLINE Vec16<T> operator/(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] / b.v[i]); }
+GE_INLINE Vec16<T> operator/(Vec16<T> a, Vec16<T> b) {
+  GE_LANEWISE(a.v[i] / b.v[i]);
+}
 // a * b + c; one rounding where the instruction set has it.
 template <typename T>
-GE_INLINE Vec16<T> fma(Vec16<T> a, Vec16<T> b, Vec16<T> c) { GE_LANEWISE(a.v[i] * b.v[i] + c.v[i]); }
+GE_INLINE Vec16<T> fma(Vec16<T> a, Vec16<T> b, Vec16<T> c) {
+  GE_LANEWISE(a.v[i] * b.v[i] + c.v[i]);
+}
 // The second argument when either is NaN.
 template <typename T>
-GE_INLINE Vec16<T> vmax(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+GE_INLINE Vec16<T> vmax(Vec16<T> a, Vec16<T> b) {
+  GE_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+}
 template <typename T>
-GE_INLINE Vec16<T> vmin(Vec16<T> a, Vec16<T> b) { GE_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+GE_INLINE Vec16<T> vmin(Vec16<T> a, Vec16<T> b) {
+  GE_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
+}
 // x where a < b, else y; y where a or b is NaN.
 template <typename T>
 GE_INLINE Vec16<T> where_less(Vec16<T> a, Vec16<T> b, Vec16<T> x, Vec16<T> y) {
   GE_LANEWISE(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
 }
 template <typename T>
-GE_INLINE Vec16<T> vsqrt(Vec16<T> a) { GE_LANEWISE(static_cast<T>(::sqrt(a.v[i]))); }
+GE_INLINE Vec16<T> vsqrt(Vec16<T> a) {
+  GE_LANEWISE(static_cast<T>(::sqrt(a.v[i])));
+}
 #undef GE_LANEWISE
 
 // ((0+8)+(4+12)) + ... : the same tree on every instruction set.
@@ -189,20 +205,16 @@ struct Vec16<float> {
     return _mm512_castps_si512(_mm512_fixupimm_ps(_mm512_castsi512_ps(r), v, _mm512_set1_epi32(0x22), 0));
   }
   GE_MEMBER __m256i to_bf16() const {
-    const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                                           31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
+                                           15, 13, 11, 9, 7, 5, 3, 1);
     return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, bf16_bits()));
   }
   GE_MEMBER Vec16 rounded_to_bf16() const {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
     return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(), upper))};
   }
-  GE_MEMBER void store(bfloat16* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16());
-  }
-  GE_MEMBER void store_n(bfloat16* p, int n) const {
-    _mm256_mask_storeu_epi16(p, first(n), to_bf16());
-  }
+  GE_MEMBER void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16()); }
+  GE_MEMBER void store_n(bfloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), to_bf16()); }
 };
 using VecF = Vec16<float>;
 GE_INLINE VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -216,12 +228,8 @@ GE_INLINE VecF where_less(VecF a, VecF b, VecF x, VecF y) {
   return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
 GE_INLINE VecF vsqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
-GE_INLINE float sum(VecF a) {
-  return sum8(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
-}
-GE_INLINE float max_lane(VecF a) {
-  return max8(_mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
-}
+GE_INLINE float sum(VecF a) { return sum8(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1))); }
+GE_INLINE float max_lane(VecF a) { return max8(_mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1))); }
 
 #elif defined(__AVX2__)
 template <>
@@ -231,9 +239,7 @@ struct Vec16<float> {
   static GE_MEMBER Vec16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static GE_MEMBER Vec16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static GE_MEMBER Vec16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-  static GE_MEMBER __m256 widen(__m128i u) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16));
-  }
+  static GE_MEMBER __m256 widen(__m128i u) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16)); }
   static GE_MEMBER Vec16 load(const bfloat16* p) {
     const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {widen(_mm256_castsi256_si128(u)), widen(_mm256_extracti128_si256(u, 1))};
@@ -278,9 +284,7 @@ GE_INLINE VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.lo, b.lo), _m
 GE_INLINE VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 GE_INLINE VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 GE_INLINE VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-GE_INLINE VecF fma(VecF a, VecF b, VecF c) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
+GE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 GE_INLINE VecF vmax(VecF a, VecF b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 GE_INLINE VecF vmin(VecF a, VecF b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 GE_INLINE VecF where_less(VecF a, VecF b, VecF x, VecF y) {
@@ -303,13 +307,10 @@ struct Vec16<float> {
   static GE_MEMBER Vec16 load(const float* p) {
     return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
   }
-  static GE_MEMBER float32x4_t widen(uint16x4_t u) {
-    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(u), 16));
-  }
+  static GE_MEMBER float32x4_t widen(uint16x4_t u) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(u), 16)); }
   static GE_MEMBER Vec16 load(const bfloat16* p) {
     const uint16x8_t low = vld1q_u16(&p->bits), high = vld1q_u16(&p->bits + 8);
-    return {{widen(vget_low_u16(low)), widen(vget_high_u16(low)), widen(vget_low_u16(high)),
-             widen(vget_high_u16(high))}};
+    return {{widen(vget_low_u16(low)), widen(vget_high_u16(low)), widen(vget_low_u16(high)), widen(vget_high_u16(high))}};
   }
   // Those of lanes 4 quarter to 4 quarter + 3 that are below n.
   static GE_MEMBER uint32x4_t first(int n, int quarter) {
@@ -449,8 +450,8 @@ class FlushSubnormals {
 // exp(x) within 1 ulp (Cody and Waite reduction, degree-6 polynomial of Cephes expf).
 // 0 below -87.33 (no subnormal results), +inf above 88.72, NaN stays NaN, exp(0) = 1 exactly.
 struct ExpConstants {
-  static constexpr float kLow = -87.33f, kHigh = 88.72f, kLog2e = 1.44269504088896341f,
-                         kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  static constexpr float kLow = -87.33f, kHigh = 88.72f, kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f,
+                         kLn2Lo = -2.12194440e-4f;
   static constexpr float c[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                  4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 };
@@ -559,8 +560,8 @@ GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
 }
 // Stores the lanes with low <= z < high side by side and returns their number. Writes 16 floats.
 GE_INLINE int append_between(VecF z, float low, float high, float* out) {
-  const __mmask16 inside = _mm512_mask_cmp_ps_mask(
-      _mm512_cmp_ps_mask(z.v, _mm512_set1_ps(low), _CMP_GE_OQ), z.v, _mm512_set1_ps(high), _CMP_LT_OQ);
+  const __mmask16 inside = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(z.v, _mm512_set1_ps(low), _CMP_GE_OQ), z.v,
+                                                   _mm512_set1_ps(high), _CMP_LT_OQ);
   _mm512_storeu_ps(out, _mm512_maskz_compress_ps(inside, z.v));
   return __builtin_popcount(inside);
 }
@@ -574,7 +575,8 @@ GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
 }
 #elif defined(GE_NEON)
 GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
-  GE_QUARTERWISE(vaddq_f32(s.v[i], vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(e.v[i]), vcgeq_f32(z.v[i], t.v[i])))));
+  GE_QUARTERWISE(
+      vaddq_f32(s.v[i], vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(e.v[i]), vcgeq_f32(z.v[i], t.v[i])))));
 }
 #else
 GE_INLINE VecF add_where_ge(VecF s, VecF e, VecF z, VecF t) {
@@ -629,12 +631,18 @@ GE_INLINE V sum_vectors(int64_t n, Body body) {
 }
 
 template <typename V, typename S>
-GE_INLINE V load(const S* p, int n) { return n == kLanes ? V::load(p) : V::load_n(p, n); }
+GE_INLINE V load(const S* p, int n) {
+  return n == kLanes ? V::load(p) : V::load_n(p, n);
+}
 // Lanes >= n are `fill`.
 template <typename V, typename S, typename T>
-GE_INLINE V load(const S* p, int n, T fill) { return n == kLanes ? V::load(p) : V::load_n(p, n, fill); }
+GE_INLINE V load(const S* p, int n, T fill) {
+  return n == kLanes ? V::load(p) : V::load_n(p, n, fill);
+}
 template <typename V, typename S>
-GE_INLINE void store(V v, S* p, int n) { n == kLanes ? v.store(p) : v.store_n(p, n); }
+GE_INLINE void store(V v, S* p, int n) {
+  n == kLanes ? v.store(p) : v.store_n(p, n);
+}
 
 // v after a store in S and a load.
 template <typename S, typename V>
@@ -647,8 +655,8 @@ GE_INLINE V round_to(V v) {
 }  // namespace grpo_engine::GE_ISA
 
 // Calls `function<S>(args, begin, end)` for the storage type that args.dtype names.
-#define GE_FOR_DTYPE(function)                        \
-  switch (args.dtype) {                               \
+#define GE_FOR_DTYPE(function)                                     \
+  switch (args.dtype) {                                            \
     case DType::f32: return function<float>(args, begin, end);     \
     case DType::bf16: return function<bfloat16>(args, begin, end); \
     case DType::f64: return function<double>(args, begin, end);    \

@@ -24,12 +24,9 @@ GE_INLINE VecF low_pairs(VecF a, VecF b) {
 GE_INLINE VecF high_pairs(VecF a, VecF b) {
   return {_mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v)))};
 }
-GE_INLINE VecF first_bf16(VecF a) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))};
-}
+GE_INLINE VecF first_bf16(VecF a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))}; }
 GE_INLINE VecF second_bf16(VecF a) {
-  return {_mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
 }
 #elif defined(GE_NEON)
 template <typename Row>
@@ -46,9 +43,7 @@ GE_INLINE float32x4_t high_pairs4(float32x4_t a, float32x4_t b) {
 }
 GE_INLINE VecF low_pairs(VecF a, VecF b) { GE_QUARTERWISE(low_pairs4(a.v[i], b.v[i])); }
 GE_INLINE VecF high_pairs(VecF a, VecF b) { GE_QUARTERWISE(high_pairs4(a.v[i], b.v[i])); }
-GE_INLINE VecF first_bf16(VecF a) {
-  GE_QUARTERWISE(vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a.v[i]), 16)));
-}
+GE_INLINE VecF first_bf16(VecF a) { GE_QUARTERWISE(vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a.v[i]), 16))); }
 GE_INLINE VecF second_bf16(VecF a) {
   GE_QUARTERWISE(vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a.v[i]), vdupq_n_u32(0xFFFF0000u))));
 }
@@ -59,12 +54,8 @@ GE_INLINE VecF quarters(Row row, int r) {
   return {_mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(4), 1),
           _mm256_insertf128_ps(_mm256_castps128_ps256(at(8)), at(12), 1)};
 }
-GE_INLINE VecF low_words(VecF a, VecF b) {
-  return {_mm256_unpacklo_ps(a.lo, b.lo), _mm256_unpacklo_ps(a.hi, b.hi)};
-}
-GE_INLINE VecF high_words(VecF a, VecF b) {
-  return {_mm256_unpackhi_ps(a.lo, b.lo), _mm256_unpackhi_ps(a.hi, b.hi)};
-}
+GE_INLINE VecF low_words(VecF a, VecF b) { return {_mm256_unpacklo_ps(a.lo, b.lo), _mm256_unpacklo_ps(a.hi, b.hi)}; }
+GE_INLINE VecF high_words(VecF a, VecF b) { return {_mm256_unpackhi_ps(a.lo, b.lo), _mm256_unpackhi_ps(a.hi, b.hi)}; }
 GE_INLINE __m256 low_pairs8(__m256 a, __m256 b) {
   return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
 }
@@ -104,9 +95,13 @@ GE_INLINE void each_operand(VecF v, int64_t word, const Bf16Pair*, Use use) {
 
 // The type as which the 16 bytes are read: values of storage type, or pairs where pairs are the operands.
 template <typename S, typename O>
-struct StoredAs { using type = S; };
+struct StoredAs {
+  using type = S;
+};
 template <>
-struct StoredAs<bfloat16, Bf16Pair> { using type = Bf16Pair; };
+struct StoredAs<bfloat16, Bf16Pair> {
+  using type = Bf16Pair;
+};
 template <typename S, typename O>
 using Stored = typename StoredAs<S, O>::type;
 

@@ -41,7 +41,9 @@ __device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" 
 __device__ inline void wgmma_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits for all matmuls, except those of the last kPending groups.
 template <int kPending>
-__device__ inline void wgmma_done() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+__device__ inline void wgmma_done() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 // Keeps the compiler from reading d before the wait above.
 template <int kColumns>
 __device__ inline void wgmma_result(float (&d)[kColumns][4]) {
@@ -74,9 +76,8 @@ __device__ inline void wgmma_bf16(float (&d)[16][4], uint64_t a, uint64_t b, boo
       "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
       "%62, %63 "
       "}, %64, %65, add, 1, 1, %66, %67; }"
-      : GE_OF(d[0]), GE_OF(d[1]), GE_OF(d[2]), GE_OF(d[3]), GE_OF(d[4]), GE_OF(d[5]), GE_OF(d[6]), GE_OF(d[7]),
-        GE_OF(d[8]), GE_OF(d[9]), GE_OF(d[10]), GE_OF(d[11]), GE_OF(d[12]), GE_OF(d[13]), GE_OF(d[14]),
-        GE_OF(d[15])
+      : GE_OF(d[0]), GE_OF(d[1]), GE_OF(d[2]), GE_OF(d[3]), GE_OF(d[4]), GE_OF(d[5]), GE_OF(d[6]), GE_OF(d[7]), GE_OF(d[8]),
+        GE_OF(d[9]), GE_OF(d[10]), GE_OF(d[11]), GE_OF(d[12]), GE_OF(d[13]), GE_OF(d[14]), GE_OF(d[15])
       : "l"(a), "l"(b), "n"(kAcrossA), "n"(kAcrossB), "r"(static_cast<int>(add)));
 }
 

@@ -19,13 +19,13 @@ void require_unit(const char* name, double value) {
   TORCH_CHECK_VALUE(value >= 0.0 && value < 1.0, kOp, ": ", name, " must be in [0, 1), got ", value);
 }
 
-at::Tensor meta(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v,
-                at::TensorList steps, at::TensorList low, double lr, double beta1, double beta2, double eps, double weight_decay,
+at::Tensor meta(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v, at::TensorList steps,
+                at::TensorList low, double lr, double beta1, double beta2, double eps, double weight_decay,
                 double clip_norm) {
   const size_t P = params.size();
   TORCH_CHECK_VALUE(P > 0 && grads.size() == P && m.size() == P && v.size() == P && steps.size() == P, kOp,
-                    ": params, grads, exp_avg, exp_avg_sq and steps must be of one length >= 1, got ", P, ", ",
-                    grads.size(), ", ", m.size(), ", ", v.size(), ", ", steps.size());
+                    ": params, grads, exp_avg, exp_avg_sq and steps must be of one length >= 1, got ", P, ", ", grads.size(),
+                    ", ", m.size(), ", ", v.size(), ", ", steps.size());
   TORCH_CHECK_VALUE(low.empty() || low.size() == P, kOp, ": master_low must be empty or of the length of params, ", P,
                     ", got ", low.size());
   for (size_t i = 0; i < P; ++i) {
@@ -51,21 +51,21 @@ at::Tensor meta(at::TensorList params, at::TensorList grads, at::TensorList m, a
   require_unit("beta1", beta1);
   require_unit("beta2", beta2);
   require_positive(kOp, "eps", eps);
-  TORCH_CHECK_VALUE(std::isfinite(weight_decay) && weight_decay >= 0.0, kOp,
-                    ": weight_decay must be finite and >= 0, got ", weight_decay);
+  TORCH_CHECK_VALUE(std::isfinite(weight_decay) && weight_decay >= 0.0, kOp, ": weight_decay must be finite and >= 0, got ",
+                    weight_decay);
   TORCH_CHECK_VALUE(clip_norm > 0.0, kOp, ": clip_norm must be > 0, got ", clip_norm);
   return at::empty({}, params[0].options().dtype(at::kDouble));
 }
 
 int16_t* low_of(at::TensorList low, size_t i) { return low.empty() ? nullptr : low[i].data_ptr<int16_t>(); }
 
-void adamw_on_cuda(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v,
-                   at::TensorList steps, at::TensorList low, AdamwCudaArgs args) {
+void adamw_on_cuda(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v, at::TensorList steps,
+                   at::TensorList low, AdamwCudaArgs args) {
   std::vector<AdamwParam> table;
   for (size_t i = 0; i < params.size(); ++i) {
     table.push_back({dtype_of(params[i]), dtype_of(grads[i]), params[i].numel(), args.num_blocks, params[i].data_ptr(),
-                     m[i].data_ptr(), v[i].data_ptr(), low_of(low, i), grads[i].const_data_ptr(),
-                     steps[i].data_ptr<float>(), 0.0, 0.0});
+                     m[i].data_ptr(), v[i].data_ptr(), low_of(low, i), grads[i].const_data_ptr(), steps[i].data_ptr<float>(),
+                     0.0, 0.0});
     args.num_blocks += (params[i].numel() + kAdamwBlock - 1) / kAdamwBlock;
   }
   const auto bytes = static_cast<int64_t>(table.size() * sizeof(AdamwParam));
@@ -81,7 +81,8 @@ void adamw_on_cuda(at::TensorList params, at::TensorList grads, at::TensorList m
 }
 
 at::Tensor adamw(at::TensorList params, at::TensorList grads, at::TensorList m, at::TensorList v, at::TensorList steps,
-                 at::TensorList low, double lr, double beta1, double beta2, double eps, double weight_decay, double clip_norm) {
+                 at::TensorList low, double lr, double beta1, double beta2, double eps, double weight_decay,
+                 double clip_norm) {
   at::Tensor norm = meta(params, grads, m, v, steps, low, lr, beta1, beta2, eps, weight_decay, clip_norm);
   if (on_cuda(params[0])) {
     adamw_on_cuda(params, grads, m, v, steps, low,

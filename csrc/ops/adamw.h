@@ -29,10 +29,10 @@ struct AdamwBlock {
   DType dtype, grad_dtype;
   int64_t count;
   void *param, *m, *v;
-  int16_t* low;                // of a bfloat16 param with a float32 master, or null
+  int16_t* low;  // of a bfloat16 param with a float32 master, or null
   const void* grad;
-  double squares;              // sum of g^2; written by adamw_squares
-  double rate, root;           // lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
+  double squares;  // sum of g^2; written by adamw_squares
+  double rate, root;  // lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
 };
 
 struct AdamwArgs {
@@ -43,7 +43,7 @@ struct AdamwArgs {
 };
 
 GE_CPU_KERNEL(adamw_squares, AdamwArgs)  // items: blocks
-GE_CPU_KERNEL(adamw_update, AdamwArgs)   // items: blocks
+GE_CPU_KERNEL(adamw_update, AdamwArgs)  // items: blocks
 
 // CUDA: one parameter.
 struct AdamwParam {
@@ -58,10 +58,10 @@ struct AdamwParam {
 
 struct AdamwCudaArgs {
   AdamwParam* params;  // [P], on the device
-  bool has_low;        // all params, or none
+  bool has_low;  // all params, or none
   int64_t P, num_blocks;
-  double* squares;     // [num_blocks], scratch
-  double* norm;        // [1], the result
+  double* squares;  // [num_blocks], scratch
+  double* norm;  // [1], the result
   double lr, decay, beta1, beta2, eps, clip_norm;
 };
 

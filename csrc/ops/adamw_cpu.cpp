@@ -22,9 +22,13 @@ template <typename S>
 struct Whole {
   S* p;
   template <typename V>
-  V read(int64_t i, int n) const { return load<V>(p + i, n); }
+  V read(int64_t i, int n) const {
+    return load<V>(p + i, n);
+  }
   template <typename V>
-  void write(V x, int64_t i, int n) const { store(x, p + i, n); }
+  void write(V x, int64_t i, int n) const {
+    store(x, p + i, n);
+  }
 };
 #if defined(__AVX2__)
 GE_INLINE void join_whole(const bfloat16* high, const int16_t* low, float* x) {
@@ -121,14 +125,26 @@ void update(const AdamwArgs& args, AdamwBlock& b) {
 
 }  // namespace
 
-#define GE_EACH_BLOCK(which, call)                        \
-  for (int64_t i = begin; i < end; ++i) {                 \
-    AdamwBlock& b = args.block[i];                        \
-    switch (b.which) {                                    \
-      case DType::f32: { using S = float; call; break; }  \
-      case DType::bf16: { using S = bfloat16; call; break; } \
-      case DType::f64: { using S = double; call; break; } \
-    }                                                     \
+#define GE_EACH_BLOCK(which, call)        \
+  for (int64_t i = begin; i < end; ++i) { \
+    AdamwBlock& b = args.block[i];        \
+    switch (b.which) {                    \
+      case DType::f32: {                  \
+        using S = float;                  \
+        call;                             \
+        break;                            \
+      }                                   \
+      case DType::bf16: {                 \
+        using S = bfloat16;               \
+        call;                             \
+        break;                            \
+      }                                   \
+      case DType::f64: {                  \
+        using S = double;                 \
+        call;                             \
+        break;                            \
+      }                                   \
+    }                                     \
   }
 void adamw_squares(const AdamwArgs& args, int64_t begin, int64_t end) { GE_EACH_BLOCK(grad_dtype, squares<S>(b)) }
 void adamw_update(const AdamwArgs& args, int64_t begin, int64_t end) { GE_EACH_BLOCK(dtype, update<S>(args, b)) }

@@ -26,7 +26,8 @@ __device__ inline void each_pack_of_block(const AdamwParam& p, int64_t block, Us
   const int64_t first = (block - p.first_block) * kAdamwBlock;
   const int64_t last = p.count - first < kAdamwBlock ? p.count : first + kAdamwBlock;
 #pragma unroll 4
-  for (int64_t i = first + static_cast<int64_t>(threadIdx.x) * kPack<S>; i < last; i += kThreads * kPack<S>) use(i, last - i);
+  for (int64_t i = first + static_cast<int64_t>(threadIdx.x) * kPack<S>; i < last; i += kThreads * kPack<S>)
+    use(i, last - i);
 }
 
 __device__ inline bool aligned_to_packs(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -117,8 +118,8 @@ __device__ inline void update_master(const AdamwCudaArgs& a, const AdamwParam& p
   auto* high = static_cast<uint16_t*>(p.param);
   float *ms = static_cast<float*>(p.m), *vs = static_cast<float*>(p.v);
   const G* grad = static_cast<const G*>(p.grad);
-  const bool aligned = aligned_to_packs(grad) && aligned_to_packs(high) && aligned_to_packs(p.low) &&
-                       aligned_to_packs(ms) && aligned_to_packs(vs);
+  const bool aligned = aligned_to_packs(grad) && aligned_to_packs(high) && aligned_to_packs(p.low) && aligned_to_packs(ms) &&
+                       aligned_to_packs(vs);
   each_pack_of_block<float>(p, block, [&](int64_t i, int64_t n) {
     Pack<float> m = load_pack(ms + i, n, aligned), v = load_pack(vs + i, n, aligned);
     const auto g = load_run<G, kRun>(grad + i, n, aligned);

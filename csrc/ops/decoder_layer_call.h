@@ -46,8 +46,8 @@ inline Layer check(const Tensor& x, const Weights& w, const Tensor& position, in
   const int64_t D = x.size(1);
   require_tensor(kOp, "out_weight", w.out, {D, -1}, "[D, H E]", dtype, x);
   const int64_t H = w.out.size(1) / E;
-  TORCH_CHECK_VALUE(H > 0 && w.out.size(1) == H * E, kOp, ": out_weight must be [D, H E] with head_dim E = ", E,
-                    ", got ", w.out.sizes());
+  TORCH_CHECK_VALUE(H > 0 && w.out.size(1) == H * E, kOp, ": out_weight must be [D, H E] with head_dim E = ", E, ", got ",
+                    w.out.sizes());
   TORCH_CHECK_VALUE(K > 0 && H % K == 0, kOp, ": num_kv_heads must divide H = ", H, ", got ", K);
   const int64_t Q = (H + 2 * K) * E;
   require_tensor(kOp, "attn_norm", w.attn_norm, {D}, "[D]", dtype, x);

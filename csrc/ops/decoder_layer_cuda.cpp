@@ -29,8 +29,7 @@ Two rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 Three rms_norm_residual(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  static const auto call =
-      op<Three(const Tensor&, const Tensor&, const Tensor&, double)>("grpo_engine::rms_norm_residual");
+  static const auto call = op<Three(const Tensor&, const Tensor&, const Tensor&, double)>("grpo_engine::rms_norm_residual");
   return call.call(x, residual, weight, eps);
 }
 
@@ -48,8 +47,8 @@ Tensor linear(const Layer& l, const Tensor& x, const Tensor& weight, const Optio
 }
 
 Three linear_backward(const Layer& l, const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_bias) {
-  static const auto call = op<Three(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool, bool)>(
-      "grpo_engine::linear_backward");
+  static const auto call =
+      op<Three(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool, bool)>("grpo_engine::linear_backward");
   return call.call(dy, x, weight, true, true, need_bias, l.batch_invariant);
 }
 
@@ -100,15 +99,15 @@ Mlp mlp_stage(const Layer& l, const Tensor& x, const Tensor& attn) {
 // ---------------------------------------------------------------- forward
 
 Forward forward(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
-                const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
-                const Tensor& down_weight, const Tensor& position, const Tensor& cu_seqlens,
-                const OptionalTensor& cu_groups, int64_t num_kv_heads, int64_t head_dim, double theta, double eps,
-                bool save, bool batch_invariant) {
+                const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight, const Tensor& down_weight,
+                const Tensor& position, const Tensor& cu_seqlens, const OptionalTensor& cu_groups, int64_t num_kv_heads,
+                int64_t head_dim, double theta, double eps, bool save, bool batch_invariant) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
   l.batch_invariant = batch_invariant;
-  static const auto attend = op<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                    double)>("grpo_engine::ragged_attention");
+  static const auto attend =
+      op<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double)>(
+          "grpo_engine::ragged_attention");
   const auto [qkv, attn_rstd] = qkv_stage(l, x, position);
   const Heads heads = split(l, qkv);
   const auto [out, stats] = attend.call(heads.q, heads.k, heads.v, cu_seqlens, cu_groups, attention_scale(l));
@@ -123,10 +122,10 @@ Forward forward(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weig
 
 Backward backward(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight,
                   const OptionalTensor& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
-                  const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
-                  const Tensor& cu_seqlens, const OptionalTensor& cu_groups, const Tensor& qkv, const Tensor& attn,
-                  const Tensor& stats, const Tensor& s, const Tensor& rstd, const Tensor& gate_up,
-                  int64_t num_kv_heads, int64_t head_dim, double theta, double eps, bool batch_invariant) {
+                  const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position, const Tensor& cu_seqlens,
+                  const OptionalTensor& cu_groups, const Tensor& qkv, const Tensor& attn, const Tensor& stats,
+                  const Tensor& s, const Tensor& rstd, const Tensor& gate_up, int64_t num_kv_heads, int64_t head_dim,
+                  double theta, double eps, bool batch_invariant) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
   l.batch_invariant = batch_invariant;
@@ -164,16 +163,15 @@ Backward backward(const Tensor& dy, const Tensor& x, const Tensor& attn_norm, co
 
 Tensor paged(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
              const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight, const Tensor& down_weight,
-             const Tensor& position, Tensor& key_pages, Tensor& value_pages, const Tensor& slot,
-             const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len, double theta, double eps,
-             bool batch_invariant) {
+             const Tensor& position, Tensor& key_pages, Tensor& value_pages, const Tensor& slot, const Tensor& page_table,
+             const Tensor& cu_query, const Tensor& kv_len, double theta, double eps, bool batch_invariant) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   Layer l = check_paged(x, w, position, key_pages, theta, eps);
   l.batch_invariant = batch_invariant;
-  static const auto write =
-      op<void(const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&)>("grpo_engine::kv_write");
-  static const auto attend = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       const Tensor&, double)>("grpo_engine::paged_attention");
+  static const auto write = op<void(const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&)>("grpo_engine::kv_write");
+  static const auto attend =
+      op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double)>(
+          "grpo_engine::paged_attention");
   const Heads heads = split(l, qkv_stage(l, x, position).qkv);
   write.call(heads.k, heads.v, key_pages, value_pages, slot);
   const Tensor attn = attend.call(heads.q, key_pages, value_pages, page_table, cu_query, kv_len, attention_scale(l));

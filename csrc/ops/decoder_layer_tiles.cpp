@@ -67,10 +67,9 @@ void* row_of(const Tensor& t, int64_t row) {
 // ---------------------------------------------------------------- stages
 
 // y [rows, O] = x [rows, I] weight^T + bias
-void project(const Layer& l, int64_t rows, const void* x, const Tensor& weight, const std::optional<Tensor>& bias,
-             void* y) {
+void project(const Layer& l, int64_t rows, const void* x, const Tensor& weight, const std::optional<Tensor>& bias, void* y) {
   gemm(linear_matmul(l.dtype, rows, weight.size(1), weight.size(0), x, weight.const_data_ptr(),
-                      bias ? bias->const_data_ptr() : nullptr, y));
+                     bias ? bias->const_data_ptr() : nullptr, y));
 }
 
 // dx [rows, I] = dy [rows, O] weight
@@ -81,8 +80,8 @@ void project_back(const Layer& l, int64_t rows, const void* dy, const Tensor& we
 // dweight [O, I] = dy [T, O]^T x [T, I]
 Tensor weight_gradient(const Layer& l, const Tensor& dy, const Tensor& x) {
   Tensor dweight = at::empty({dy.size(1), x.size(1)}, x.options());
-  gemm(linear_dweight_matmul(l.dtype, dy.size(0), x.size(1), dy.size(1), dy.const_data_ptr(),
-                              x.const_data_ptr(), dweight.mutable_data_ptr()));
+  gemm(linear_dweight_matmul(l.dtype, dy.size(0), x.size(1), dy.size(1), dy.const_data_ptr(), x.const_data_ptr(),
+                             dweight.mutable_data_ptr()));
   return dweight;
 }
 
@@ -133,8 +132,8 @@ struct Angles {
 };
 
 // The first `heads` heads of rows [row, row + rows), turned from x into y.
-void turn(const Layer& l, const Angles& angles, int64_t row, int64_t rows, int64_t heads, bool inverse,
-          const void* x, int64_t x_stride, void* y, int64_t y_stride) {
+void turn(const Layer& l, const Angles& angles, int64_t row, int64_t rows, int64_t heads, bool inverse, const void* x,
+          int64_t x_stride, void* y, int64_t y_stride) {
   const bool by_token = angles.table.first_position < 0;
   RopeArgs r{};
   r.dtype = l.dtype;
@@ -210,18 +209,18 @@ void mlp_stage(const Layer& l, const Tensor& x, const Tensor& attn, const Tensor
 std::tuple<Tensor, Tensor> ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu,
                                             const std::optional<Tensor>& cu_groups, double scale) {
   static const auto call =
-      op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                    const std::optional<Tensor>&, double)>("grpo_engine::ragged_attention");
+      op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                    double)>("grpo_engine::ragged_attention");
   return call.call(q, k, v, cu, cu_groups, scale);
 }
 
 // ---------------------------------------------------------------- forward
 
-Forward forward_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
-                    const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
-                    const Tensor& down_weight, const Tensor& position, const Tensor& cu_seqlens,
-                    const std::optional<Tensor>& cu_groups, int64_t num_kv_heads, int64_t head_dim, double theta,
-                    double eps, bool save, bool /*batch_invariant*/) {
+Forward forward_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight,
+                    const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
+                    const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
+                    const Tensor& cu_seqlens, const std::optional<Tensor>& cu_groups, int64_t num_kv_heads, int64_t head_dim,
+                    double theta, double eps, bool save, bool /*batch_invariant*/) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   const Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
   const int64_t T = x.size(0);
@@ -248,9 +247,8 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
                       const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const Tensor& mlp_norm,
                       const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& position,
                       const Tensor& cu_seqlens, const std::optional<Tensor>& cu_groups, const Tensor& qkv,
-                      const Tensor& attn, const Tensor& stats, const Tensor& s, const Tensor& rstd,
-                      const Tensor& gate_up, int64_t num_kv_heads, int64_t head_dim, double theta, double eps,
-                      bool /*batch_invariant*/) {
+                      const Tensor& attn, const Tensor& stats, const Tensor& s, const Tensor& rstd, const Tensor& gate_up,
+                      int64_t num_kv_heads, int64_t head_dim, double theta, double eps, bool /*batch_invariant*/) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   const Layer l = check(x, w, position, num_kv_heads, head_dim, theta, eps);
   check_backward(dy, x, gate_up);
@@ -291,8 +289,8 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
           "grpo_engine::ragged_attention_backward");
   const Heads heads = split(l, qkv);
   Tensor dq, dk, dv;  // a lambda of C++20 captures no structured binding, as clang has it
-  std::tie(dq, dk, dv) = attention_backward.call(dattn.view({T, l.H, l.E}), heads.q, heads.k, heads.v, cu_seqlens,
-                                                 cu_groups, attn.view({T, l.H, l.E}), stats, attention_scale(l));
+  std::tie(dq, dk, dv) = attention_backward.call(dattn.view({T, l.H, l.E}), heads.q, heads.k, heads.v, cu_seqlens, cu_groups,
+                                                 attn.view({T, l.H, l.E}), stats, attention_scale(l));
 
   const Tensor dqkv = at::empty_like(qkv), dx = at::empty_like(x);
   if (T > 0) {
@@ -328,10 +326,10 @@ Backward backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& attn_norm
 // ---------------------------------------------------------------- over pages
 
 Tensor paged_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
-                 const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight,
-                 const Tensor& down_weight, const Tensor& position, Tensor& key_pages, Tensor& value_pages,
-                 const Tensor& slot, const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len,
-                 double theta, double eps, bool /*batch_invariant*/) {
+                 const Tensor& out_weight, const Tensor& mlp_norm, const Tensor& gate_up_weight, const Tensor& down_weight,
+                 const Tensor& position, Tensor& key_pages, Tensor& value_pages, const Tensor& slot,
+                 const Tensor& page_table, const Tensor& cu_query, const Tensor& kv_len, double theta, double eps,
+                 bool /*batch_invariant*/) {
   const Weights w{attn_norm, qkv_weight, qkv_bias, out_weight, mlp_norm, gate_up_weight, down_weight};
   const Layer l = check_paged(x, w, position, key_pages, theta, eps);
   const int64_t T = x.size(0);
@@ -339,10 +337,10 @@ Tensor paged_cpu(const Tensor& x, const Tensor& attn_norm, const Tensor& qkv_wei
   const Tensor rstd = at::empty({T}, arithmetic(x));
   if (T == 0) return y;
   qkv_stage(l, x, position, rstd, qkv);
-  static const auto write =
-      op<void(const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&)>("grpo_engine::kv_write");
-  static const auto attend = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       const Tensor&, double)>("grpo_engine::paged_attention");
+  static const auto write = op<void(const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&)>("grpo_engine::kv_write");
+  static const auto attend =
+      op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double)>(
+          "grpo_engine::paged_attention");
   const Heads heads = split(l, qkv);
   write.call(heads.k, heads.v, key_pages, value_pages, slot);
   const Tensor attn = attend.call(heads.q, key_pages, value_pages, page_table, cu_query, kv_len, attention_scale(l));

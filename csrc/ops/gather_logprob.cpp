@@ -38,8 +38,8 @@ GatherLogprobArgs arguments(const at::Tensor& logits, const at::Tensor& target, 
   args.V = logits.size(1);
   // float32 as in sample_token, whose temperatures are float32: the log-probs must agree in every bit
   constexpr float kFloatMax = std::numeric_limits<float>::max();
-  args.inv_temperature = arithmetic(logits) == at::kDouble ? 1.0 / temperature
-                                                           : std::min(1.f / static_cast<float>(temperature), kFloatMax);
+  args.inv_temperature =
+      arithmetic(logits) == at::kDouble ? 1.0 / temperature : std::min(1.f / static_cast<float>(temperature), kFloatMax);
   args.logits = logits.const_data_ptr();
   args.target = target.const_data_ptr<int64_t>();
   return args;
@@ -56,9 +56,8 @@ Three forward(const at::Tensor& logits, const at::Tensor& target, double tempera
   auto [logprob, entropy, saved] = forward_meta(logits, target, temperature);
   GatherLogprobArgs args = arguments(logits, target, temperature);
   for (int64_t t = 0; t < args.T && !on_cuda(target); ++t) {
-    TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp,
-                      ": target must be in [0, V) = [0, ", args.V, "), got ", args.target[t],
-                      " at row ", t);
+    TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp, ": target must be in [0, V) = [0, ", args.V,
+                      "), got ", args.target[t], " at row ", t);
   }
   args.logprob = logprob.mutable_data_ptr();
   args.entropy = entropy.mutable_data_ptr();
@@ -73,9 +72,8 @@ Three forward(const at::Tensor& logits, const at::Tensor& target, double tempera
   return {logprob, entropy, saved};
 }
 
-at::Tensor backward_meta(const at::Tensor& g_logprob, const at::Tensor& g_entropy,
-                         const at::Tensor& logits, const at::Tensor& target,
-                         const at::Tensor& saved, double temperature) {
+at::Tensor backward_meta(const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& logits,
+                         const at::Tensor& target, const at::Tensor& saved, double temperature) {
   check(logits, target, temperature);
   const int64_t T = logits.size(0);
   require_tensor(kOp, "g_logprob", g_logprob, {T}, "[T]", arithmetic(logits), logits);
@@ -84,9 +82,8 @@ at::Tensor backward_meta(const at::Tensor& g_logprob, const at::Tensor& g_entrop
   return at::empty_like(logits);
 }
 
-at::Tensor backward(const at::Tensor& g_logprob, const at::Tensor& g_entropy,
-                    const at::Tensor& logits, const at::Tensor& target,
-                    const at::Tensor& saved, double temperature) {
+at::Tensor backward(const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& logits,
+                    const at::Tensor& target, const at::Tensor& saved, double temperature) {
   at::Tensor dlogits = backward_meta(g_logprob, g_entropy, logits, target, saved, temperature);
   GatherLogprobArgs args = arguments(logits, target, temperature);
   args.g_logprob = g_logprob.const_data_ptr();

@@ -24,18 +24,18 @@ struct GatherLogprobArgs {
   DType dtype;
   int64_t T, V;
   double inv_temperature;  // a float32 number unless dtype is f64
-  const void* logits;      // [T, V]
-  const int64_t* target;   // [T]
-  const void* g_logprob;   // [T]; backward only
-  const void* g_entropy;   // [T]; backward only
-  void* logprob;           // [T]; forward only
-  void* entropy;           // [T]; forward only
-  double* saved;           // [T, 3]; written by forward, read by backward
-  void* dlogits;           // [T, V]; backward only
-  void* blocks;            // [T, blocks of V, 3] of logprob's dtype; scratch of CUDA, forward only
+  const void* logits;  // [T, V]
+  const int64_t* target;  // [T]
+  const void* g_logprob;  // [T]; backward only
+  const void* g_entropy;  // [T]; backward only
+  void* logprob;  // [T]; forward only
+  void* entropy;  // [T]; forward only
+  double* saved;  // [T, 3]; written by forward, read by backward
+  void* dlogits;  // [T, V]; backward only
+  void* blocks;  // [T, blocks of V, 3] of logprob's dtype; scratch of CUDA, forward only
 };
 
-GE_CPU_KERNEL(gather_logprob_forward, GatherLogprobArgs)   // items: rows
+GE_CPU_KERNEL(gather_logprob_forward, GatherLogprobArgs)  // items: rows
 GE_CPU_KERNEL(gather_logprob_backward, GatherLogprobArgs)  // items: rows
 
 void gather_logprob_forward_cuda(const GatherLogprobArgs&, CudaStream);

@@ -12,8 +12,7 @@ void forward(const GatherLogprobArgs& a, int64_t begin, int64_t end) {
     const S* x = static_cast<const S*>(a.logits) + t * a.V;
     const RowStats r = row_stats(x, a.V, scale);
     const double entropy = r.entropy();
-    static_cast<float*>(a.logprob)[t] =
-        static_cast<float>(r.logprob(scaled(to_arith(x[a.target[t]]), scale)));
+    static_cast<float*>(a.logprob)[t] = static_cast<float>(r.logprob(scaled(to_arith(x[a.target[t]]), scale)));
     static_cast<float*>(a.entropy)[t] = static_cast<float>(entropy);
     double* saved = a.saved + t * 3;
     saved[0] = r.max;
@@ -84,11 +83,7 @@ void backward(const GatherLogprobArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void gather_logprob_forward(const GatherLogprobArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(forward)
-}
-void gather_logprob_backward(const GatherLogprobArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(backward)
-}
+void gather_logprob_forward(const GatherLogprobArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(forward) }
+void gather_logprob_backward(const GatherLogprobArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(backward) }
 
 }  // namespace grpo_engine::GE_ISA

@@ -24,11 +24,9 @@ GroupAdvantagesArgs check(const at::Tensor& rewards, std::string_view std_name, 
   require_shape(kOp, "rewards", rewards, {-1, -1}, "[P, G]");
   TORCH_CHECK_TYPE(rewards.scalar_type() == at::kFloat || rewards.scalar_type() == at::kDouble, kOp,
                    ": rewards must be Float or Double, got ", rewards.scalar_type());
-  TORCH_CHECK_VALUE(rewards.size(1) >= 2, kOp, ": rewards needs G >= 2 responses per prompt, got ",
-                    rewards.sizes());
+  TORCH_CHECK_VALUE(rewards.size(1) >= 2, kOp, ": rewards needs G >= 2 responses per prompt, got ", rewards.sizes());
   require_contiguous(kOp, "rewards", rewards);
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0.0, kOp, ": eps must be finite and >= 0, got ",
-                    eps);
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0.0, kOp, ": eps must be finite and >= 0, got ", eps);
   return {dtype_of(rewards), rewards.size(0), rewards.size(1), parse_std(std_name), eps, nullptr, nullptr};
 }
 
@@ -57,9 +55,7 @@ at::Tensor group_advantages_meta(const at::Tensor& rewards, std::string_view std
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
-  m.def("group_advantages(Tensor rewards, str std, float eps) -> Tensor");
-}
+TORCH_LIBRARY_FRAGMENT(grpo_engine, m) { m.def("group_advantages(Tensor rewards, str std, float eps) -> Tensor"); }
 GE_DEVICE_IMPL(m) { m.impl(kOp, &group_advantages); }
 TORCH_LIBRARY_IMPL(grpo_engine, Meta, m) { m.impl(kOp, &group_advantages_meta); }
 

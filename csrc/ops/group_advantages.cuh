@@ -10,8 +10,7 @@ namespace grpo_engine {
 
 // One prompt: r[0..G) -> out[0..G), in double. G is at most a few thousand.
 template <typename T>
-GE_HOST_DEVICE inline void group_advantages_row(const T* r, T* out, int64_t G, double eps,
-                                                AdvantageStd std_mode) {
+GE_HOST_DEVICE inline void group_advantages_row(const T* r, T* out, int64_t G, double eps, AdvantageStd std_mode) {
   bool all_equal = true;  // their mean may round away from them, and (r - mean)/eps would show it
   for (int64_t g = 1; g < G; ++g) all_equal = all_equal && r[g] == r[0];
   double mean = 0.0;

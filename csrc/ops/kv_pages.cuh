@@ -17,18 +17,15 @@ struct KvPageShape {
 };
 
 // First element of the [E, page] keys or the [page, E] values of one page and kv head.
-GE_HOST_DEVICE static inline int64_t kv_page_offset(const KvPageShape& s, int64_t page_index,
-                                                    int64_t kv_head) {
+GE_HOST_DEVICE static inline int64_t kv_page_offset(const KvPageShape& s, int64_t page_index, int64_t kv_head) {
   return (page_index * s.K + kv_head) * s.E * s.page;
 }
 // Element e = 0 of the key in a slot. The next element is s.page further.
-GE_HOST_DEVICE static inline int64_t key_offset(const KvPageShape& s, int64_t slot,
-                                                int64_t kv_head) {
+GE_HOST_DEVICE static inline int64_t key_offset(const KvPageShape& s, int64_t slot, int64_t kv_head) {
   return kv_page_offset(s, slot / s.page, kv_head) + slot % s.page;
 }
 // Element e = 0 of the value in a slot. The next element follows it.
-GE_HOST_DEVICE static inline int64_t value_offset(const KvPageShape& s, int64_t slot,
-                                                  int64_t kv_head) {
+GE_HOST_DEVICE static inline int64_t value_offset(const KvPageShape& s, int64_t slot, int64_t kv_head) {
   return kv_page_offset(s, slot / s.page, kv_head) + slot % s.page * s.E;
 }
 

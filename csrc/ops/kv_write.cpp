@@ -9,8 +9,8 @@ namespace {
 
 constexpr const char* kOp = "kv_write";
 
-void meta(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages,
-          at::Tensor& value_pages, const at::Tensor& slot) {
+void meta(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages, at::Tensor& value_pages,
+          const at::Tensor& slot) {
   require_shape(kOp, "key", key, {-1, -1, -1}, "[T, K, E]");
   require_float(kOp, "key", key);
   require_row_contiguous(kOp, "key", key);
@@ -19,19 +19,17 @@ void meta(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages,
   require_dtype(kOp, "value", value, key.scalar_type());
   require_row_contiguous(kOp, "value", value);
   require_same_device(kOp, "value", value, key);
-  require_tensor(kOp, "key_pages", key_pages, {-1, K, E, -1}, "[num_pages, K, E, page]",
-                 key.scalar_type(), key);
+  require_tensor(kOp, "key_pages", key_pages, {-1, K, E, -1}, "[num_pages, K, E, page]", key.scalar_type(), key);
   const int64_t page = key_pages.size(3);
-  TORCH_CHECK_VALUE(page > 0 && page % 16 == 0, kOp,
-                    ": key_pages needs a page size that is a multiple of 16, got ",
+  TORCH_CHECK_VALUE(page > 0 && page % 16 == 0, kOp, ": key_pages needs a page size that is a multiple of 16, got ",
                     key_pages.sizes());
-  require_tensor(kOp, "value_pages", value_pages, {key_pages.size(0), K, page, E},
-                 "[num_pages, K, page, E]", key.scalar_type(), key);
+  require_tensor(kOp, "value_pages", value_pages, {key_pages.size(0), K, page, E}, "[num_pages, K, page, E]",
+                 key.scalar_type(), key);
   require_tensor(kOp, "slot", slot, {T}, "[T]", at::kLong, key);
 }
 
-void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages,
-           at::Tensor& value_pages, const at::Tensor& slot) {
+void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages, at::Tensor& value_pages,
+           const at::Tensor& slot) {
   meta(key, value, key_pages, value_pages, slot);
   KvWriteArgs args{};
   args.dtype = dtype_of(key);
@@ -41,9 +39,8 @@ void write(const at::Tensor& key, const at::Tensor& value, at::Tensor& key_pages
   args.slot = slot.const_data_ptr<int64_t>();
   const int64_t num_slots = args.num_pages * args.shape.page;
   for (int64_t t = 0; t < args.T && !on_cuda(slot); ++t) {
-    TORCH_CHECK_VALUE(args.slot[t] >= -1 && args.slot[t] < num_slots, kOp,
-                      ": slot must be -1 or in [0, ", num_slots, "), got ", args.slot[t],
-                      " at row ", t);
+    TORCH_CHECK_VALUE(args.slot[t] >= -1 && args.slot[t] < num_slots, kOp, ": slot must be -1 or in [0, ", num_slots,
+                      "), got ", args.slot[t], " at row ", t);
   }
   if (key.numel() == 0) return;
   args.key_stride = key.stride(0);

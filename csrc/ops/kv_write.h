@@ -22,11 +22,11 @@ struct KvWriteArgs {
   int64_t T, num_pages;
   KvPageShape shape;
   int64_t key_stride, value_stride;  // elements from token to token
-  const void* key;                   // [T, K, E]
-  const void* value;                 // [T, K, E]
-  const int64_t* slot;               // [T]
-  void* key_pages;                   // [num_pages, K, E, page]
-  void* value_pages;                 // [num_pages, K, page, E]
+  const void* key;  // [T, K, E]
+  const void* value;  // [T, K, E]
+  const int64_t* slot;  // [T]
+  void* key_pages;  // [num_pages, K, E, page]
+  void* value_pages;  // [num_pages, K, page, E]
 };
 
 GE_CPU_KERNEL(kv_write, KvWriteArgs)  // items: kv heads, so that a slot has one writer

@@ -45,24 +45,20 @@ using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 void check(const at::Tensor& x, const at::Tensor& weight) {
   require_shape(kOp, "x", x, {-1, -1}, "[T, I]");
   require_float(kOp, "x", x);
-  TORCH_CHECK_VALUE(x.size(1) <= 1 || x.stride(1) == 1, kOp,
-                    ": x must have adjacent columns, got sizes ", x.sizes(), " with strides ",
-                    x.strides());
+  TORCH_CHECK_VALUE(x.size(1) <= 1 || x.stride(1) == 1, kOp, ": x must have adjacent columns, got sizes ", x.sizes(),
+                    " with strides ", x.strides());
   require_shape(kOp, "weight", weight, {-1, x.size(1)}, "[O, I]");
   require_tensor(kOp, "weight", weight, weight.sizes(), "[O, I]", x.scalar_type(), x);
 }
 
 at::ScalarType output_dtype(const at::Tensor& x, std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType dtype = out_dtype.value_or(x.scalar_type());
-  TORCH_CHECK_VALUE(
-      dtype == x.scalar_type() || (dtype == at::kFloat && x.scalar_type() == at::kBFloat16), kOp,
-      ": out_dtype must be the dtype of x, or Float for BFloat16 x, got ", dtype, " for ",
-      x.scalar_type());
+  TORCH_CHECK_VALUE(dtype == x.scalar_type() || (dtype == at::kFloat && x.scalar_type() == at::kBFloat16), kOp,
+                    ": out_dtype must be the dtype of x, or Float for BFloat16 x, got ", dtype, " for ", x.scalar_type());
   return dtype;
 }
 
-at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& bias,
+at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                         std::optional<at::ScalarType> out_dtype, bool /*batch_invariant*/) {
   check(x, weight);
   if (bias) require_tensor(kOp, "bias", *bias, {weight.size(0)}, "[O]", x.scalar_type(), x);
@@ -96,21 +92,19 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::opt
   return y;
 }
 
-Three backward_meta(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                    bool need_x, bool need_weight, bool need_bias, bool /*batch_invariant*/) {
+Three backward_meta(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool need_x, bool need_weight,
+                    bool need_bias, bool /*batch_invariant*/) {
   check(x, weight);
   require_shape(kOp, "dy", dy, {x.size(0), weight.size(0)}, "[T, O]");
-  TORCH_CHECK_TYPE(dy.scalar_type() == x.scalar_type() ||
-                       (dy.scalar_type() == at::kFloat && x.scalar_type() == at::kBFloat16),
-                   kOp, ": dy must be ", x.scalar_type(), " as x, or Float for BFloat16 x, got ",
-                   dy.scalar_type());
+  TORCH_CHECK_TYPE(
+      dy.scalar_type() == x.scalar_type() || (dy.scalar_type() == at::kFloat && x.scalar_type() == at::kBFloat16), kOp,
+      ": dy must be ", x.scalar_type(), " as x, or Float for BFloat16 x, got ", dy.scalar_type());
   require_contiguous(kOp, "dy", dy);
   require_same_device(kOp, "dy", dy, x);
   auto out = [&](bool need, at::IntArrayRef sizes) {
     return need ? at::empty(sizes, x.options()) : at::empty({0}, x.options());
   };
-  return {out(need_x, x.sizes()), out(need_weight, weight.sizes()),
-          out(need_bias, {weight.size(0)})};
+  return {out(need_x, x.sizes()), out(need_weight, weight.sizes()), out(need_bias, {weight.size(0)})};
 }
 
 Three backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool need_x, bool need_weight,
@@ -168,8 +162,7 @@ Three backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weig
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(grpo_engine, m) {
-  m.def(
-      "linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? out_dtype, bool batch_invariant=True) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? out_dtype, bool batch_invariant=True) -> Tensor");
   m.def(
       "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight,"
       " bool need_bias, bool batch_invariant=True) -> (Tensor dx, Tensor dweight, Tensor dbias)");

@@ -31,9 +31,9 @@ struct GemmArgs {
   const void* b;
   int64_t b_row, b_col;
   const void* bias;  // [N] of b_dtype, or null
-  void* c;           // [M, N], rows adjacent
+  void* c;  // [M, N], rows adjacent
   int64_t c_row;
-  bool accumulate;   // add to C; c_dtype f32 or f64
+  bool accumulate;  // add to C; c_dtype f32 or f64
   int64_t block_m, block_n;  // size of a work item; gemm() chooses it
   const void* a_low = nullptr;  // CUDA, bfloat16: A is a + a_low; the terms of a come first
 };
@@ -51,17 +51,17 @@ void split_cuda(const float* x, int64_t count, bfloat16* high, bfloat16* low, Cu
 // The three matmuls of a layer whose x, dy, weight and results all have one dtype and adjacent rows.
 // y [T, O] = x [T, I] weight^T + bias
 inline GemmArgs linear_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* x, const void* weight,
-                               const void* bias, void* y) {
+                              const void* bias, void* y) {
   return {dtype, dtype, dtype, T, O, I, x, I, 1, weight, 1, I, bias, y, O, false, 0, 0};
 }
 // dx [T, I] = dy [T, O] weight
-inline GemmArgs linear_dx_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
-                                  const void* weight, void* dx) {
+inline GemmArgs linear_dx_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy, const void* weight,
+                                 void* dx) {
   return {dtype, dtype, dtype, T, I, O, dy, O, 1, weight, I, 1, nullptr, dx, I, false, 0, 0};
 }
 // dweight [O, I] = dy^T x
-inline GemmArgs linear_dweight_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy,
-                                       const void* x, void* dweight) {
+inline GemmArgs linear_dweight_matmul(DType dtype, int64_t T, int64_t I, int64_t O, const void* dy, const void* x,
+                                      void* dweight) {
   return {dtype, dtype, dtype, O, I, T, dy, 1, O, x, I, 1, nullptr, dweight, I, false, 0, 0};
 }
 
@@ -69,7 +69,7 @@ struct ColumnSumArgs {
   DType dtype;
   int64_t T, O;
   const void* dy;  // [T, O]
-  void* dbias;     // [O] of dtype's arithmetic type; CUDA: [column_sum_chunks(T), O], the result in the first row
+  void* dbias;  // [O] of dtype's arithmetic type; CUDA: [column_sum_chunks(T), O], the result in the first row
 };
 
 inline constexpr int64_t kColumnSumColumns = 128;  // columns in one work item

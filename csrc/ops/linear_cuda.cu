@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 template <typename Shape, bool kAcrossA, bool kAcrossB>
 void run_mma(const GemmArgs& a, CudaStream stream) {
   const int64_t stride_a = kAcrossA ? a.a_col : a.a_row, stride_b = kAcrossB ? a.b_row : a.b_col;
-  const bool a_aligned =
-      rows_aligned<bfloat16>(a.a, stride_a) && (!a.a_low || rows_aligned<bfloat16>(a.a_low, stride_a));
+  const bool a_aligned = rows_aligned<bfloat16>(a.a, stride_a) && (!a.a_low || rows_aligned<bfloat16>(a.a_low, stride_a));
   const int64_t bytes = int64_t{kStages} * MmaTiles<Shape, kAcrossA, kAcrossB>::kStage * 2;
   launch({"gemm_bf16", tiles_of<Shape>(a), Shape::kThreads, stream, bytes}, gemm_mma_kernel<Shape, kAcrossA, kAcrossB>, a,
          a_aligned, rows_aligned<bfloat16>(a.b, stride_b), pairs_aligned(a));
@@ -174,7 +173,7 @@ constexpr int64_t kFewRows = 64;   // more rows have the tiles above
 constexpr int64_t kFewBlocks = 56;  // that keep the memory busy: with fewer, a block gets fewer columns
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kWarps * kWarpSize)
+__global__ void __launch_bounds__(Shape::kWarps* kWarpSize)
     gemm_few_rows_kernel(GemmArgs a, bool a_aligned, bool b_aligned, bool pairs) {
   unsigned char* const shared = dynamic_shared<unsigned char>();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
@@ -190,8 +189,8 @@ __global__ void __launch_bounds__(Shape::kWarps * kWarpSize)
         if (step < steps) {
           const int64_t k = begin + step * kK;
           bfloat16* const to = tiles + step % Shape::kStages * Shape::kStage;
-          load_tile<typename Shape::A, kWarpSize>(static_cast<const bfloat16*>(a.a) + k, a.a_row, a.M, a.K - k, a_aligned, to,
-                                                  lane);
+          load_tile<typename Shape::A, kWarpSize>(static_cast<const bfloat16*>(a.a) + k, a.a_row, a.M, a.K - k, a_aligned,
+                                                  to, lane);
           load_tile<typename Shape::B, kWarpSize>(static_cast<const bfloat16*>(a.b) + first_n * a.b_col + k, a.b_col,
                                                   a.N - first_n, a.K - k, b_aligned, to + Shape::kM * kK, lane);
         }
@@ -318,7 +317,7 @@ struct FmaTile {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const int i = e * Shape::kThreads + threadIdx.x;
-      tile[k_of(i, across) * (kLength + kPack<A>) + at_of(i, across)] = v[e];
+      tile[k_of(i, across) * (kLength + kPack<A>)+at_of(i, across)] = v[e];
     }
   }
 };

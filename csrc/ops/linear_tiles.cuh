@@ -24,7 +24,9 @@ struct TileOrigin {
 // float32 and float64 the sum is a chain. In bfloat16 it is one chain for each chunk of k, from zero, then the chunks in
 // ascending order. So several warps can share the k of a few rows.
 template <typename Shape>
-int64_t tiles_of(const GemmArgs& a) { return ceil_div(a.M, Shape::kM) * ceil_div(a.N, Shape::kN); }
+int64_t tiles_of(const GemmArgs& a) {
+  return ceil_div(a.M, Shape::kM) * ceil_div(a.N, Shape::kN);
+}
 
 constexpr int kChunk = 256;  // of k
 constexpr int64_t kFill = 128;  // blocks: fewer than that leave multiprocessors idle, and smaller tiles are used

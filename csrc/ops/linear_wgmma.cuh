@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident) gemm_wgmma_
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) total[j][e] = total[j][e] + (d[j][e] + 0.f);  // as a chain from zero, which never ends at -0
+      for (int e = 0; e < 4; ++e)
+        total[j][e] = total[j][e] + (d[j][e] + 0.f);  // as a chain from zero, which never ends at -0
     }
   }
 #pragma unroll

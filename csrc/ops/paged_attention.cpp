@@ -16,19 +16,16 @@ namespace {
 constexpr const char* kOp = "paged_attention";
 
 at::Tensor meta(const at::Tensor& query, const at::Tensor& key_pages, const at::Tensor& value_pages,
-                const at::Tensor& page_table, const at::Tensor& cu_query, const at::Tensor& kv_len,
-                double scale) {
+                const at::Tensor& page_table, const at::Tensor& cu_query, const at::Tensor& kv_len, double scale) {
   require_query(kOp, query);
   const int64_t H = query.size(1), E = query.size(2);
-  require_tensor(kOp, "key_pages", key_pages, {-1, -1, E, -1}, "[num_pages, K, E, page]",
-                 query.scalar_type(), query);
+  require_tensor(kOp, "key_pages", key_pages, {-1, -1, E, -1}, "[num_pages, K, E, page]", query.scalar_type(), query);
   const int64_t K = key_pages.size(1), page = key_pages.size(3);
   require_groups(kOp, "key_pages", K, H);
-  TORCH_CHECK_VALUE(page > 0 && page % 16 == 0, kOp,
-                    ": key_pages needs a page size that is a multiple of 16, got ",
+  TORCH_CHECK_VALUE(page > 0 && page % 16 == 0, kOp, ": key_pages needs a page size that is a multiple of 16, got ",
                     key_pages.sizes());
-  require_tensor(kOp, "value_pages", value_pages, {key_pages.size(0), K, page, E},
-                 "[num_pages, K, page, E]", query.scalar_type(), query);
+  require_tensor(kOp, "value_pages", value_pages, {key_pages.size(0), K, page, E}, "[num_pages, K, page, E]",
+                 query.scalar_type(), query);
   require_cu(kOp, "cu_query", cu_query, "[N + 1]", query);
   const int64_t N = cu_query.size(0) - 1;
   require_tensor(kOp, "page_table", page_table, {N, -1}, "[N, max_pages]", at::kInt, query);
@@ -42,26 +39,22 @@ void check_pages(const PagedAttentionArgs& a) {
   const int64_t page = a.shape.page;
   for (int64_t n = 0; n < a.plan.N; ++n) {
     const int64_t num_queries = a.plan.cu[n + 1] - a.plan.cu[n];
-    TORCH_CHECK_VALUE(a.kv_len[n] >= num_queries, kOp, ": kv_len must be at least the ",
-                      num_queries, " new tokens of its sequence, got ", a.kv_len[n],
-                      " at sequence ", n);
+    TORCH_CHECK_VALUE(a.kv_len[n] >= num_queries, kOp, ": kv_len must be at least the ", num_queries,
+                      " new tokens of its sequence, got ", a.kv_len[n], " at sequence ", n);
     if (num_queries == 0) continue;
     const int64_t needed = (a.kv_len[n] + page - 1) / page;
-    TORCH_CHECK_VALUE(needed <= a.max_pages, kOp, ": page_table has ", a.max_pages,
-                      " pages a sequence, but kv_len ", a.kv_len[n], " needs ", needed,
-                      " at sequence ", n);
+    TORCH_CHECK_VALUE(needed <= a.max_pages, kOp, ": page_table has ", a.max_pages, " pages a sequence, but kv_len ",
+                      a.kv_len[n], " needs ", needed, " at sequence ", n);
     for (int64_t i = 0; i < needed; ++i) {
       const int32_t p = a.page_table[n * a.max_pages + i];
-      TORCH_CHECK_VALUE(p >= 0 && p < a.num_pages, kOp, ": page_table must be in [0, ", a.num_pages,
-                        ") for the first ", needed, " pages of sequence ", n, ", got ", p,
-                        " at page ", i);
+      TORCH_CHECK_VALUE(p >= 0 && p < a.num_pages, kOp, ": page_table must be in [0, ", a.num_pages, ") for the first ",
+                        needed, " pages of sequence ", n, ", got ", p, " at page ", i);
     }
   }
 }
 
 at::Tensor forward(const at::Tensor& query, const at::Tensor& key_pages, const at::Tensor& value_pages,
-                   const at::Tensor& page_table, const at::Tensor& cu_query, const at::Tensor& kv_len,
-                   double scale) {
+                   const at::Tensor& page_table, const at::Tensor& cu_query, const at::Tensor& kv_len, double scale) {
   at::Tensor out = meta(query, key_pages, value_pages, page_table, cu_query, kv_len, scale);
   PagedAttentionArgs args{};
   args.dtype = dtype_of(query);

@@ -34,14 +34,14 @@ struct PagedAttentionArgs {
   KvPageShape shape;
   int64_t H, num_pages, max_pages, query_stride;
   double scale;
-  const void* query;          // [T, H, E]
-  const void* key_pages;      // [num_pages, K, E, page]
-  const void* value_pages;    // [num_pages, K, page, E]
+  const void* query;  // [T, H, E]
+  const void* key_pages;  // [num_pages, K, E, page]
+  const void* value_pages;  // [num_pages, K, page, E]
   const int32_t* page_table;  // [N, max_pages]
-  const int32_t* kv_len;      // [N]
-  void* out;                  // [T, H, E]
-  int64_t T;                  // CUDA only, as the following; of the plan it reads N and cu
-  void* partial;              // [paged_attention_scratch] arithmetic type
+  const int32_t* kv_len;  // [N]
+  void* out;  // [T, H, E]
+  int64_t T;  // CUDA only, as the following; of the plan it reads N and cu
+  void* partial;  // [paged_attention_scratch] arithmetic type
 };
 
 GE_CPU_KERNEL(paged_attention, PagedAttentionArgs)  // items: those of the plan

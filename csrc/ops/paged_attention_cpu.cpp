@@ -72,8 +72,6 @@ void attend_pages(const PagedAttentionArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void paged_attention(const PagedAttentionArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(attend_pages)
-}
+void paged_attention(const PagedAttentionArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(attend_pages) }
 
 }  // namespace grpo_engine::GE_ISA

@@ -43,8 +43,13 @@ struct PagedSource {
   __device__ PagedKeys<S> open(int64_t sequence, int64_t kv_head, int64_t tokens) const {
     const int64_t keys = a.kv_len[sequence];
     const bool possible = keys >= tokens && keys <= a.max_pages * a.shape.page;
-    return {a.shape, kv_head, a.num_pages, possible ? keys - tokens : -tokens - 1, a.page_table + sequence * a.max_pages,
-            static_cast<const S*>(a.key_pages), static_cast<const S*>(a.value_pages)};
+    return {a.shape,
+            kv_head,
+            a.num_pages,
+            possible ? keys - tokens : -tokens - 1,
+            a.page_table + sequence * a.max_pages,
+            static_cast<const S*>(a.key_pages),
+            static_cast<const S*>(a.value_pages)};
   }
 
   __device__ bool same_pages(int64_t n, int begin, int end) const {

@@ -34,8 +34,7 @@ int parse(const char* argument, std::string_view value, std::initializer_list<st
   TORCH_CHECK_VALUE(false, kOp, ": ", argument, " must be one of ", allowed, ", got ", value);
 }
 
-void require_optional(const char* name, const OptionalTensor& t, at::ScalarType dtype,
-                      const at::Tensor& logprob) {
+void require_optional(const char* name, const OptionalTensor& t, at::ScalarType dtype, const at::Tensor& logprob) {
   if (t) require_tensor(kOp, name, *t, {logprob.size(0)}, "[R]", dtype, logprob);
 }
 
@@ -45,11 +44,10 @@ struct Contract {
 };
 
 Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tensor& cu_seqlens,
-               const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
-               const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
-               double clip_low, double clip_high, std::optional<double> dual_clip,
-               std::string_view kl, double kl_coef, bool kl_ratio, std::string_view aggregation,
-               double denominator) {
+               const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob, const OptionalTensor& mask,
+               std::string_view ratio, std::string_view objective, double clip_low, double clip_high,
+               std::optional<double> dual_clip, std::string_view kl, double kl_coef, bool kl_ratio,
+               std::string_view aggregation, double denominator) {
   require_shape(kOp, "logprob", logprob, {-1}, "[R]");
   TORCH_CHECK_TYPE(logprob.scalar_type() == at::kFloat || logprob.scalar_type() == at::kDouble, kOp,
                    ": logprob must be Float or Double, got ", logprob.scalar_type());
@@ -60,18 +58,13 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
   require_optional("ref_logprob", ref_logprob, dtype, logprob);
   require_optional("mask", mask, at::kBool, logprob);
   require_tensor(kOp, "cu_seqlens", cu_seqlens, {-1}, "[N+1]", at::kInt, logprob);
-  TORCH_CHECK_VALUE(cu_seqlens.size(0) >= 1, kOp, ": cu_seqlens must be [N+1] with N >= 0, got ",
-                    cu_seqlens.sizes());
-  TORCH_CHECK_VALUE(clip_low >= 0.0 && clip_low <= 1.0, kOp, ": clip_low must be in [0, 1], got ",
-                    clip_low);
-  TORCH_CHECK_VALUE(std::isfinite(clip_high) && clip_high >= 0.0, kOp,
-                    ": clip_high must be finite and >= 0, got ", clip_high);
-  TORCH_CHECK_VALUE(!dual_clip || *dual_clip > 1.0, kOp, ": dual_clip must be > 1 or None, got ",
-                    dual_clip.value_or(0.0));
-  TORCH_CHECK_VALUE(std::isfinite(kl_coef) && kl_coef >= 0.0, kOp,
-                    ": kl_coef must be finite and >= 0, got ", kl_coef);
-  TORCH_CHECK_VALUE(kl_coef == 0.0 || ref_logprob, kOp, ": kl_coef = ", kl_coef,
-                    " needs ref_logprob, got None");
+  TORCH_CHECK_VALUE(cu_seqlens.size(0) >= 1, kOp, ": cu_seqlens must be [N+1] with N >= 0, got ", cu_seqlens.sizes());
+  TORCH_CHECK_VALUE(clip_low >= 0.0 && clip_low <= 1.0, kOp, ": clip_low must be in [0, 1], got ", clip_low);
+  TORCH_CHECK_VALUE(std::isfinite(clip_high) && clip_high >= 0.0, kOp, ": clip_high must be finite and >= 0, got ",
+                    clip_high);
+  TORCH_CHECK_VALUE(!dual_clip || *dual_clip > 1.0, kOp, ": dual_clip must be > 1 or None, got ", dual_clip.value_or(0.0));
+  TORCH_CHECK_VALUE(std::isfinite(kl_coef) && kl_coef >= 0.0, kOp, ": kl_coef must be finite and >= 0, got ", kl_coef);
+  TORCH_CHECK_VALUE(kl_coef == 0.0 || ref_logprob, kOp, ": kl_coef = ", kl_coef, " needs ref_logprob, got None");
   require_positive(kOp, "the denominator (num_tokens, or num_sequences times a length)", denominator);
 
   Contract c{};
@@ -81,8 +74,7 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
   c.args.ratio = static_cast<PolicyRatio>(parse("ratio", ratio, {"token", "sequence"}));
   c.args.objective = static_cast<PolicyObjective>(parse("objective", objective, {"clip", "cispo"}));
   c.args.kl = static_cast<PolicyKl>(parse("kl", kl, {"k1", "k2", "k3"}));
-  c.args.sequence_mean =
-      parse("aggregation", aggregation, {"token_mean", "sequence_mean", "constant"}) == 1;
+  c.args.sequence_mean = parse("aggregation", aggregation, {"token_mean", "sequence_mean", "constant"}) == 1;
   c.args.clip_low = clip_low;
   c.args.clip_high = clip_high;
   c.args.dual_clip = dual_clip.value_or(std::numeric_limits<double>::infinity());
@@ -95,32 +87,31 @@ Contract check(const at::Tensor& logprob, const at::Tensor& advantage, const at:
 }
 
 Three meta(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tensor& cu_seqlens,
-           const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
-           const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
-           double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view kl,
-           double kl_coef, bool kl_ratio, std::string_view aggregation, double denominator) {
-  return check(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective,
-               clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio, aggregation, denominator)
+           const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob, const OptionalTensor& mask,
+           std::string_view ratio, std::string_view objective, double clip_low, double clip_high,
+           std::optional<double> dual_clip, std::string_view kl, double kl_coef, bool kl_ratio, std::string_view aggregation,
+           double denominator) {
+  return check(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective, clip_low, clip_high,
+               dual_clip, kl, kl_coef, kl_ratio, aggregation, denominator)
       .out;
 }
 
 void check_cu_seqlens(const int32_t* cu, int64_t N, int64_t R) {
-  TORCH_CHECK_VALUE(cu[0] == 0 && cu[N] == R, kOp, ": cu_seqlens must run from 0 to R = ", R,
-                    ", got ", cu[0], " to ", cu[N]);
+  TORCH_CHECK_VALUE(cu[0] == 0 && cu[N] == R, kOp, ": cu_seqlens must run from 0 to R = ", R, ", got ", cu[0], " to ",
+                    cu[N]);
   for (int64_t n = 0; n < N; ++n) {
-    TORCH_CHECK_VALUE(cu[n] <= cu[n + 1], kOp, ": cu_seqlens must not fall, got ", cu[n], " then ",
-                      cu[n + 1], " at sequence ", n);
+    TORCH_CHECK_VALUE(cu[n] <= cu[n + 1], kOp, ": cu_seqlens must not fall, got ", cu[n], " then ", cu[n + 1],
+                      " at sequence ", n);
   }
 }
 
 Three forward(const at::Tensor& logprob, const at::Tensor& advantage, const at::Tensor& cu_seqlens,
-              const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob,
-              const OptionalTensor& mask, std::string_view ratio, std::string_view objective,
-              double clip_low, double clip_high, std::optional<double> dual_clip, std::string_view kl,
-              double kl_coef, bool kl_ratio, std::string_view aggregation, double denominator) {
-  Contract c = check(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio,
-                     objective, clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio, aggregation,
-                     denominator);
+              const OptionalTensor& old_logprob, const OptionalTensor& ref_logprob, const OptionalTensor& mask,
+              std::string_view ratio, std::string_view objective, double clip_low, double clip_high,
+              std::optional<double> dual_clip, std::string_view kl, double kl_coef, bool kl_ratio,
+              std::string_view aggregation, double denominator) {
+  Contract c = check(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective, clip_low, clip_high,
+                     dual_clip, kl, kl_coef, kl_ratio, aggregation, denominator);
   auto& [loss, dlogprob, stats] = c.out;
   PolicyLossArgs& args = c.args;
   args.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
@@ -161,8 +152,8 @@ class Differentiable : public torch::autograd::Function<Differentiable> {
   template <typename... Others>
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& logprob,
                                                 const Others&... others) {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("grpo_engine::policy_loss", "").typed<
-        decltype(meta)>();
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("grpo_engine::policy_loss", "").typed<decltype(meta)>();
     at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, dlogprob, stats] = op.call(logprob, others...);
     ctx->save_for_backward({dlogprob});
@@ -186,9 +177,8 @@ Three autograd(const at::Tensor& logprob, const at::Tensor& advantage, const at:
                std::string_view ratio, std::string_view objective, double clip_low, double clip_high,
                std::optional<double> dual_clip, std::string_view kl, double kl_coef, bool kl_ratio,
                std::string_view aggregation, double denominator) {
-  const auto out = Differentiable::apply(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio,
-                                         objective, clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio,
-                                         aggregation, denominator);
+  const auto out = Differentiable::apply(logprob, advantage, cu_seqlens, old_logprob, ref_logprob, mask, ratio, objective,
+                                         clip_low, clip_high, dual_clip, kl, kl_coef, kl_ratio, aggregation, denominator);
   return {out[0], out[1], out[2]};
 }
 

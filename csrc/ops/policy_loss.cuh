@@ -9,12 +9,18 @@ inline constexpr double kLogRatioLimit = 20.0;
 
 // The three functions below are those that core/simd.h has for a Vec16. x where a < b, else y; y where a or b is NaN.
 template <typename A>
-GE_HOST_DEVICE inline A where_less(A a, A b, A x, A y) { return a < b ? x : y; }
+GE_HOST_DEVICE inline A where_less(A a, A b, A x, A y) {
+  return a < b ? x : y;
+}
 // The second argument when either is NaN.
 template <typename A>
-GE_HOST_DEVICE inline A vmax(A a, A b) { return a > b ? a : b; }
+GE_HOST_DEVICE inline A vmax(A a, A b) {
+  return a > b ? a : b;
+}
 template <typename A>
-GE_HOST_DEVICE inline A vmin(A a, A b) { return a < b ? a : b; }
+GE_HOST_DEVICE inline A vmin(A a, A b) {
+  return a < b ? a : b;
+}
 
 template <typename T>
 struct PolicyConstants {
@@ -45,8 +51,8 @@ struct PolicyTerm {
 
 // The surrogates are negated, because they are losses here. `inside` is 0 where the limit of the log-ratio binds, else 1.
 template <typename T>
-GE_HOST_DEVICE inline PolicyTerm<T> policy_term(PolicyObjective objective, const PolicyConstants<T>& c, T advantage,
-                                                T ratio, T logprob, T inside) {
+GE_HOST_DEVICE inline PolicyTerm<T> policy_term(PolicyObjective objective, const PolicyConstants<T>& c, T advantage, T ratio,
+                                                T logprob, T inside) {
   const T zero = c.zero, one = c.one;
   const T clamped = vmin(c.ceiling, vmax(c.floor, ratio));
   const T is_low = where_less(advantage, zero, where_less(ratio, c.floor, one, zero), zero);

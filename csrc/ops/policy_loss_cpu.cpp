@@ -110,8 +110,8 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
     V exps[2] = {d.value, e.value};
     exp_in_range(exps);  // of 0 it is 1
     const V ratio = where_less(c.zero, keep, by_sequence ? sequence_ratio : exps[0], c.zero);
-    const PolicyTerm<V> term = policy_term(kObjective, c, s.read(s.advantage, i, count, keep), ratio, logprob,
-                                           by_sequence ? c.one : d.inside);
+    const PolicyTerm<V> term =
+        policy_term(kObjective, c, s.read(s.advantage, i, count, keep), ratio, logprob, by_sequence ? c.one : d.inside);
     V gradient = V::zero();
     if (clip_by_sequence) slopes.add(term.slope);
     else gradient = each * term.slope;
@@ -159,8 +159,9 @@ void one_sequence(const PolicyLossArgs& a, const PolicyConstants<Vec16<A>>& c, i
 template <typename A, PolicyObjective kObjective, PolicyKl kKl>
 void sequences(const PolicyLossArgs& a, int64_t begin, int64_t end) {
   auto constant = [](double x) { return Vec16<A>::set1(static_cast<A>(x)); };
-  const PolicyConstants<Vec16<A>> c{constant(0.0),           constant(1.0),         constant(1.0 - a.clip_low),
-                                    constant(1.0 + a.clip_high), constant(a.dual_clip), constant(kLogRatioLimit)};
+  const PolicyConstants<Vec16<A>> c{
+      constant(0.0),         constant(1.0),           constant(1.0 - a.clip_low), constant(1.0 + a.clip_high),
+      constant(a.dual_clip), constant(kLogRatioLimit)};
   for (int64_t n = begin; n < end; ++n) one_sequence<A, kObjective, kKl>(a, c, n);
 }
 

@@ -12,7 +12,9 @@ constexpr int kThreads = 128;  // of a sequence
 // NaN wins.
 struct MaxOrNan {
   template <typename T>
-  __device__ T operator()(T a, T b) const { return a > b || a != a ? a : b; }
+  __device__ T operator()(T a, T b) const {
+    return a > b || a != a ? a : b;
+  }
 };
 
 __device__ inline bool is_max(int stat) { return stat == kStatRatioMax || stat == kStatMismatch; }
@@ -52,8 +54,8 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(PolicyLossArgs a)
     return;
   }
   const auto constant = [](double x) { return static_cast<A>(x); };
-  const PolicyConstants<A> c{A(0), A(1), constant(1.0 - a.clip_low), constant(1.0 + a.clip_high), constant(a.dual_clip),
-                             constant(kLogRatioLimit)};
+  const PolicyConstants<A> c{
+      A(0), A(1), constant(1.0 - a.clip_low), constant(1.0 + a.clip_high), constant(a.dual_clip), constant(kLogRatioLimit)};
   const Sequence<A> s(a, first, last);
   const bool by_sequence = a.ratio == PolicyRatio::sequence;
   const bool clip_by_sequence = by_sequence && a.objective == PolicyObjective::clip;
@@ -76,8 +78,7 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(PolicyLossArgs a)
     const A difference = s.difference(i), logprob = s.logprob[i];
     const LogRatio<A> d = log_ratio(c, difference);
     const A ratio = by_sequence ? sequence_ratio : s.old_logprob ? exp(d.value) : c.one;
-    const PolicyTerm<A> term =
-        policy_term(a.objective, c, s.advantage[i], ratio, logprob, by_sequence ? c.one : d.inside);
+    const PolicyTerm<A> term = policy_term(a.objective, c, s.advantage[i], ratio, logprob, by_sequence ? c.one : d.inside);
     A gradient = 0;
     if (clip_by_sequence) slopes += static_cast<double>(term.slope);
     else gradient = each * term.slope;

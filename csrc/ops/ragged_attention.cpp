@@ -16,8 +16,8 @@ namespace {
 
 constexpr const char* kOp = "ragged_attention";
 
-void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-           const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, double scale) {
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens,
+           const std::optional<at::Tensor>& cu_groups, double scale) {
   require_query(kOp, query);
   const int64_t T = query.size(0), E = query.size(2);
   require_shape(kOp, "key", key, {T, -1, E}, "[T, K, E]");
@@ -33,10 +33,8 @@ void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
   require_positive(kOp, "scale", scale);
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& query, const at::Tensor& key,
-                                                const at::Tensor& value,
-                                                const at::Tensor& cu_seqlens,
-                                                const std::optional<at::Tensor>& cu_groups,
+std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups,
                                                 double scale) {
   check(query, key, value, cu_seqlens, cu_groups, scale);
   const auto arithmetic = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -48,18 +46,16 @@ std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& query, const a
 void require_rising(const at::Tensor& groups, int64_t N) {
   const int32_t* g = groups.const_data_ptr<int32_t>();
   const int64_t M = groups.size(0) - 1;
-  TORCH_CHECK_VALUE(g[0] == 0 && g[M] == N, kOp, ": cu_groups must start at 0 and end at N = ", N,
-                    ", got ", g[0], " and ", g[M]);
+  TORCH_CHECK_VALUE(g[0] == 0 && g[M] == N, kOp, ": cu_groups must start at 0 and end at N = ", N, ", got ", g[0], " and ",
+                    g[M]);
   for (int64_t m = 0; m < M; ++m) {
-    TORCH_CHECK_VALUE(g[m] < g[m + 1], kOp, ": cu_groups must rise, got ", g[m], " then ", g[m + 1],
-                      " at group ", m);
+    TORCH_CHECK_VALUE(g[m] < g[m + 1], kOp, ": cu_groups must rise, got ", g[m], " then ", g[m + 1], " at group ", m);
   }
 }
 
 // What forward and backward share. On the CPU the offsets are checked and the work is planned.
-RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key,
-                              const at::Tensor& value, const at::Tensor& cu_seqlens,
-                              const std::optional<at::Tensor>& cu_groups, double scale,
+RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, double scale,
                               std::vector<int64_t>& first_chunk) {
   RaggedAttentionArgs args{};
   args.dtype = dtype_of(query);
@@ -88,9 +84,9 @@ RaggedAttentionArgs make_args(const at::Tensor& query, const at::Tensor& key,
   return args;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
-                                           const at::Tensor& value, const at::Tensor& cu_seqlens,
-                                           const std::optional<at::Tensor>& cu_groups, double scale) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                           const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups,
+                                           double scale) {
   auto [out, stats] = forward_meta(query, key, value, cu_seqlens, cu_groups, scale);
   std::vector<int64_t> first_chunk;
   RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, cu_groups, scale, first_chunk);
@@ -109,10 +105,11 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Te
   return {out, stats};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
-    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, const at::Tensor& out,
-    const at::Tensor& stats, double scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(const at::Tensor& dout, const at::Tensor& query,
+                                                             const at::Tensor& key, const at::Tensor& value,
+                                                             const at::Tensor& cu_seqlens,
+                                                             const std::optional<at::Tensor>& cu_groups,
+                                                             const at::Tensor& out, const at::Tensor& stats, double scale) {
   check(query, key, value, cu_seqlens, cu_groups, scale);
   require_tensor(kOp, "dout", dout, query.sizes(), "[T, H, E]", query.scalar_type(), query);
   require_tensor(kOp, "out", out, query.sizes(), "[T, H, E]", query.scalar_type(), query);
@@ -122,10 +119,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_meta(
           at::empty(value.sizes(), value.options())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& cu_groups, const at::Tensor& out,
-    const at::Tensor& stats, double scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dout, const at::Tensor& query,
+                                                        const at::Tensor& key, const at::Tensor& value,
+                                                        const at::Tensor& cu_seqlens,
+                                                        const std::optional<at::Tensor>& cu_groups, const at::Tensor& out,
+                                                        const at::Tensor& stats, double scale) {
   auto grads = backward_meta(dout, query, key, value, cu_seqlens, cu_groups, out, stats, scale);
   std::vector<int64_t> first_chunk;
   RaggedAttentionArgs args = make_args(query, key, value, cu_seqlens, cu_groups, scale, first_chunk);

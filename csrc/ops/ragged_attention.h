@@ -43,28 +43,26 @@ struct RaggedAttentionArgs {
   int64_t query_stride, key_stride, value_stride;
   double scale;
   const void* query;  // [T, H, E]
-  const void* key;    // [T, K, E]
+  const void* key;  // [T, K, E]
   const void* value;  // [T, K, E]
-  void* out;          // [T, H, E]; written by forward, read by backward
-  void* stats;        // [T, H, 2]; written by forward, read by backward
-  const void* dout;   // [T, H, E]; backward only, as the following
-  void* dquery;       // [T, H, E]
-  void* dkey;         // [T, K, E]
-  void* dvalue;       // [T, K, E]
-  int64_t T;          // CUDA only, as the following; of the plan it reads N, M, K, cu and cu_groups
-  void* key_t;        // [K, E, T] scratch, if ragged_attention_transposes; the following for backward only
-  void* value_t;      // [K, E, T]
-  void* query_t;      // [K, E, T, H / K]
-  void* dout_t;       // [K, E, T, H / K]
-  void* centre;       // [T, H] arithmetic type
+  void* out;  // [T, H, E]; written by forward, read by backward
+  void* stats;  // [T, H, 2]; written by forward, read by backward
+  const void* dout;  // [T, H, E]; backward only, as the following
+  void* dquery;  // [T, H, E]
+  void* dkey;  // [T, K, E]
+  void* dvalue;  // [T, K, E]
+  int64_t T;  // CUDA only, as the following; of the plan it reads N, M, K, cu and cu_groups
+  void* key_t;  // [K, E, T] scratch, if ragged_attention_transposes; the following for backward only
+  void* value_t;  // [K, E, T]
+  void* query_t;  // [K, E, T, H / K]
+  void* dout_t;  // [K, E, T, H / K]
+  void* centre;  // [T, H] arithmetic type
 };
 
 // Floating-point operations of the two matmuls of the forward pass. The backward pass takes 2.5 times that.
-static inline double ragged_attention_work(const RaggedAttentionArgs& a) {
-  return a.plan.pairs * a.H * a.E * 2;
-}
+static inline double ragged_attention_work(const RaggedAttentionArgs& a) { return a.plan.pairs * a.H * a.E * 2; }
 
-GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)   // items: num_items(plan)
+GE_CPU_KERNEL(ragged_attention_forward, RaggedAttentionArgs)  // items: num_items(plan)
 GE_CPU_KERNEL(ragged_attention_backward, RaggedAttentionArgs)  // items: (group, kv head), M * K
 
 // Whether the CUDA kernels for these arguments need the transposed scratch.

@@ -7,20 +7,19 @@ namespace {
 
 // The rows of `tensor` [T, K, E] that sequence n sees, where `prompt` is the first of its group.
 template <typename S>
-SequenceRows<S> sequence_rows(const RaggedAttentionArgs& a, const void* tensor, int64_t stride,
-                              int64_t prompt, int64_t n, int64_t kv_head) {
+SequenceRows<S> sequence_rows(const RaggedAttentionArgs& a, const void* tensor, int64_t stride, int64_t prompt, int64_t n,
+                              int64_t kv_head) {
   const S* rows = static_cast<const S*>(tensor) + kv_head * a.E;
   const int32_t* cu = a.plan.cu;
   const int64_t prompt_len = n == prompt ? 0 : cu[prompt + 1] - cu[prompt];
-  return {rows + cu[prompt] * stride, rows + cu[n] * stride, prompt_len,
-          prompt_len + cu[n + 1] - cu[n], stride};
+  return {rows + cu[prompt] * stride, rows + cu[n] * stride, prompt_len, prompt_len + cu[n + 1] - cu[n], stride};
 }
 
 // Asks for the columns of one kv head in `tokens` rows from token `first` on. Heads lie side by side in a
 // row, so these are a few lines each at a stride that the processor does not guess.
 template <typename S>
-GE_INLINE void prefetch_rows(const void* tensor, int64_t stride, int64_t width, int64_t kv_head,
-                             int64_t first, int64_t tokens) {
+GE_INLINE void prefetch_rows(const void* tensor, int64_t stride, int64_t width, int64_t kv_head, int64_t first,
+                             int64_t tokens) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
   const S* row = static_cast<const S*>(tensor) + first * stride + kv_head * width;
   for (int64_t t = 0; t < tokens; ++t, row += stride) {
@@ -29,8 +28,7 @@ GE_INLINE void prefetch_rows(const void* tensor, int64_t stride, int64_t width, 
 }
 
 template <typename S>
-GE_INLINE void prefetch_inputs(const RaggedAttentionArgs& a, int64_t kv_head, int64_t first,
-                               int64_t tokens) {
+GE_INLINE void prefetch_inputs(const RaggedAttentionArgs& a, int64_t kv_head, int64_t first, int64_t tokens) {
   const int64_t group_width = a.H / a.plan.K * a.E;
   prefetch_rows<S>(a.query, a.query_stride, group_width, kv_head, first, tokens);
   prefetch_rows<S>(a.key, a.key_stride, a.E, kv_head, first, tokens);
@@ -59,8 +57,7 @@ void forward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
     const AttentionItem item = next;
     if (i + 1 < end) {
       next = find_item(a.plan, i + 1);
-      prefetch_inputs<S>(a, next.kv_head, a.plan.cu[next.sequence] + next.first_token,
-                         next.num_tokens);
+      prefetch_inputs<S>(a, next.kv_head, a.plan.cu[next.sequence] + next.first_token, next.num_tokens);
     }
     const int64_t n = item.sequence, kv_head = item.kv_head;
     if (n != last.sequence || kv_head != last.kv_head) {
@@ -104,8 +101,8 @@ constexpr int kTile = 32;
 
 // sums[m][16 n + lane] += sum_r weight[r][m] * rows[r][16 n + lane] for M keys.
 template <typename A, int M, int N>
-GE_INLINE void gather_columns(const A* weight, int64_t weight_stride, const A* rows,
-                              int64_t row_stride, int count, A* sums) {
+GE_INLINE void gather_columns(const A* weight, int64_t weight_stride, const A* rows, int64_t row_stride, int count,
+                              A* sums) {
   using V = Vec16<A>;
   V acc[M][N];
 #pragma GCC unroll 16
@@ -132,12 +129,10 @@ GE_INLINE void gather_columns(const A* weight, int64_t weight_stride, const A* r
 }
 
 template <typename A, int M>
-GE_NOINLINE void gather(const A* weight, int64_t weight_stride, const A* rows, int64_t row_stride,
-                      int count, A* sums) {
+GE_NOINLINE void gather(const A* weight, int64_t weight_stride, const A* rows, int64_t row_stride, int count, A* sums) {
   int64_t column = 0;
   for (; column + kWide * kLanes <= row_stride; column += kWide * kLanes) {
-    gather_columns<A, M, kWide>(weight, weight_stride, rows + column, row_stride, count,
-                                sums + column);
+    gather_columns<A, M, kWide>(weight, weight_stride, rows + column, row_stride, count, sums + column);
   }
   for (; column < row_stride; column += kLanes) {
     gather_columns<A, M, 1>(weight, weight_stride, rows + column, row_stride, count, sums + column);
@@ -146,9 +141,8 @@ GE_NOINLINE void gather(const A* weight, int64_t weight_stride, const A* rows, i
 
 // In place: scores -> p, and dout . value -> ds; 0 where row m does not see the key.
 template <typename A, int M>
-GE_NOINLINE void slope_rows(A* p, A* ds, int64_t s_stride, const int64_t (&visible)[M],
-                            const A (&max)[M], const A (&inverse)[M], const A (&centre)[M],
-                            A scale) {
+GE_NOINLINE void slope_rows(A* p, A* ds, int64_t s_stride, const int64_t (&visible)[M], const A (&max)[M],
+                            const A (&inverse)[M], const A (&centre)[M], A scale) {
   using V = Vec16<A>;
   const V factor = V::set1(scale);
   each_block(visible, [&](int64_t b, auto keep) GE_LAMBDA {
@@ -172,10 +166,9 @@ class Backward {
 
   static int64_t bytes(const RaggedAttentionArgs& a) {
     const int64_t blocks = blocks_of(a.plan.max_len), padded = blocks_of(a.E) * kLanes;
-    return 2 * Arena::bytes<const A*>(blocks) + Arena::bytes<const S*>(blocks) +
-           2 * Arena::bytes<A>(blocks * kLanes * a.E) + Arena::bytes<S>(kLanes * a.key_stride) +
-           2 * Arena::bytes<A>(kTile * blocks * kLanes) + 2 * Arena::bytes<A>(kTile * padded) +
-           2 * Arena::bytes<A>(blocks * kLanes * padded);
+    return 2 * Arena::bytes<const A*>(blocks) + Arena::bytes<const S*>(blocks) + 2 * Arena::bytes<A>(blocks * kLanes * a.E) +
+           Arena::bytes<S>(kLanes * a.key_stride) + 2 * Arena::bytes<A>(kTile * blocks * kLanes) +
+           2 * Arena::bytes<A>(kTile * padded) + 2 * Arena::bytes<A>(blocks * kLanes * padded);
   }
 
   Backward(const RaggedAttentionArgs& args, Arena& arena)
@@ -204,11 +197,9 @@ class Backward {
     const int64_t prompt = first_of_group(a.plan, group_index);
     const int64_t end = first_of_group(a.plan, group_index + 1);
     for (int64_t n = prompt; n < end; ++n) {
-      const SequenceRows<S> keys =
-          sequence_rows<S>(a, a.key, a.key_stride, prompt, n, kv_head);
+      const SequenceRows<S> keys = sequence_rows<S>(a, a.key, a.key_stride, prompt, n, kv_head);
       if (keys.len == keys.prompt_len) continue;
-      const SequenceRows<S> values =
-          sequence_rows<S>(a, a.value, a.value_stride, prompt, n, kv_head);
+      const SequenceRows<S> values = sequence_rows<S>(a, a.value, a.value_stride, prompt, n, kv_head);
       const int64_t begin = keys.prompt_len / kLanes, blocks = blocks_of(keys.len);
       pack_blocks(keys, E, begin, blocks, packed_key);
       pack_blocks(values, E, begin, blocks, packed_value);
@@ -235,9 +226,8 @@ class Backward {
       const RowIndex first = index;
       for (int done = 0; done < count;) {
         const int m = tile_rows<A>(count - done);
-        with_rows<kRows<A>>(m, [&](auto rows) {
-          differentiate<decltype(rows)::value>(start, before, kv_head, index, done, seen);
-        });
+        with_rows<kRows<A>>(
+            m, [&](auto rows) { differentiate<decltype(rows)::value>(start, before, kv_head, index, done, seen); });
         index.advance(m, group);
         done += m;
       }
@@ -248,10 +238,10 @@ class Backward {
         const int m = seen - j < kRows<A> ? static_cast<int>(seen - j) : kRows<A>;
         with_rows<kRows<A>>(m, [&](auto rows) {
           constexpr int M = decltype(rows)::value;
-          gather<A, M>(ds + skip * s_stride + j, s_stride, query_rows + skip * padded, padded,
-                       count - skip, dkey + j * padded);
-          gather<A, M>(p + skip * s_stride + j, s_stride, dout_rows + skip * padded, padded,
-                       count - skip, dvalue + j * padded);
+          gather<A, M>(ds + skip * s_stride + j, s_stride, query_rows + skip * padded, padded, count - skip,
+                       dkey + j * padded);
+          gather<A, M>(p + skip * s_stride + j, s_stride, dout_rows + skip * padded, padded, count - skip,
+                       dvalue + j * padded);
         });
       }
     }
@@ -271,8 +261,8 @@ class Backward {
   // p and ds of the M rows from `first` on, which become rows [slot, slot + M) of the tile, and
   // their dquery. Columns up to the block of key seen - 1 are written.
   template <int M>
-  __attribute__((noinline)) void differentiate(int64_t start, int64_t before, int64_t kv_head,
-                                               RowIndex first, int slot, int64_t seen) {
+  __attribute__((noinline)) void differentiate(int64_t start, int64_t before, int64_t kv_head, RowIndex first, int slot,
+                                               int64_t seen) {
     RowIndex index[M];
     int64_t visible[M];
     A centre[M];
@@ -304,13 +294,12 @@ class Backward {
     score_rows<A, M>(g, value, kLanes, E, A(1), blocks, ds + slot * s_stride, s_stride);
     A max[M], inverse[M];
     for (int m = 0; m < M; ++m) {
-      const A* stats = static_cast<const A*>(a.stats) +
-                       ((start + index[m].token) * a.H + kv_head * group + index[m].head) * 2;
+      const A* stats =
+          static_cast<const A*>(a.stats) + ((start + index[m].token) * a.H + kv_head * group + index[m].head) * 2;
       max[m] = stats[0];
       inverse[m] = stats[1];
     }
-    slope_rows(p + slot * s_stride, ds + slot * s_stride, s_stride, visible, max, inverse, centre,
-               scale);
+    slope_rows(p + slot * s_stride, ds + slot * s_stride, s_stride, visible, max, inverse, centre, scale);
     // keys that only later rows of the tile see
     const int64_t rest = (blocks_of(seen) - blocks) * kLanes * sizeof(A);
     for (int m = 0; rest > 0 && m < M; ++m) {
@@ -319,8 +308,7 @@ class Backward {
     }
     weigh_rows<S, M>(ds + slot * s_stride, s_stride, key_row, a.key_stride, E, visible,
                      [&](int m, int64_t column, int lanes, V acc) {
-                       S* dquery = static_cast<S*>(a.dquery) + rows +
-                                   index[m].token * stride + index[m].head * E;
+                       S* dquery = static_cast<S*>(a.dquery) + rows + index[m].token * stride + index[m].head * E;
                        store(acc, dquery + column, lanes);
                      });
   }
@@ -355,11 +343,7 @@ void backward(const RaggedAttentionArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void ragged_attention_forward(const RaggedAttentionArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(forward)
-}
-void ragged_attention_backward(const RaggedAttentionArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(backward)
-}
+void ragged_attention_forward(const RaggedAttentionArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(forward) }
+void ragged_attention_backward(const RaggedAttentionArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(backward) }
 
 }  // namespace grpo_engine::GE_ISA

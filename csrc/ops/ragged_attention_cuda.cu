@@ -34,8 +34,11 @@ template <typename S>
 void transpose(const RaggedAttentionArgs& a, const void* from, int64_t token_stride, int64_t group, void* to,
                CudaStream stream) {
   const int64_t rows = a.T * group;
-  launch({.name = "ragged_attention_transpose", .blocks = ceil_div(rows, kWarpSize), .threads = kWarpSize * kTransposeRows,
-          .stream = stream, .blocks_y = a.plan.K * ceil_div(a.E, kWarpSize)},
+  launch({.name = "ragged_attention_transpose",
+          .blocks = ceil_div(rows, kWarpSize),
+          .threads = kWarpSize * kTransposeRows,
+          .stream = stream,
+          .blocks_y = a.plan.K * ceil_div(a.E, kWarpSize)},
          transpose_kernel<S>, static_cast<const S*>(from), token_stride, rows, group, a.E, static_cast<S*>(to));
 }
 
@@ -121,8 +124,7 @@ __device__ inline A slope(const RowStats<A>& row, A p, A dout_value, A scale) {
 // The memory of one warp in dquery_kernel, and of a block and each of its warps in dkey_kernel.
 template <typename A>
 int64_t dquery_shared(int64_t E) {
-  return (2 * E + kKeyBlock) * kTileRows * static_cast<int64_t>(sizeof(A)) +
-         kKeyBlock * static_cast<int64_t>(sizeof(void*));
+  return (2 * E + kKeyBlock) * kTileRows * static_cast<int64_t>(sizeof(A)) + kKeyBlock * static_cast<int64_t>(sizeof(void*));
 }
 template <typename A>
 int64_t dkey_shared_of_warp() {
@@ -232,11 +234,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_kernel(RaggedAtte
 // The query rows of one sequence and kv head, token-major, from `first` on: p and ds of a tile of keys, and what they
 // add to dvalue and dkey. With `own` the rows are those of the keys' own sequence, whose first key is number `key`.
 template <typename S, int C>
-__device__ inline void add_query_block(const RaggedAttentionArgs& a, int64_t kv_head, int64_t begin, int64_t first, int64_t rows,
-                                       bool own, int64_t key, int keys, const Arith<S>* key_tile, const Arith<S>* value_tile,
-                                       Arith<S>* p_columns, Arith<S>* ds_columns, const S** query_rows, const S** dout_rows,
-                                       const LaneColumns<C>& columns, Arith<S> (&dkey)[kTileRows][C],
-                                       Arith<S> (&dvalue)[kTileRows][C]) {
+__device__ inline void add_query_block(const RaggedAttentionArgs& a, int64_t kv_head, int64_t begin, int64_t first,
+                                       int64_t rows, bool own, int64_t key, int keys, const Arith<S>* key_tile,
+                                       const Arith<S>* value_tile, Arith<S>* p_columns, Arith<S>* ds_columns,
+                                       const S** query_rows, const S** dout_rows, const LaneColumns<C>& columns,
+                                       Arith<S> (&dkey)[kTileRows][C], Arith<S> (&dvalue)[kTileRows][C]) {
   using A = Arith<S>;
   const int lane = threadIdx.x % kWarpSize, group = static_cast<int>(a.H / a.plan.K);
   const int64_t all_rows = a.T * group, plane = kv_head * a.E * all_rows;
@@ -363,7 +365,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkey_kernel(RaggedAttent
 #pragma unroll
       for (int i = 0; i < C; ++i) {
         if (!columns.inside[i]) continue;
-        A *dkey_sum = key_tile + (i * kWarpSize + lane) * kTileRows, *dvalue_sum = value_tile + (i * kWarpSize + lane) * kTileRows;
+        A *dkey_sum = key_tile + (i * kWarpSize + lane) * kTileRows,
+          *dvalue_sum = value_tile + (i * kWarpSize + lane) * kTileRows;
         A dk[kTileRows]{}, dv[kTileRows]{};
         if (w > 0) {
           load_column(dkey_sum, dk);
@@ -405,7 +408,8 @@ void ragged_attention_backward_cuda(const RaggedAttentionArgs& args, CudaStream 
     using A = Arith<S>;
     const RaggedAttentionArgs& a = args;
     const int64_t group = a.H / a.plan.K;
-    launch({"ragged_attention_centre", ceil_div(a.T * a.H, kAttentionWarps), kAttentionThreads, stream}, centre_kernel<S>, a);
+    launch({"ragged_attention_centre", ceil_div(a.T * a.H, kAttentionWarps), kAttentionThreads, stream}, centre_kernel<S>,
+           a);
     if (!ragged_attention_transposes(a)) return ragged_attention_backward_mma(a, stream);
     transpose<S>(a, a.key, a.key_stride, 1, a.key_t, stream);
     transpose<S>(a, a.value, a.value_stride, 1, a.value_t, stream);
@@ -415,11 +419,19 @@ void ragged_attention_backward_cuda(const RaggedAttentionArgs& args, CudaStream 
     const int64_t key_tiles = a.plan.K * tile_number(a.T, a.plan.N, 1);
     for_columns<S>(a.E, [&]<int C>() {
       const int64_t column_blocks = ceil_div(a.E, C * kWarpSize);
-      launch({.name = "ragged_attention_dquery", .blocks = ceil_div(warps, kAttentionWarps), .threads = kAttentionThreads,
-              .stream = stream, .shared_bytes = kAttentionWarps * dquery_shared<A>(a.E), .blocks_y = column_blocks},
+      launch({.name = "ragged_attention_dquery",
+              .blocks = ceil_div(warps, kAttentionWarps),
+              .threads = kAttentionThreads,
+              .stream = stream,
+              .shared_bytes = kAttentionWarps * dquery_shared<A>(a.E),
+              .blocks_y = column_blocks},
              dquery_kernel<S, C>, a, dquery_shared<A>(a.E));
-      launch({.name = "ragged_attention_dkey", .blocks = key_tiles + ceil_div(a.T, kAttentionThreads),
-              .threads = kAttentionThreads, .stream = stream, .shared_bytes = dkey_shared<A>(a.E), .blocks_y = column_blocks},
+      launch({.name = "ragged_attention_dkey",
+              .blocks = key_tiles + ceil_div(a.T, kAttentionThreads),
+              .threads = kAttentionThreads,
+              .stream = stream,
+              .shared_bytes = dkey_shared<A>(a.E),
+              .blocks_y = column_blocks},
              dkey_kernel<S, C>, a, dkey_shared_of_warp<A>());
     });
   });

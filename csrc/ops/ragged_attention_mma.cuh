@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(Ragged
         return [=, &keys](int r) { return begin + r < most ? first + keys.token(begin + r) * stride : nullptr; };
       };
       load_rows<T>(row_from(keys.key, keys.key_stride), keys.key, a.E, source.key_aligned, shared.moving_first(side));
-      load_rows<T>(row_from(keys.value, keys.value_stride), keys.value, a.E, source.value_aligned, shared.moving_second(side));
+      load_rows<T>(row_from(keys.value, keys.value_stride), keys.value, a.E, source.value_aligned,
+                   shared.moving_second(side));
     }
     end_copies();
   };
@@ -150,7 +151,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dquery_mma_kernel(Ragged
       for (int part = 0; part < kBackwardRows; part += kBackwardPart) {
         float dots[kBackwardPart / 8][4], douts[kBackwardPart / 8][4];
         row_matmul<T, T, false, kWidth>(shared.first, lane.warp * 16, key, part, kBackwardPart, dots);
-        row_matmul<T, T, false, kWidth>(shared.second, lane.warp * 16, shared.moving_second(side), part, kBackwardPart, douts);
+        row_matmul<T, T, false, kWidth>(shared.second, lane.warp * 16, shared.moving_second(side), part, kBackwardPart,
+                                        douts);
 #pragma unroll
         for (int n = 0; n < kBackwardPart / 8; ++n) {
 #pragma unroll

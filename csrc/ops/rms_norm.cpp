@@ -28,8 +28,7 @@ void check(const at::Tensor& x, const at::Tensor& weight) {
 
 void check_forward(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check(x, weight);
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0.0, kOp, ": eps must be finite and >= 0, got ",
-                    eps);
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0.0, kOp, ": eps must be finite and >= 0, got ", eps);
 }
 
 Two meta(const at::Tensor& x, const at::Tensor& weight, double eps) {
@@ -37,8 +36,7 @@ Two meta(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return {at::empty_like(x), at::empty({x.size(0)}, arithmetic(x))};
 }
 
-Three residual_meta(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
-                    double eps) {
+Three residual_meta(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
   check_forward(x, weight, eps);
   require_tensor(kOp, "residual", residual, x.sizes(), "[T, D]", x.scalar_type(), x);
   return {at::empty_like(x), at::empty_like(x), at::empty({x.size(0)}, arithmetic(x))};
@@ -65,8 +63,7 @@ Two forward(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return {y, rstd};
 }
 
-Three residual_forward(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
-                   double eps) {
+Three residual_forward(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
   auto [y, sum, rstd] = residual_meta(x, residual, weight, eps);
   RmsNormArgs args = common_args(x, weight);
   args.eps = eps;
@@ -79,28 +76,27 @@ Three residual_forward(const at::Tensor& x, const at::Tensor& residual, const at
   return {y, sum, rstd};
 }
 
-void check_backward(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x,
-                    const at::Tensor& weight, const at::Tensor& rstd) {
+void check_backward(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x, const at::Tensor& weight,
+                    const at::Tensor& rstd) {
   check(x, weight);
   require_tensor(kOp, "dy", dy, x.sizes(), "[T, D]", x.scalar_type(), x);
   if (dsum) require_tensor(kOp, "dsum", *dsum, x.sizes(), "[T, D]", x.scalar_type(), x);
   require_tensor(kOp, "rstd", rstd, {x.size(0)}, "[T]", arithmetic(x).dtype().toScalarType(), x);
 }
 
-Two backward_meta(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x,
-                  const at::Tensor& weight, const at::Tensor& rstd) {
+Two backward_meta(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x, const at::Tensor& weight,
+                  const at::Tensor& rstd) {
   check_backward(dy, dsum, x, weight, rstd);
   return {at::empty_like(x), at::empty_like(weight)};
 }
 
-Two backward(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x,
-                 const at::Tensor& weight, const at::Tensor& rstd) {
+Two backward(const at::Tensor& dy, const OptionalTensor& dsum, const at::Tensor& x, const at::Tensor& weight,
+             const at::Tensor& rstd) {
   check_backward(dy, dsum, x, weight, rstd);
   RmsNormArgs args = common_args(x, weight);
   const int64_t chunks = rms_norm_chunks(args.T);
   const at::Tensor dx = at::empty_like(x);
-  const at::Tensor dweight = chunks > 0 ? at::empty({chunks, args.D}, arithmetic(x))
-                                        : at::zeros({1, args.D}, arithmetic(x));
+  const at::Tensor dweight = chunks > 0 ? at::empty({chunks, args.D}, arithmetic(x)) : at::zeros({1, args.D}, arithmetic(x));
   args.dy = dy.const_data_ptr();
   args.dsum = dsum ? dsum->const_data_ptr() : nullptr;
   args.rstd = const_cast<void*>(rstd.const_data_ptr());

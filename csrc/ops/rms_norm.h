@@ -25,26 +25,26 @@ struct RmsNormArgs {
   DType dtype;
   int64_t T, D;
   double eps;
-  const void* x;         // [T, D]; backward: the sum where there was a residual
+  const void* x;  // [T, D]; backward: the sum where there was a residual
   const void* residual;  // [T, D] or null
-  const void* weight;    // [D]
-  const void* dy;        // [T, D]; backward only
-  const void* dsum;      // [T, D] or null: gradient that reaches the sum directly, added to dx; backward only
-  void* sum;             // [T, D] x + residual; forward only, null without residual
-  void* y;               // [T, D]; forward only
-  void* rstd;            // [T]; written by forward, read by backward
-  void* dx;              // [T, D]; backward only
-  void* dweight;         // [chunks, D] in the arithmetic type, then summed into row 0; backward only
+  const void* weight;  // [D]
+  const void* dy;  // [T, D]; backward only
+  const void* dsum;  // [T, D] or null: gradient that reaches the sum directly, added to dx; backward only
+  void* sum;  // [T, D] x + residual; forward only, null without residual
+  void* y;  // [T, D]; forward only
+  void* rstd;  // [T]; written by forward, read by backward
+  void* dx;  // [T, D]; backward only
+  void* dweight;  // [chunks, D] in the arithmetic type, then summed into row 0; backward only
 };
 
-inline constexpr int64_t kRmsNormRows = 64;     // rows of one chunk of dweight
+inline constexpr int64_t kRmsNormRows = 64;  // rows of one chunk of dweight
 inline constexpr int64_t kRmsNormColumns = 64;  // columns of dweight in one work item
 
 static inline int64_t rms_norm_chunks(int64_t rows) { return (rows + kRmsNormRows - 1) / kRmsNormRows; }
 
-GE_CPU_KERNEL(rms_norm_forward, RmsNormArgs)   // items: rows
+GE_CPU_KERNEL(rms_norm_forward, RmsNormArgs)  // items: rows
 GE_CPU_KERNEL(rms_norm_backward, RmsNormArgs)  // items: chunks of kRmsNormRows rows; dx, rows of dweight
-GE_CPU_KERNEL(rms_norm_join, RmsNormArgs)      // items: blocks of kRmsNormColumns columns of dweight
+GE_CPU_KERNEL(rms_norm_join, RmsNormArgs)  // items: blocks of kRmsNormColumns columns of dweight
 
 void rms_norm_forward_cuda(const RmsNormArgs&, CudaStream);
 void rms_norm_backward_cuda(const RmsNormArgs&, CudaStream);  // joins dweight too

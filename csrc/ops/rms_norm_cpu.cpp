@@ -26,9 +26,8 @@ void forward_row(const RmsNormArgs& a, int64_t t) {
   const A rstd = A(1) / static_cast<A>(::sqrt(static_cast<double>(mean) + a.eps));
   static_cast<A*>(a.rstd)[t] = rstd;
   const V scale = V::set1(rstd);
-  each_vector(a.D, [&](int64_t d, int n) {
-    store(round_to<S>(load<V>(normed + d, n) * scale) * load<V>(weight + d, n), y + d, n);
-  });
+  each_vector(
+      a.D, [&](int64_t d, int n) { store(round_to<S>(load<V>(normed + d, n) * scale) * load<V>(weight + d, n), y + d, n); });
 }
 
 template <typename S>

@@ -27,8 +27,7 @@ at::Tensor meta(const at::Tensor& x, const at::Tensor& position, double theta, b
   require_shape(kOp, "x", x, {-1, -1, -1}, "[T, H, E]");
   require_float(kOp, "x", x);
   require_row_contiguous(kOp, "x", x);
-  TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(2) % 2 == 0, kOp,
-                    ": x needs an even head width E >= 2, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(2) % 2 == 0, kOp, ": x needs an even head width E >= 2, got ", x.sizes());
   require_tensor(kOp, "position", position, {x.size(0)}, "[T]", at::kLong, x);
   require_positive(kOp, "theta", theta);
   if (frequency) require_tensor(kOp, "frequency", *frequency, {x.size(2) / 2}, "[E/2]", at::kFloat, x);
@@ -114,8 +113,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& position, double theta
 
 }  // namespace
 
-RopeTable rope_table(const char* op, const int64_t* position, int64_t T, int64_t E, double theta,
-                     const float* frequency) {
+RopeTable rope_table(const char* op, const int64_t* position, int64_t T, int64_t E, double theta, const float* frequency) {
   const Rotation rotation{E, theta, frequency ? std::vector<float>(frequency, frequency + E / 2) : std::vector<float>()};
   constexpr int64_t kKept = 32768;  // 8 MB at E = 64
   const auto [low, high] = std::minmax_element(position, position + T);

@@ -17,14 +17,12 @@ constexpr const char* kOp = "sample_token";
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using OptionalTensor = std::optional<at::Tensor>;
 
-void require_row_vector(const char* name, const OptionalTensor& t, at::ScalarType dtype,
-                        const at::Tensor& logits) {
+void require_row_vector(const char* name, const OptionalTensor& t, at::ScalarType dtype, const at::Tensor& logits) {
   if (t) require_tensor(kOp, name, *t, {logits.size(0)}, "[B]", dtype, logits);
 }
 
-Four meta(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& position,
-          const at::Tensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
-          const OptionalTensor& min_p) {
+Four meta(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& position, const at::Tensor& temperature,
+          const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
   require_shape(kOp, "logits", logits, {-1, -1}, "[B, V]");
   TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16, kOp,
                    ": logits must be Float or BFloat16, got ", logits.scalar_type());
@@ -39,15 +37,12 @@ Four meta(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& po
   require_row_vector("min_p", min_p, at::kFloat, logits);
   const int64_t B = logits.size(0);
   const auto f32 = logits.options().dtype(at::kFloat);
-  return {at::empty({B}, f32.dtype(at::kLong)), at::empty({B}, f32), at::empty({B}, f32),
-          at::empty({B}, f32)};
+  return {at::empty({B}, f32.dtype(at::kLong)), at::empty({B}, f32), at::empty({B}, f32), at::empty({B}, f32)};
 }
 
-Four forward(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& position,
-                 const at::Tensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
-             const OptionalTensor& min_p) {
-  auto [token, logprob, full_logprob, entropy] =
-      meta(logits, seed, position, temperature, top_k, top_p, min_p);
+Four forward(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor& position, const at::Tensor& temperature,
+             const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
+  auto [token, logprob, full_logprob, entropy] = meta(logits, seed, position, temperature, top_k, top_p, min_p);
   const int64_t B = logits.size(0);
   const float* temperatures = temperature.const_data_ptr<float>();
   const float* ps = top_p ? top_p->const_data_ptr<float>() : nullptr;
@@ -55,10 +50,10 @@ Four forward(const at::Tensor& logits, const at::Tensor& seed, const at::Tensor&
   for (int64_t b = 0; b < B && !on_cuda(logits); ++b) {
     TORCH_CHECK_VALUE(std::isfinite(temperatures[b]) && temperatures[b] >= 0.f, kOp,
                       ": temperature must be finite and >= 0, got ", temperatures[b], " at row ", b);
-    TORCH_CHECK_VALUE(!ps || (ps[b] >= 0.f && ps[b] <= 1.f), kOp, ": top_p must be in [0, 1], got ",
-                      ps ? ps[b] : 0.f, " at row ", b);
-    TORCH_CHECK_VALUE(!mins || (mins[b] >= 0.f && mins[b] <= 1.f), kOp,
-                      ": min_p must be in [0, 1], got ", mins ? mins[b] : 0.f, " at row ", b);
+    TORCH_CHECK_VALUE(!ps || (ps[b] >= 0.f && ps[b] <= 1.f), kOp, ": top_p must be in [0, 1], got ", ps ? ps[b] : 0.f,
+                      " at row ", b);
+    TORCH_CHECK_VALUE(!mins || (mins[b] >= 0.f && mins[b] <= 1.f), kOp, ": min_p must be in [0, 1], got ",
+                      mins ? mins[b] : 0.f, " at row ", b);
   }
   SampleTokenArgs args{};
   args.dtype = dtype_of(logits);

@@ -34,23 +34,23 @@ namespace grpo_engine {
 inline constexpr int64_t kSampleBlock = 512;  // kRowBlock of core/row_stats.h and row_stats.cuh
 
 struct SampleTokenArgs {
-  DType dtype;                // of logits: f32 or bf16
+  DType dtype;  // of logits: f32 or bf16
   int64_t B, V;
-  int64_t row_stride;         // elements from row to row of logits
-  const void* logits;         // [B, V]
-  const int64_t* seed;        // [B]
-  const int64_t* position;    // [B]
-  const float* temperature;   // [B]
-  const int64_t* top_k;       // [B] or null; <= 0 or >= V: off
-  const float* top_p;         // [B] or null; 1: off
-  const float* min_p;         // [B] or null; 0: off
-  int64_t* token;             // [B]
-  float* logprob;             // [B]
-  float* full_logprob;        // [B]
-  float* entropy;             // [B]
-  float* block_max;           // [B, blocks of V]; scratch of CUDA, as the next two
-  double* block_mass;         // [B, blocks of V]
-  float* block_weighted;      // [B, blocks of V]
+  int64_t row_stride;  // elements from row to row of logits
+  const void* logits;  // [B, V]
+  const int64_t* seed;  // [B]
+  const int64_t* position;  // [B]
+  const float* temperature;  // [B]
+  const int64_t* top_k;  // [B] or null; <= 0 or >= V: off
+  const float* top_p;  // [B] or null; 1: off
+  const float* min_p;  // [B] or null; 0: off
+  int64_t* token;  // [B]
+  float* logprob;  // [B]
+  float* full_logprob;  // [B]
+  float* entropy;  // [B]
+  float* block_max;  // [B, blocks of V]; scratch of CUDA, as the next two
+  double* block_mass;  // [B, blocks of V]
+  float* block_weighted;  // [B, blocks of V]
 };
 
 GE_CPU_KERNEL(sample_token, SampleTokenArgs)  // items: rows

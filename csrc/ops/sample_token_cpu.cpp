@@ -46,8 +46,7 @@ enum class Tail { count, mass };
 
 // Adds the tails of n <= kRowBlock values at G thresholds to total.
 template <Tail kTail, int G, typename S>
-GE_INLINE void add_tails(const S* x, int64_t n, float inv_temperature, float max, const float* thresholds,
-                         double* total) {
+GE_INLINE void add_tails(const S* x, int64_t n, float inv_temperature, float max, const float* thresholds, double* total) {
   const VecF scale = VecF::set1(inv_temperature), shift = VecF::set1(max), low = VecF::set1(-104.f);
   VecF sums[G], at[G];
   for (int g = 0; g < G; ++g) {
@@ -152,8 +151,7 @@ Threshold find_threshold(const Row<S>& row, double wanted, float low, const Inte
       row.each_block(low, [&](int64_t, int64_t first, int64_t length) {
         for (int64_t i = 0; i < length && count <= kGathered; i += kLanes) {
           const int left = length - i < kLanes ? static_cast<int>(length - i) : kLanes;
-          const VecF z = load<VecF>(row.x + first + i, left, -__builtin_inff()) *
-                         VecF::set1(row.inv_temperature);
+          const VecF z = load<VecF>(row.x + first + i, left, -__builtin_inff()) * VecF::set1(row.inv_temperature);
           count += append_between(z, low, high, row.gathered + count);
         }
       });
@@ -420,9 +418,7 @@ void one_row(const SampleTokenArgs& a, int64_t b, Row<S>& row) {
   const double z = scaled(to_arith(row.x[token]), inv_temperature);
   a.token[b] = token;
   a.full_logprob[b] = static_cast<float>(stats.logprob(z));
-  a.logprob[b] = temperature == 0.f ? 0.f
-                 : filtered         ? static_cast<float>((z - stats.max) - ::log(mass))
-                                    : a.full_logprob[b];
+  a.logprob[b] = temperature == 0.f ? 0.f : filtered ? static_cast<float>((z - stats.max) - ::log(mass)) : a.full_logprob[b];
   a.entropy[b] = static_cast<float>(stats.entropy());
 }
 

@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
   const int64_t b = blockIdx.x;
   const float temperature = a.temperature[b];
   const double top_p = a.top_p ? a.top_p[b] : 1.0, min_p = a.min_p ? a.min_p[b] : 0.0;
-  const bool valid = temperature >= 0.f && temperature < infinity<float>() && top_p >= 0.0 && top_p <= 1.0 &&
-                     min_p >= 0.0 && min_p <= 1.0;
+  const bool valid =
+      temperature >= 0.f && temperature < infinity<float>() && top_p >= 0.0 && top_p <= 1.0 && min_p >= 0.0 && min_p <= 1.0;
   Row<S> row = row_of<S>(a, b, aligned);
   const float inv_temperature = row.inv_temperature;
   const RowStats stats = join_row(row.num_blocks, inv_temperature, [&](int64_t block) {
@@ -377,7 +377,8 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
     row.inv_temperature = static_cast<float>(inv_temperature * (1e38 / fabs(stats.max)));
     row.max = static_cast<float>(stats.max / inv_temperature) * row.inv_temperature;
   }
-  for (int64_t i = threadIdx.x; i < row.num_blocks; i += kRowThreads) row.block_max[i] = row.block_max[i] * row.inv_temperature;
+  for (int64_t i = threadIdx.x; i < row.num_blocks; i += kRowThreads)
+    row.block_max[i] = row.block_max[i] * row.inv_temperature;
   __syncthreads();
   const int64_t top_k = a.top_k && a.top_k[b] > 0 && a.top_k[b] < a.V ? a.top_k[b] : a.V;
   const bool filtered = top_k < a.V || top_p < 1.0 || min_p > 0.0;
@@ -403,9 +404,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_token_kernel(SampleTokenAr
   const double z = scaled(to_arith(row.x[token]), inv_temperature);
   a.token[b] = token;
   a.full_logprob[b] = static_cast<float>(stats.logprob(z));
-  a.logprob[b] = temperature == 0.f ? 0.f
-                 : filtered         ? static_cast<float>((z - stats.max) - log(mass))
-                                    : a.full_logprob[b];
+  a.logprob[b] = temperature == 0.f ? 0.f : filtered ? static_cast<float>((z - stats.max) - log(mass)) : a.full_logprob[b];
   a.entropy[b] = static_cast<float>(stats.entropy());
 }
 

@@ -14,8 +14,7 @@ constexpr double kCost = 30.0;  // operations an element, the exponential includ
 
 at::Tensor forward_meta(const at::Tensor& gate_up) {
   require_shape(kOp, "gate_up", gate_up, {-1, -1}, "[T, 2F]");
-  TORCH_CHECK_VALUE(gate_up.size(1) % 2 == 0, kOp, ": gate_up needs an even number of columns, got ",
-                    gate_up.sizes());
+  TORCH_CHECK_VALUE(gate_up.size(1) % 2 == 0, kOp, ": gate_up needs an even number of columns, got ", gate_up.sizes());
   require_float(kOp, "gate_up", gate_up);
   require_contiguous(kOp, "gate_up", gate_up);
   return at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());

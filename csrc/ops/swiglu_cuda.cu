@@ -20,11 +20,15 @@ struct PackIndex {
 };
 
 template <typename A>
-__device__ inline A sigmoid(A gate) { return A(1) / (A(1) + exp(-gate)); }
+__device__ inline A sigmoid(A gate) {
+  return A(1) / (A(1) + exp(-gate));
+}
 
 // gate / (1 + exp(-gate)), which unlike gate * sigmoid has no 0 * inf.
 template <typename A>
-__device__ inline A silu(A gate) { return gate / (A(1) + exp(-gate)); }
+__device__ inline A silu(A gate) {
+  return gate / (A(1) + exp(-gate));
+}
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(SwigluArgs a, unsigned blocks_of_row, bool aligned) {

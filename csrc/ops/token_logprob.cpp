@@ -57,8 +57,7 @@ double tile_cost(const TokenLogprobArgs& args) {
   return static_cast<double>(args.wave) * kVocabBlock * (2.0 / 16.0 * args.D + 2.0);
 }
 
-void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
-           double temperature) {
+void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, double temperature) {
   require_shape(kOp, "hidden", hidden, {-1, -1}, "[T, D]");
   require_float(kOp, "hidden", hidden);
   require_contiguous(kOp, "hidden", hidden);
@@ -69,8 +68,8 @@ void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor&
   require_positive(kOp, "temperature", temperature);
 }
 
-TokenLogprobArgs arguments(const at::Tensor& hidden, const at::Tensor& weight,
-                           const at::Tensor& target, double temperature) {
+TokenLogprobArgs arguments(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
+                           double temperature) {
   TokenLogprobArgs args{};
   args.dtype = dtype_of(hidden);
   args.T = hidden.size(0);
@@ -83,8 +82,8 @@ TokenLogprobArgs arguments(const at::Tensor& hidden, const at::Tensor& weight,
   return args;
 }
 
-Three forward_meta(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
-                   double temperature, bool /*batch_invariant*/) {
+Three forward_meta(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, double temperature,
+                   bool /*batch_invariant*/) {
   check(hidden, weight, target, temperature);
   const int64_t T = hidden.size(0);
   const auto out = hidden.options().dtype(arithmetic(hidden));
@@ -99,10 +98,11 @@ at::Tensor view_of(const at::Tensor& buffer, const TokenLogprobArgs& args) {
 // CUDA: the logits of the window, in args.dlogits, the memory of `window`.
 void logits_of_window(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& window,
                       const TokenLogprobArgs& args, bool library) {
-  const at::Tensor rows = hidden.narrow(0, args.first_row, args.num_rows), ids = weight.narrow(0, args.first_id, args.num_ids);
+  const at::Tensor rows = hidden.narrow(0, args.first_row, args.num_rows),
+                   ids = weight.narrow(0, args.first_id, args.num_ids);
   if (library) return library_matmul(rows, ids.t(), view_of(window, args));
   GemmArgs matmul = linear_matmul(args.dtype, args.num_rows, args.D, args.num_ids, rows.const_data_ptr(),
-                                    ids.const_data_ptr(), nullptr, args.dlogits);
+                                  ids.const_data_ptr(), nullptr, args.dlogits);
   matmul.c_dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
   gemm_on(hidden, matmul);
 }
@@ -128,9 +128,8 @@ Three forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tens
   auto [logprob, entropy, saved] = forward_meta(hidden, weight, target, temperature, batch_invariant);
   TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
   for (int64_t t = 0; t < args.T && !on_cuda(target); ++t) {
-    TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp,
-                      ": target must be in [0, V) = [0, ", args.V, "), got ", args.target[t],
-                      " at row ", t);
+    TORCH_CHECK_VALUE(args.target[t] >= 0 && args.target[t] < args.V, kOp, ": target must be in [0, V) = [0, ", args.V,
+                      "), got ", args.target[t], " at row ", t);
   }
   const int64_t num_blocks = count_of(args.V, kVocabBlock);
   at::Tensor blocks = at::empty({args.T, num_blocks, 3}, logprob.options());
@@ -145,33 +144,30 @@ Three forward(const at::Tensor& hidden, const at::Tensor& weight, const at::Tens
     forward_on_cuda(hidden, weight, logprob, args, by_library(hidden, batch_invariant));
     return {logprob, entropy, saved};
   }
-  parallel_items(token_logprob_blocks_cpu, args, count_of(args.T, args.wave) * num_blocks,
-                 tile_cost(args));
+  parallel_items(token_logprob_blocks_cpu, args, count_of(args.T, args.wave) * num_blocks, tile_cost(args));
   parallel_items(token_logprob_join_cpu, args, args.T, 50.0 * num_blocks);
   return {logprob, entropy, saved};
 }
 
-std::tuple<at::Tensor, at::Tensor> backward_meta(
-    const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& hidden,
-    const at::Tensor& weight, const at::Tensor& target, const at::Tensor& saved, double temperature,
-    bool need_hidden, bool need_weight, bool /*batch_invariant*/) {
+std::tuple<at::Tensor, at::Tensor> backward_meta(const at::Tensor& g_logprob, const at::Tensor& g_entropy,
+                                                 const at::Tensor& hidden, const at::Tensor& weight,
+                                                 const at::Tensor& target, const at::Tensor& saved, double temperature,
+                                                 bool need_hidden, bool need_weight, bool /*batch_invariant*/) {
   check(hidden, weight, target, temperature);
   const int64_t T = hidden.size(0);
   require_tensor(kOp, "g_logprob", g_logprob, {T}, "[T]", arithmetic(hidden), hidden);
   require_tensor(kOp, "g_entropy", g_entropy, {T}, "[T]", arithmetic(hidden), hidden);
   require_tensor(kOp, "saved", saved, {T, 3}, "[T, 3]", at::kDouble, hidden);
-  auto out = [](bool need, const at::Tensor& like) {
-    return need ? at::empty_like(like) : at::empty({0}, like.options());
-  };
+  auto out = [](bool need, const at::Tensor& like) { return need ? at::empty_like(like) : at::empty({0}, like.options()); };
   return {out(need_hidden, hidden), out(need_weight, weight)};
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(
-    const at::Tensor& g_logprob, const at::Tensor& g_entropy, const at::Tensor& hidden,
-    const at::Tensor& weight, const at::Tensor& target, const at::Tensor& saved, double temperature,
-    bool need_hidden, bool need_weight, bool batch_invariant) {
-  auto [dhidden, dweight] = backward_meta(g_logprob, g_entropy, hidden, weight, target, saved,
-                                          temperature, need_hidden, need_weight, batch_invariant);
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g_logprob, const at::Tensor& g_entropy,
+                                            const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
+                                            const at::Tensor& saved, double temperature, bool need_hidden, bool need_weight,
+                                            bool batch_invariant) {
+  auto [dhidden, dweight] = backward_meta(g_logprob, g_entropy, hidden, weight, target, saved, temperature, need_hidden,
+                                          need_weight, batch_invariant);
   TokenLogprobArgs args = arguments(hidden, weight, target, temperature);
   const auto sums = g_logprob.options();  // both gradients are summed in arithmetic type
   const int64_t T = args.T, D = args.D, V = args.V;
@@ -179,13 +175,13 @@ std::tuple<at::Tensor, at::Tensor> backward(
   const bool cuda = on_cuda(hidden), library = by_library(hidden, batch_invariant);
   const bool split = cuda && hidden.scalar_type() == at::kBFloat16;
   const auto [window_rows, window_ids] =
-      cuda ? cuda_window(T, V, library) : Window{std::min(T, kWave), std::min(V, kVocabBlock * kWindowBlocks * at::get_num_threads())};
+      cuda ? cuda_window(T, V, library)
+           : Window{std::min(T, kWave), std::min(V, kVocabBlock * kWindowBlocks * at::get_num_threads())};
   const int64_t size = static_cast<int64_t>(g_logprob.element_size());
   const int64_t stored = static_cast<int64_t>(hidden.element_size());
 
   at::Tensor window = at::empty({window_rows, window_ids}, sums);
-  at::Tensor hidden_sums = !need_hidden || dhidden.scalar_type() == sums.dtype()
-                               ? dhidden : at::empty(hidden.sizes(), sums);
+  at::Tensor hidden_sums = !need_hidden || dhidden.scalar_type() == sums.dtype() ? dhidden : at::empty(hidden.sizes(), sums);
   const bool narrow = need_weight && dweight.scalar_type() != sums.dtype();
   at::Tensor weight_sums = narrow ? at::empty({window_ids, D}, sums) : dweight;
 
@@ -229,12 +225,12 @@ std::tuple<at::Tensor, at::Tensor> backward(
         if (need_hidden) {
           const at::Tensor sums_of_rows = hidden_sums.narrow(0, args.first_row, args.num_rows);
           library_matmul(dlogits, weight.narrow(0, args.first_id, args.num_ids), sums_of_rows,
-                          args.first_id > 0 ? sums_of_rows : at::Tensor());
+                         args.first_id > 0 ? sums_of_rows : at::Tensor());
         }
         if (need_weight) {
           const at::Tensor sums_of_ids = weight_sums.narrow(0, sum_row, args.num_ids);
           library_matmul(dlogits.t(), hidden.narrow(0, args.first_row, args.num_rows), sums_of_ids,
-                          args.first_row > 0 ? sums_of_ids : at::Tensor());
+                         args.first_row > 0 ? sums_of_ids : at::Tensor());
         }
         continue;
       }

@@ -13,8 +13,8 @@ GE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // rows x ids logits in arithmetic type: the bits that linear gives.
 template <typename S>
-void logits_tile(const TokenLogprobArgs& a, int64_t row, int64_t rows, int64_t id, int64_t ids,
-                 Arith<S>* out, int64_t out_row) {
+void logits_tile(const TokenLogprobArgs& a, int64_t row, int64_t rows, int64_t id, int64_t ids, Arith<S>* out,
+                 int64_t out_row) {
   Gemm<S, S, Arith<S>> g{};
   g.M = rows;
   g.N = ids;
@@ -150,14 +150,8 @@ void window_gradient(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void token_logprob_blocks(const TokenLogprobArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(reduce_blocks)
-}
-void token_logprob_join(const TokenLogprobArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(join_blocks)
-}
-void token_logprob_dlogits(const TokenLogprobArgs& args, int64_t begin, int64_t end) {
-  GE_FOR_DTYPE(window_gradient)
-}
+void token_logprob_blocks(const TokenLogprobArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(reduce_blocks) }
+void token_logprob_join(const TokenLogprobArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(join_blocks) }
+void token_logprob_dlogits(const TokenLogprobArgs& args, int64_t begin, int64_t end) { GE_FOR_DTYPE(window_gradient) }
 
 }  // namespace grpo_engine::GE_ISA

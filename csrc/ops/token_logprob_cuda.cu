@@ -18,7 +18,8 @@ __device__ inline A inverse(double temperature) {
 
 // One warp, one block of the vocabulary of one row of the window.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) token_logprob_blocks_kernel(TokenLogprobArgs a, int64_t blocks_of_row, bool aligned) {
+__global__ void __launch_bounds__(kThreads)
+    token_logprob_blocks_kernel(TokenLogprobArgs a, int64_t blocks_of_row, bool aligned) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   const int64_t row = item / blocks_of_row, t = a.first_row + row, first = item % blocks_of_row * kRowBlock;
   if (row >= a.num_rows) return;

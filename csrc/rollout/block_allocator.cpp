@@ -7,8 +7,7 @@ namespace grpo_engine {
 
 BlockAllocator::BlockAllocator(int32_t num_pages) {
   if (num_pages < 1) {
-    throw std::invalid_argument("BlockAllocator: num_pages must be at least 1, got " +
-                                std::to_string(num_pages));
+    throw std::invalid_argument("BlockAllocator: num_pages must be at least 1, got " + std::to_string(num_pages));
   }
   refs_.assign(num_pages, 0);
   free_.reserve(num_pages);
@@ -29,8 +28,8 @@ void BlockAllocator::release(int32_t page) {
 
 int32_t BlockAllocator::refs(int32_t page) const {
   if (page < 0 || page >= num_pages()) {
-    throw std::invalid_argument("BlockAllocator: page must be in [0, " +
-                                std::to_string(num_pages()) + "), got " + std::to_string(page));
+    throw std::invalid_argument("BlockAllocator: page must be in [0, " + std::to_string(num_pages()) + "), got " +
+                                std::to_string(page));
   }
   return refs_[page];
 }
@@ -48,9 +47,8 @@ void BlockAllocator::check() const {
   for (int32_t page : free_) ++listed.at(page);
   for (size_t page = 0; page < refs_.size(); ++page) {
     if (refs_[page] < 0 || listed[page] != (refs_[page] == 0)) {
-      throw std::logic_error("BlockAllocator: page " + std::to_string(page) + " has refs " +
-                             std::to_string(refs_[page]) + " and is listed free " +
-                             std::to_string(listed[page]) + " times");
+      throw std::logic_error("BlockAllocator: page " + std::to_string(page) + " has refs " + std::to_string(refs_[page]) +
+                             " and is listed free " + std::to_string(listed[page]) + " times");
     }
   }
 }

@@ -20,15 +20,15 @@ constexpr int64_t kLookaheadTokens = 16;
 std::string text(int64_t value) { return std::to_string(value); }
 std::string text(const char* words) { return words; }
 std::string text(const Sequence& sequence) {
-  return "sequence " + text(sequence.id()) + " (group " + text(sequence.request().id) +
-         ", response " + text(sequence.index()) + ")";
+  return "sequence " + text(sequence.id()) + " (group " + text(sequence.request().id) + ", response " +
+         text(sequence.index()) + ")";
 }
 
 int64_t at_least(int64_t minimum, int64_t value, const char* name) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   if (value < minimum || value > kMax) {
-    throw std::invalid_argument("Scheduler: " + std::string(name) + " must be in [" +
-                                text(minimum) + ", " + text(kMax) + "], got " + text(value));
+    throw std::invalid_argument("Scheduler: " + std::string(name) + " must be in [" + text(minimum) + ", " + text(kMax) +
+                                "], got " + text(value));
   }
   return value;
 }
@@ -41,35 +41,28 @@ void require(bool ok, const Parts&... parts) {
 
 }  // namespace
 
-Scheduler::Scheduler(int64_t num_pages, int64_t page_size, int64_t max_running,
-                     int64_t max_step_tokens, bool lookahead)
+Scheduler::Scheduler(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens, bool lookahead)
     : allocator_(static_cast<int32_t>(at_least(1, num_pages, "num_pages"))),
       page_size_(static_cast<int32_t>(at_least(1, page_size, "page_size"))),
       max_running_(at_least(1, max_running, "max_running")),
       max_step_tokens_(at_least(1, max_step_tokens, "max_step_tokens")),
       max_open_(lookahead ? 2 : 1) {
   if (max_step_tokens < max_running) {
-    throw std::invalid_argument(
-        "Scheduler: max_step_tokens must be at least max_running = " + text(max_running) +
-        ", so that every running sequence gets a token in every step, got " +
-        text(max_step_tokens));
+    throw std::invalid_argument("Scheduler: max_step_tokens must be at least max_running = " + text(max_running) +
+                                ", so that every running sequence gets a token in every step, got " + text(max_step_tokens));
   }
   open_.reserve(max_open_);
 }
 
 // ---- requests -------------------------------------------------------------------------------
 
-int64_t Scheduler::add_group(std::span<const int64_t> prompt, int64_t group_size,
-                             int64_t max_new_tokens, std::span<const int64_t> seeds,
-                             std::span<const int64_t> stop_ids) {
-  const auto refuse = [](const std::string& message) {
-    throw std::invalid_argument("add_group: " + message);
-  };
+int64_t Scheduler::add_group(std::span<const int64_t> prompt, int64_t group_size, int64_t max_new_tokens,
+                             std::span<const int64_t> seeds, std::span<const int64_t> stop_ids) {
+  const auto refuse = [](const std::string& message) { throw std::invalid_argument("add_group: " + message); };
   if (prompt.empty()) refuse("prompt must hold at least one token, got none");
   const auto negative = std::find_if(prompt.begin(), prompt.end(), [](int64_t t) { return t < 0; });
   if (negative != prompt.end()) {
-    refuse("prompt must hold token ids >= 0, got " + text(*negative) + " at position " +
-           text(negative - prompt.begin()));
+    refuse("prompt must hold token ids >= 0, got " + text(*negative) + " at position " + text(negative - prompt.begin()));
   }
   if (group_size < 1) refuse("group_size must be at least 1, got " + text(group_size));
   if (group_size > max_running_) {
@@ -84,23 +77,21 @@ int64_t Scheduler::add_group(std::span<const int64_t> prompt, int64_t group_size
   constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of kv_len, an int32
   const auto prompt_length = static_cast<int64_t>(prompt.size());
   if (max_new_tokens > kMaxLength - prompt_length) {
-    refuse("prompt and response must be at most " + text(kMaxLength) + " tokens long, got " +
-           text(prompt_length) + " and max_new_tokens = " + text(max_new_tokens));
+    refuse("prompt and response must be at most " + text(kMaxLength) + " tokens long, got " + text(prompt_length) +
+           " and max_new_tokens = " + text(max_new_tokens));
   }
   if (pages_for(prompt_length + max_new_tokens) > num_pages()) {
-    refuse("one sequence must fit into num_pages = " + text(num_pages()) + " pages of " +
-           text(page_size_) + " tokens, got a prompt of " + text(prompt_length) +
-           " tokens and max_new_tokens = " + text(max_new_tokens) + ", which take " +
-           text(pages_for(prompt_length + max_new_tokens)) + " pages");
+    refuse("one sequence must fit into num_pages = " + text(num_pages()) + " pages of " + text(page_size_) +
+           " tokens, got a prompt of " + text(prompt_length) + " tokens and max_new_tokens = " + text(max_new_tokens) +
+           ", which take " + text(pages_for(prompt_length + max_new_tokens)) + " pages");
   }
 
   const int64_t id = next_id_;
-  auto request = std::make_shared<const Request>(
-      Request{.id = id,
-              .prompt = {prompt.begin(), prompt.end()},
-              .seeds = {seeds.begin(), seeds.end()},
-              .stop_ids = {stop_ids.begin(), stop_ids.end()},
-              .max_new_tokens = max_new_tokens});
+  auto request = std::make_shared<const Request>(Request{.id = id,
+                                                         .prompt = {prompt.begin(), prompt.end()},
+                                                         .seeds = {seeds.begin(), seeds.end()},
+                                                         .stop_ids = {stop_ids.begin(), stop_ids.end()},
+                                                         .max_new_tokens = max_new_tokens});
   // Built aside and then merged in, which moves a node and cannot fail.
   std::map<int64_t, std::vector<Sequence>> new_groups;
   auto& sequences = new_groups[id];
@@ -124,8 +115,7 @@ const Sequence& Scheduler::sequence(int64_t id) const {
 // ---- schedule -------------------------------------------------------------------------------
 
 StepPlan Scheduler::schedule() {
-  require(open_.size() < max_open_,
-          "schedule() was called twice; commit() the tokens of the first plan");
+  require(open_.size() < max_open_, "schedule() was called twice; commit() the tokens of the first plan");
   require(has_work(), "schedule() without work; call has_work() first");
   StepPlan plan;
   Step step;
@@ -293,8 +283,7 @@ void Scheduler::admit(int64_t budget, Step& step) {
 
 void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
   for (const Work& work : step.work) {
-    plan.page_table_width =
-        std::max(plan.page_table_width, static_cast<int64_t>(work.sequence->pages().size()));
+    plan.page_table_width = std::max(plan.page_table_width, static_cast<int64_t>(work.sequence->pages().size()));
   }
   // Expected tokens are sampled by the plan before, and both plans are in the order of ids.
   size_t sample = 0;
@@ -316,8 +305,7 @@ void Scheduler::write_plan(const Step& step, StepPlan& plan) const {
     }
     plan.cu_query.push_back(static_cast<int32_t>(plan.tokens.size()));
     plan.kv_len.push_back(static_cast<int32_t>(end));
-    plan.page_table.insert(plan.page_table.end(), sequence.pages().begin(),
-                           sequence.pages().end());
+    plan.page_table.insert(plan.page_table.end(), sequence.pages().begin(), sequence.pages().end());
     plan.page_table.resize(plan.kv_len.size() * plan.page_table_width, -1);
     plan.counts += sequence.classify(work.begin, work.count);
     plan.decode_only = plan.decode_only && work.count == 1 && work.samples == 1;
@@ -367,10 +355,9 @@ std::vector<int64_t> Scheduler::commit(std::span<const int64_t> tokens) {
   }
   for (size_t s = 0; s < tokens.size(); ++s) {
     if (tokens[s] < 0 && !samples[s]->finished()) {
-      throw std::invalid_argument(
-          "commit: tokens must be >= 0, got " + text(tokens[s]) + " for " +
-          text(*samples[s]) + " at position " + text(samples[s]->known()) +
-          ": its logits held nothing to sample from (NaN, or every token excluded)");
+      throw std::invalid_argument("commit: tokens must be >= 0, got " + text(tokens[s]) + " for " + text(*samples[s]) +
+                                  " at position " + text(samples[s]->known()) +
+                                  ": its logits held nothing to sample from (NaN, or every token excluded)");
     }
   }
   std::vector<int64_t> finished;
@@ -403,9 +390,7 @@ void Scheduler::count(const Work& work) {
     return;
   }
   // each token sees itself and all before it
-  const auto pairs = [](int64_t begin, int64_t end) {
-    return (end * (end + 1) - begin * (begin + 1)) / 2;
-  };
+  const auto pairs = [](int64_t begin, int64_t end) { return (end * (end + 1) - begin * (begin + 1)) / 2; };
   const TokenCounts counts = work.sequence->settle(work.begin, work.count);
   const int64_t end = work.begin + work.count, first_decoded = end - counts.decode;
   totals_.tokens += counts;
@@ -437,8 +422,8 @@ void Scheduler::check_queues() const {
   std::for_each(waiting_.rbegin(), waiting_.rend(), walk);
   for (const auto& [id, sequences] : groups_) {
     const Request& request = sequences.front().request();
-    require(request.id == id && request.group_size() == static_cast<int64_t>(sequences.size()),
-            "group ", id, " does not hold its responses");
+    require(request.id == id && request.group_size() == static_cast<int64_t>(sequences.size()), "group ", id,
+            " does not hold its responses");
     for (const Sequence& sequence : sequences) {
       const bool goes_on = !sequence.finished() && !sequence.complete();
       require(queued.erase(&sequence) == goes_on, sequence, goes_on ? " is in no queue" : " is in a queue");
@@ -462,35 +447,30 @@ void Scheduler::check_pages() const {
       const auto& pages = sequence.pages();
       const auto held = static_cast<int64_t>(pages.size());
       const bool leads = leaders.contains(&sequence);
-      require(leads || (held == 0 && sequence.computed() == 0), sequence,
-              " holds pages but is not running");
+      require(leads || (held == 0 && sequence.computed() == 0), sequence, " holds pages but is not running");
       if (!leads) continue;
       require(sequence.computed() < sequence.length(), sequence, " has nothing left to compute");
-      require(held >= pages_for(sequence.computed()) && held <= pages_for(sequence.length()),
-              sequence, " has computed ", sequence.computed(), " of ", sequence.length(),
-              " tokens and holds ", held, " pages");
-      require(running_.back().leader == &sequence || sequence.pending() == 1,
-              sequence, " is not the youngest and has ", sequence.pending(), " tokens pending");
+      require(held >= pages_for(sequence.computed()) && held <= pages_for(sequence.length()), sequence, " has computed ",
+              sequence.computed(), " of ", sequence.length(), " tokens and holds ", held, " pages");
+      require(running_.back().leader == &sequence || sequence.pending() == 1, sequence, " is not the youngest and has ",
+              sequence.pending(), " tokens pending");
       for (size_t i = 0; i < pages.size(); ++i) {
         Holder& holder = holders.try_emplace(pages[i], Holder{id, i, 0}).first->second;
         ++holder.count;
-        require(holder.group == id && holder.index == i,
-                sequence, " holds page ", pages[i], ", which holds other tokens");
-        const int64_t filled =
-            std::min(sequence.computed(), static_cast<int64_t>(i + 1) * page_size_);
-        require(allocator_.refs(pages[i]) == 1 || filled <= sequence.request().prompt_length(),
-                sequence, " shares page ", pages[i], ", which holds response tokens");
+        require(holder.group == id && holder.index == i, sequence, " holds page ", pages[i], ", which holds other tokens");
+        const int64_t filled = std::min(sequence.computed(), static_cast<int64_t>(i + 1) * page_size_);
+        require(allocator_.refs(pages[i]) == 1 || filled <= sequence.request().prompt_length(), sequence, " shares page ",
+                pages[i], ", which holds response tokens");
       }
     }
   }
   int64_t in_use = 0;
   for (const auto& [page, holder] : holders) {
     ++in_use;
-    require(allocator_.refs(page) == holder.count,
-            "page ", page, " has refs ", allocator_.refs(page), " and ", holder.count, " holders");
+    require(allocator_.refs(page) == holder.count, "page ", page, " has refs ", allocator_.refs(page), " and ", holder.count,
+            " holders");
   }
-  require(in_use + allocator_.num_free() == num_pages(),
-          num_pages() - in_use - allocator_.num_free(), " pages are lost");
+  require(in_use + allocator_.num_free() == num_pages(), num_pages() - in_use - allocator_.num_free(), " pages are lost");
 }
 
 }  // namespace grpo_engine

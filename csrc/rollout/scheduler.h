@@ -101,8 +101,7 @@ class Scheduler {
   // max_running      sequences that decode at a time; a group needs G of them
   // max_step_tokens  limit of T; at least max_running, so that no running sequence misses a step
   // lookahead        whether a step may be planned before the last one's commit
-  Scheduler(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens,
-            bool lookahead = false);
+  Scheduler(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens, bool lookahead = false);
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
@@ -157,9 +156,7 @@ class Scheduler {
   static int64_t num_sequences(const Queue& queue) {
     return std::accumulate(queue.begin(), queue.end(), int64_t{0}, [](int64_t n, Entry entry) { return n + entry.size; });
   }
-  int64_t pages_for(int64_t num_tokens) const {
-    return grpo_engine::pages_for(num_tokens, page_size_);
-  }
+  int64_t pages_for(int64_t num_tokens) const { return grpo_engine::pages_for(num_tokens, page_size_); }
   bool needs_page(const Sequence& sequence) const;
   int64_t decode_pages() const;
   int64_t growth(const Entry& entry) const;

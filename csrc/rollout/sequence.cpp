@@ -57,8 +57,7 @@ TokenCounts Sequence::classify(int64_t begin, int64_t count) const {
 
 void Sequence::advance(int64_t count) {
   require(count > 0 && count <= pending(), *this, "advance() past its last token");
-  require(computed_ + count <= static_cast<int64_t>(pages_.size()) * page_size_, *this,
-          "advance() past its last page");
+  require(computed_ + count <= static_cast<int64_t>(pages_.size()) * page_size_, *this, "advance() past its last page");
   computed_ += count;
 }
 
@@ -75,8 +74,8 @@ void Sequence::expect() {
 
 void Sequence::reserve_token() {
   if (response_.size() == response_.capacity()) {
-    response_.reserve(std::min<size_t>(std::max<size_t>(16, 2 * response_.size()),
-                                     static_cast<size_t>(request_->max_new_tokens)));
+    response_.reserve(
+        std::min<size_t>(std::max<size_t>(16, 2 * response_.size()), static_cast<size_t>(request_->max_new_tokens)));
   }
 }
 
@@ -106,9 +105,8 @@ void Sequence::replace_page(size_t index, int32_t page, BlockAllocator& allocato
 
 void Sequence::share_prefix(const Sequence& from, int64_t num_tokens, BlockAllocator& allocator) {
   require(pages_.empty(), *this, "share_prefix() with pages of its own");
-  require(from.request_ == request_ && num_tokens <= from.computed_ &&
-              num_tokens <= request_->prompt_length(),
-          *this, "share_prefix() of tokens that the other has not computed, or that differ");
+  require(from.request_ == request_ && num_tokens <= from.computed_ && num_tokens <= request_->prompt_length(), *this,
+          "share_prefix() of tokens that the other has not computed, or that differ");
   for (int64_t i = 0; i < pages_for(num_tokens, page_size_); ++i) {
     allocator.share(from.pages_[i]);
     add_page(from.pages_[i]);

@@ -70,9 +70,7 @@ class Sequence {
 
   bool begun() const { return length() > request_->prompt_length(); }
   // Whether max_new_tokens tokens are sampled or expected, stop or not.
-  bool complete() const {
-    return length() == request_->prompt_length() + request_->max_new_tokens;
-  }
+  bool complete() const { return length() == request_->prompt_length() + request_->max_new_tokens; }
 
   int64_t computed() const { return computed_; }
   int64_t pending() const { return length() - computed_; }  // tokens still to be computed
@@ -117,8 +115,6 @@ class Sequence {
 };
 
 // Pages of `page_size` tokens that hold `num_tokens`.
-inline int64_t pages_for(int64_t num_tokens, int32_t page_size) {
-  return (num_tokens + page_size - 1) / page_size;
-}
+inline int64_t pages_for(int64_t num_tokens, int32_t page_size) { return (num_tokens + page_size - 1) / page_size; }
 
 }  // namespace grpo_engine

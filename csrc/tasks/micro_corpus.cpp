@@ -13,23 +13,16 @@ namespace {
 // message that fits into one block.
 uint32_t blake2b_4(std::string_view message) {
   constexpr size_t kBlock = 128;
-  constexpr uint64_t kIv[8] = {
-      0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
-      0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
+  constexpr uint64_t kIv[8] = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
+                               0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
   constexpr uint8_t kSigma[10][16] = {
-      {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-      {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3},
-      {11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4},
-      {7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8},
-      {9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13},
-      {2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9},
-      {12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11},
-      {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
-      {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5},
-      {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0}};
+      {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3},
+      {11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4}, {7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8},
+      {9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13}, {2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9},
+      {12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11}, {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
+      {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5}, {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0}};
   if (message.size() > kBlock) {
-    throw std::invalid_argument("is_test: a key must be at most 128 bytes long, got " +
-                                std::to_string(message.size()));
+    throw std::invalid_argument("is_test: a key must be at most 128 bytes long, got " + std::to_string(message.size()));
   }
   uint64_t m[16] = {};
   static_assert(std::endian::native == std::endian::little);
@@ -62,9 +55,7 @@ uint32_t blake2b_4(std::string_view message) {
 }
 
 // A sum of two terms: every corpus may hold it, and no test does.
-bool is_fact(std::string_view key) {
-  return std::count(key.begin(), key.end(), ' ') == 2 && key.back() == '=';
-}
+bool is_fact(std::string_view key) { return std::count(key.begin(), key.end(), ' ') == 2 && key.back() == '='; }
 
 }  // namespace
 
@@ -110,8 +101,7 @@ uint32_t PythonRandom::below(uint32_t n) {
 
 // ---- MicroSource ----------------------------------------------------------------------------
 
-MicroSource::MicroSource(MicroTasks tasks, const std::vector<uint32_t>& state)
-    : tasks_(std::move(tasks)), random_(state) {
+MicroSource::MicroSource(MicroTasks tasks, const std::vector<uint32_t>& state) : tasks_(std::move(tasks)), random_(state) {
   first_number_ = id("0");
   functions_ = ids(tasks_.functions);
   letters_ = ids(tasks_.letters);
@@ -151,13 +141,9 @@ std::string MicroSource::text(const std::vector<TokenId>& ids) const {
   return out;
 }
 
-int64_t MicroSource::clamp(int64_t value) const {
-  return std::clamp<int64_t>(value, 0, tasks_.limit - 1);
-}
+int64_t MicroSource::clamp(int64_t value) const { return std::clamp<int64_t>(value, 0, tasks_.limit - 1); }
 
-bool MicroSource::is_test(std::string_view key) const {
-  return blake2b_4(key) < tasks_.test_share * 4294967296.0;
-}
+bool MicroSource::is_test(std::string_view key) const { return blake2b_4(key) < tasks_.test_share * 4294967296.0; }
 
 std::string MicroSource::key_of(const std::vector<TokenId>& prompt) const {
   if (std::find(people_.begin(), people_.end(), prompt.front()) == people_.end()) return text(prompt);
@@ -207,8 +193,7 @@ MicroItem MicroSource::code(int64_t length) {
     values.push_back(random_.below(static_cast<uint32_t>(tasks_.limit)));
   }
   const uint32_t function = random_.below(static_cast<uint32_t>(functions_.size()));
-  const int64_t answers[] = {values[0], values[1], values.back(),
-                             *std::max_element(values.begin(), values.end()),
+  const int64_t answers[] = {values[0], values[1], values.back(), *std::max_element(values.begin(), values.end()),
                              *std::min_element(values.begin(), values.end())};
   MicroItem out{.domain = Domain::code};
   out.prompt.push_back(functions_[function]);
@@ -245,8 +230,7 @@ MicroItem MicroSource::logic(int64_t names) {
 
 // ---- MicroCorpus ----------------------------------------------------------------------------
 
-MicroCorpus::MicroCorpus(MicroSource source, CorpusShares shares,
-                         std::unordered_set<std::string> held_out)
+MicroCorpus::MicroCorpus(MicroSource source, CorpusShares shares, std::unordered_set<std::string> held_out)
     : source_(std::move(source)), shares_(std::move(shares)), held_out_(std::move(held_out)) {
   double sum = 0.0;
   for (size_t i = 0; i < cumulative_.size(); ++i) cumulative_[i] = sum += shares_.domains[i];
@@ -284,8 +268,7 @@ std::vector<TokenId> MicroCorpus::written(const MicroItem& item) {
   int64_t value = item.operands.front();
   for (size_t i = 1; i < item.operands.size(); ++i) {
     const bool wrong = random.random() < shares_.error;
-    value = wrong ? random.below(static_cast<uint32_t>(source_.tasks().limit))
-                  : source_.clamp(value + item.operands[i]);
+    value = wrong ? random.below(static_cast<uint32_t>(source_.tasks().limit)) : source_.clamp(value + item.operands[i]);
     out.push_back(source_.number(value));
   }
   if (random.random() < shares_.direct) return {out.back()};

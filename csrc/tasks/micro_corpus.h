@@ -25,8 +25,8 @@ class PythonRandom {
   // Throws std::invalid_argument unless state holds 625 numbers, the last at most 624.
   explicit PythonRandom(const std::vector<uint32_t>& state);
 
-  double random();                // in [0, 1), 53 bits
-  uint32_t below(uint32_t n);     // randrange(n), n >= 1
+  double random();  // in [0, 1), 53 bits
+  uint32_t below(uint32_t n);  // randrange(n), n >= 1
   template <typename T>
   const T& choice(const std::vector<T>& values) {
     return values[below(static_cast<uint32_t>(values.size()))];
@@ -49,11 +49,11 @@ using TokenId = int64_t;
 
 struct MicroTasks {
   std::vector<std::string> vocabulary;  // the id of a word is its index
-  std::vector<std::string> functions;   // first, second, last, max, min: in this order
+  std::vector<std::string> functions;  // first, second, last, max, min: in this order
   std::vector<std::string> letters;
   std::vector<std::string> people;
-  int64_t limit;      // values lie in [0, limit)
-  int64_t operand;    // operands in [1, operand]
+  int64_t limit;  // values lie in [0, limit)
+  int64_t operand;  // operands in [1, operand]
   double test_share;  // of all keys that are tested on
 };
 
@@ -64,8 +64,8 @@ struct MicroItem {
   Domain domain;
   std::vector<TokenId> prompt{};
   std::vector<int64_t> operands{};  // of a sum: its first value and what is added
-  std::vector<TokenId> values{};    // worked answer; the last is the answer
-  std::string key{};                // names the problem whatever its template
+  std::vector<TokenId> values{};  // worked answer; the last is the answer
+  std::string key{};  // names the problem whatever its template
 };
 
 // Samples problems.
@@ -104,18 +104,18 @@ class MicroSource {
 
 struct CorpusShares {
   std::array<double, 4> domains;  // chain, word, code, logic
-  double direct;                  // sums answered without working
-  double error;                   // written values that are wrong
-  double chat;                    // documents that are a user's turn and its answer
-  float prompt_weight;            // loss weight of a prompt token
+  double direct;  // sums answered without working
+  double error;  // written values that are wrong
+  double chat;  // documents that are a user's turn and its answer
+  float prompt_weight;  // loss weight of a prompt token
   std::vector<int64_t> sum_terms, list_lengths, name_counts;
 };
 
 // Documents packed end to end. Each is without its last token, which is predicted and never read.
 struct MicroBatch {
-  std::vector<int64_t> tokens;      // [T]
-  std::vector<int64_t> target;      // [T] the token after each
-  std::vector<float> weight;        // [T] of each target
+  std::vector<int64_t> tokens;  // [T]
+  std::vector<int64_t> target;  // [T] the token after each
+  std::vector<float> weight;  // [T] of each target
   std::vector<int32_t> cu_seqlens;  // [N+1]
 };
 

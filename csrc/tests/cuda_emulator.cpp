@@ -229,7 +229,8 @@ void* dynamic_shared() {
 }
 
 void require_aligned(const void* p, std::size_t bytes) {
-  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0) fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0)
+    fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
 }
 
 void block_barrier() {

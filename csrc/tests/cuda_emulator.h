@@ -167,7 +167,9 @@ T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x) {
 inline void __threadfence() {}
 
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 
 inline unsigned __float_as_uint(float x) {
   unsigned u;

@@ -82,9 +82,7 @@ enum class Element { f32, bf16, f64, stats, i64, i16 };
 Element element_of(DType dtype) {
   return dtype == DType::f32 ? Element::f32 : dtype == DType::bf16 ? Element::bf16 : Element::f64;
 }
-int64_t size_of(Element e) {
-  return e == Element::bf16 || e == Element::i16 ? 2 : e == Element::f32 ? 4 : 8;
-}
+int64_t size_of(Element e) { return e == Element::bf16 || e == Element::i16 ? 2 : e == Element::f32 ? 4 : 8; }
 
 // Elements `stride` bytes apart that a kernel writes.
 struct Output {
@@ -107,7 +105,9 @@ class Array {
 
   void* data() { return bytes_.data(); }
   template <typename T>
-  T* as() { return reinterpret_cast<T*>(bytes_.data()); }
+  T* as() {
+    return reinterpret_cast<T*>(bytes_.data());
+  }
   void* at(int64_t i) { return bytes_.data() + i * size_of(element_); }
   // Rounded towards 0 for bfloat16.
   void set(int64_t i, float x) {
@@ -146,7 +146,8 @@ std::vector<int32_t> offsets(const std::vector<int>& lengths) {
 
 // Values that element-wise arithmetic might treat in its own way.
 std::vector<float> special_values() {
-  return {0.f, -0.f, 1.f, -1.f, 88.7f, 88.8f, -87.3f, -87.4f, 104.f, -104.f, 1e30f, -1e30f, kInf, -kInf, kNan, 1e-40f, -1e-40f};
+  return {0.f,    -0.f,  1.f,    -1.f, 88.7f, 88.8f, -87.3f, -87.4f, 104.f,
+          -104.f, 1e30f, -1e30f, kInf, -kInf, kNan,  1e-40f, -1e-40f};
 }
 
 // ---------------------------------------------------------------- hashes and threads
@@ -237,10 +238,13 @@ class Report {
       Hash hash;
       for (const Output& out : outputs) hash.add(out);
       if (threads == threads_.front()) first = hash.value();
-      if (had != threads) fail(name, variant, std::to_string(had) + " of " + std::to_string(threads) +
-                                              " threads took part in " + std::to_string(items) + " work items");
-      if (hash.value() != first) fail(name, variant, "other bits on " + std::to_string(threads) + " threads than on " +
-                                                     std::to_string(threads_.front()));
+      if (had != threads)
+        fail(name, variant,
+             std::to_string(had) + " of " + std::to_string(threads) + " threads took part in " + std::to_string(items) +
+                 " work items");
+      if (hash.value() != first)
+        fail(name, variant,
+             "other bits on " + std::to_string(threads) + " threads than on " + std::to_string(threads_.front()));
     }
     std::printf("%-26s %-36s %-12s %016llx\n", name, variant.c_str(), cpu_isa_name(cpu_isa()),
                 static_cast<unsigned long long>(first));
@@ -287,7 +291,8 @@ class Report {
 
  private:
   void fail(const std::string& name, const std::string& variant, const std::string& why) {
-    std::fprintf(stderr, "kernel_bits: %s %s on %s: %s\n", name.c_str(), variant.c_str(), cpu_isa_name(cpu_isa()), why.c_str());
+    std::fprintf(stderr, "kernel_bits: %s %s on %s: %s\n", name.c_str(), variant.c_str(), cpu_isa_name(cpu_isa()),
+                 why.c_str());
     failed_ = true;
   }
   std::map<std::string, uint64_t> shared_lines() const {
@@ -432,7 +437,8 @@ void rms_norm_kernels(Report& report, DType dtype, bool residual) {
   const int64_t T = 451, D = 461, chunks = rms_norm_chunks(T);
   Array x(dtype, T * D, 3.f, 7), more(dtype, T * D, 3.f, 8), weight(dtype, D, 2.f, 9);
   Array dy(dtype, T * D, 1.f, 10), dsum(dtype, T * D, 1.f, 11);
-  Array sum(dtype, T * D), y(dtype, T * D), dx(dtype, T * D), rstd(arithmetic(dtype), T), dweight(arithmetic(dtype), chunks * D);
+  Array sum(dtype, T * D), y(dtype, T * D), dx(dtype, T * D), rstd(arithmetic(dtype), T),
+      dweight(arithmetic(dtype), chunks * D);
   x.with(5 * D, std::vector<float>(D, 0.f));  // a row of zeros
   RmsNormArgs args{};
   args.dtype = dtype;
@@ -567,7 +573,8 @@ void token_logprob_kernels(Report& report, DType dtype) {
   const DType wide = arithmetic(dtype);
   Array hidden(dtype, T * D, 2.f, 27), weight(dtype, V * D, 1.f, 28);
   Array block_stats(wide, T * blocks * 3), target_logit(wide, T), logprob(wide, T), entropy(wide, T);
-  Array g_logprob(wide, T, 1.f, 29), g_entropy(wide, T, 1.f, 30), saved(dtype == DType::f64 ? Element::f64 : Element::stats, T * 3);
+  Array g_logprob(wide, T, 1.f, 29), g_entropy(wide, T, 1.f, 30),
+      saved(dtype == DType::f64 ? Element::f64 : Element::stats, T * 3);
   const std::vector<int64_t> target = integers(T, V, 31);
   TokenLogprobArgs args{};
   args.dtype = dtype;
@@ -613,7 +620,8 @@ void sample_token_kernel(Report& report, DType dtype, int64_t B, int64_t V, cons
   const std::vector<int64_t> seed = integers(B, 1000, 33), position = integers(B, 1000, 34);
   std::vector<int64_t> top_k = integers(B, 90, 35);  // 0 is off
   Array temperature(DType::f32, B), top_p(DType::f32, B), min_p(DType::f32, B);
-  const float temperatures[] = {1.f, 0.7f, 0.f, 1.3f}, masses[] = {0.9f, 0.5f, 1.f, 0.99f, 0.05f}, shares[] = {0.05f, 0.f, 0.3f};
+  const float temperatures[] = {1.f, 0.7f, 0.f, 1.3f}, masses[] = {0.9f, 0.5f, 1.f, 0.99f, 0.05f},
+              shares[] = {0.05f, 0.f, 0.3f};
   for (int64_t b = 0; b < B; ++b) {
     temperature.set(b, temperatures[b % 4]);
     top_p.set(b, masses[b % 5]);
@@ -641,8 +649,11 @@ void sample_token_kernel(Report& report, DType dtype, int64_t B, int64_t V, cons
 }
 
 void sample_token_kernels(Report& report, DType dtype) {
-  constexpr Filters kFilters[] = {{"", false, false, false}, {".top_k", true, false, false}, {".top_p", false, true, false},
-                                  {".min_p", false, false, true}, {".all", true, true, true}};
+  constexpr Filters kFilters[] = {{"", false, false, false},
+                                  {".top_k", true, false, false},
+                                  {".top_p", false, true, false},
+                                  {".min_p", false, false, true},
+                                  {".all", true, true, true}};
   for (const Filters& filters : kFilters) sample_token_kernel(report, dtype, 23, 2711, filters);
   sample_token_kernel(report, dtype, 12, 33001, {".top_p", false, true, false});  // long enough to guess from a part
 }
@@ -658,8 +669,17 @@ void kv_write_kernel(Report& report, DType dtype) {
   std::vector<int64_t> slot = integers(T, num_pages * shape.page, 40);
   slot[4] = -1;
   slot[9] = slot[2];  // the later token wins
-  const KvWriteArgs args{dtype, T, num_pages, shape, stride, stride, key.data(), value.data(), slot.data(),
-                         key_pages.data(), value_pages.data()};
+  const KvWriteArgs args{dtype,
+                         T,
+                         num_pages,
+                         shape,
+                         stride,
+                         stride,
+                         key.data(),
+                         value.data(),
+                         slot.data(),
+                         key_pages.data(),
+                         value_pages.data()};
   GE_RUN(report, kv_write, name_of(dtype), args, shape.K, key_pages, value_pages);
 }
 
@@ -746,8 +766,8 @@ void ragged_attention_kernels(Report& report, DType dtype, int64_t H, int64_t E,
   args.dkey = dkey.data();
   args.dvalue = dvalue.data();
   args.T = T;
-  const std::string variant = std::string(name_of(dtype)) + ".H" + std::to_string(H) + ".E" + std::to_string(E) +
-                              (groups ? ".groups" : "");
+  const std::string variant =
+      std::string(name_of(dtype)) + ".H" + std::to_string(H) + ".E" + std::to_string(E) + (groups ? ".groups" : "");
   GE_RUN(report, ragged_attention_forward, variant, args, num_items(args.plan), out, stats);
   GE_RUN(report, ragged_attention_backward, variant, args, args.plan.M * K, dquery, dkey, dvalue);
 }
@@ -769,10 +789,14 @@ constexpr Loss kLosses[] = {
     {"clip.k1.ratio.mask", PolicyRatio::token, PolicyObjective::clip, PolicyKl::k1, true, false, true, true, true, 1.5},
     {"clip.k2.mask", PolicyRatio::token, PolicyObjective::clip, PolicyKl::k2, false, true, true, true, true, 3.0},
     {"cispo.k2", PolicyRatio::token, PolicyObjective::cispo, PolicyKl::k2, false, false, true, true, false, kNoDualClip},
-    {"cispo.k3.ratio.mask", PolicyRatio::token, PolicyObjective::cispo, PolicyKl::k3, true, false, true, true, true, kNoDualClip},
-    {"sequence.clip.mask", PolicyRatio::sequence, PolicyObjective::clip, PolicyKl::k3, false, true, true, false, true, kNoDualClip},
-    {"sequence.clip.k3.ratio", PolicyRatio::sequence, PolicyObjective::clip, PolicyKl::k3, true, true, true, true, false, 2.0},
-    {"sequence.cispo.k1", PolicyRatio::sequence, PolicyObjective::cispo, PolicyKl::k1, false, false, true, true, false, kNoDualClip},
+    {"cispo.k3.ratio.mask", PolicyRatio::token, PolicyObjective::cispo, PolicyKl::k3, true, false, true, true, true,
+     kNoDualClip},
+    {"sequence.clip.mask", PolicyRatio::sequence, PolicyObjective::clip, PolicyKl::k3, false, true, true, false, true,
+     kNoDualClip},
+    {"sequence.clip.k3.ratio", PolicyRatio::sequence, PolicyObjective::clip, PolicyKl::k3, true, true, true, true, false,
+     2.0},
+    {"sequence.cispo.k1", PolicyRatio::sequence, PolicyObjective::cispo, PolicyKl::k1, false, false, true, true, false,
+     kNoDualClip},
 };
 
 void policy_loss_kernel(Report& report, DType dtype, const Loss& loss) {

@@ -66,8 +66,7 @@ TEST(BlockAllocator, DoubleFreeAndUnderflowAreRefusedAndChangeNothing) {
 TEST(BlockAllocator, PagesOutsideThePoolAreRefused) {
   BlockAllocator pages(2);
   EXPECT_THROW(pages.release(-1), std::invalid_argument);
-  EXPECT_EQ(message_of<std::invalid_argument>([&] { pages.share(2); }),
-            "BlockAllocator: page must be in [0, 2), got 2");
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { pages.share(2); }), "BlockAllocator: page must be in [0, 2), got 2");
 }
 
 TEST(BlockAllocator, AnEmptyPoolIsRefused) {

@@ -100,20 +100,27 @@ TEST(CudaEmulator, an_mma_of_the_tensor_cores_is_the_matmul_of_its_matrices) {
 }
 
 TEST(CudaEmulator, dynamic_shared_memory_starts_as_nan_in_every_block) {
-  run(2, 32, [] {
-    float* memory = dynamic_shared<float>();
-    EXPECT_TRUE(isnan(memory[threadIdx.x]));
-    memory[threadIdx.x] = 0.f;
-  }, 32 * sizeof(float));
+  run(
+      2, 32,
+      [] {
+        float* memory = dynamic_shared<float>();
+        EXPECT_TRUE(isnan(memory[threadIdx.x]));
+        memory[threadIdx.x] = 0.f;
+      },
+      32 * sizeof(float));
 }
 
 TEST(CudaEmulator, a_barrier_that_some_threads_miss_is_an_error) {
-  const std::string error = error_of(64, [] { if (threadIdx.x < 40) __syncthreads(); });
+  const std::string error = error_of(64, [] {
+    if (threadIdx.x < 40) __syncthreads();
+  });
   EXPECT_NE(error.find("kernel: __syncthreads() is reached by 40 of 64 threads of block 0"), std::string::npos) << error;
 }
 
 TEST(CudaEmulator, a_missing_lane_is_an_error) {
-  const std::string error = error_of(32, [] { if (threadIdx.x != 9) __shfl_xor_sync(kAllLanes, 1, 1); });
+  const std::string error = error_of(32, [] {
+    if (threadIdx.x != 9) __shfl_xor_sync(kAllLanes, 1, 1);
+  });
   EXPECT_NE(error.find("waits in __shfl_xor_sync for lanes 9 that never come"), std::string::npos) << error;
 }
 
@@ -134,7 +141,8 @@ TEST(CudaEmulator, different_collectives_and_masks_are_errors) {
   error = error_of(32, [] { __shfl_xor_sync(threadIdx.x < 16 ? kAllLanes : 0xFFFFFFFEu, 1, 1); });
   EXPECT_NE(error.find("with another mask"), std::string::npos) << error;
   error = error_of(32, [] { __ballot_sync(1u, true); });
-  EXPECT_NE(error.find("thread 1 of block 0: __ballot_sync is called by a lane outside its mask"), std::string::npos) << error;
+  EXPECT_NE(error.find("thread 1 of block 0: __ballot_sync is called by a lane outside its mask"), std::string::npos)
+      << error;
 }
 
 TEST(CudaEmulator, an_unaligned_wide_access_and_an_odd_block_are_errors) {

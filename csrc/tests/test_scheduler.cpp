@@ -69,8 +69,7 @@ Tokens expected_response(const Group& group, size_t g) {
 // as soon as they are made, one after another, as a stream would.
 class FakeModel {
  public:
-  FakeModel(int64_t num_pages, int64_t page_size)
-      : page_size_(page_size), cells_(num_pages * page_size) {}
+  FakeModel(int64_t num_pages, int64_t page_size) : page_size_(page_size), cells_(num_pages * page_size) {}
 
   // The sampled tokens of a plan; `truth` holds what each sequence consists of so far, and `before` what
   // the plan before sampled.
@@ -88,8 +87,8 @@ class FakeModel {
     std::vector<bool> verified(N, false);
     Tokens sampled;
     for (size_t s = 0; s < plan.sample_row.size(); ++s) {
-      const auto after = std::upper_bound(plan.cu_query.begin(), plan.cu_query.end(),
-                                          static_cast<int32_t>(plan.sample_row[s]));
+      const auto after =
+          std::upper_bound(plan.cu_query.begin(), plan.cu_query.end(), static_cast<int32_t>(plan.sample_row[s]));
       const auto n = static_cast<size_t>(after - plan.cu_query.begin()) - 1;
       EXPECT_EQ(plan.sample_row[s], plan.cu_query[n + 1] - 1) << "not the last row";
       EXPECT_EQ(plan.sample_position[s], plan.kv_len[n]);
@@ -97,8 +96,7 @@ class FakeModel {
       EXPECT_EQ(plan.kv_len[n], static_cast<int64_t>(tokens.size()));
       verify(plan, n, tokens);
       verified[n] = true;
-      sampled.push_back(sample(cell(plan, n, plan.kv_len[n] - 1).prefix, plan.sample_seed[s],
-                           plan.sample_position[s]));
+      sampled.push_back(sample(cell(plan, n, plan.kv_len[n] - 1).prefix, plan.sample_seed[s], plan.sample_position[s]));
     }
     // Rows without a sample are chunks of one long prompt, which is checked when it is complete.
     EXPECT_LE(std::count(verified.begin(), verified.end(), false), 1);
@@ -176,15 +174,14 @@ class FakeModel {
 // A scheduler with its model and the book that both are checked against.
 class Engine {
  public:
-  Engine(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens,
-         bool lookahead = false)
+  Engine(int64_t num_pages, int64_t page_size, int64_t max_running, int64_t max_step_tokens, bool lookahead = false)
       : scheduler(num_pages, page_size, max_running, max_step_tokens, lookahead),
         model_(num_pages, page_size),
         lookahead_(lookahead) {}
 
   int64_t add(const Group& group) {
-    const int64_t id = scheduler.add_group(group.prompt, group.seeds.size(), group.max_new_tokens,
-                                           group.seeds, group.stop_ids);
+    const int64_t id =
+        scheduler.add_group(group.prompt, group.seeds.size(), group.max_new_tokens, group.seeds, group.stop_ids);
     groups[id] = group;
     for (size_t g = 0; g < group.seeds.size(); ++g) truth_[id + g] = group.prompt;
     return id;
@@ -192,10 +189,9 @@ class Engine {
 
   StepPlan schedule() {
     StepPlan plan = scheduler.schedule();
-    EXPECT_EQ(plan.decode_only, plan.tokens.size() == plan.kv_len.size() &&
-                                 plan.sample_row.size() == plan.tokens.size() &&
-                                 std::adjacent_find(plan.sample_row.begin(), plan.sample_row.end(),
-                                                    std::greater_equal<>()) == plan.sample_row.end());
+    EXPECT_EQ(plan.decode_only, plan.tokens.size() == plan.kv_len.size() && plan.sample_row.size() == plan.tokens.size() &&
+                                    std::adjacent_find(plan.sample_row.begin(), plan.sample_row.end(),
+                                                       std::greater_equal<>()) == plan.sample_row.end());
     const Tokens before = open_.empty() ? Tokens{} : open_.back().tokens;
     open_.push_back({model_.step(plan, truth_, before), plan.sample_seq});
     const auto& [tokens, sequences] = open_.back();
@@ -215,9 +211,7 @@ class Engine {
   }
 
   // Whether another step may be planned.
-  bool can_schedule() const {
-    return scheduler.has_work() && open_.size() <= static_cast<size_t>(lookahead_);
-  }
+  bool can_schedule() const { return scheduler.has_work() && open_.size() <= static_cast<size_t>(lookahead_); }
 
   StepPlan step() {
     StepPlan plan = schedule();
@@ -260,8 +254,7 @@ class Engine {
 };
 
 // Seeds and prompts differ by `salt`, so that no two requests look alike.
-Group group_of(int64_t prompt_length, int64_t group_size, int64_t max_new_tokens, int64_t salt = 0,
-           Tokens stop_ids = {}) {
+Group group_of(int64_t prompt_length, int64_t group_size, int64_t max_new_tokens, int64_t salt = 0, Tokens stop_ids = {}) {
   Group group{{}, {}, std::move(stop_ids), max_new_tokens};
   for (int64_t i = 0; i < prompt_length; ++i) group.prompt.push_back((i * 7 + salt) % 101);
   for (int64_t g = 0; g < group_size; ++g) group.seeds.push_back(1000 * salt + g - 3);
@@ -279,12 +272,10 @@ std::string message_of(Call call) {
 }
 
 bool same(const StepPlan& a, const StepPlan& b) {
-  return a.tokens == b.tokens && a.positions == b.positions && a.slots == b.slots &&
-         a.cu_query == b.cu_query && a.kv_len == b.kv_len && a.page_table == b.page_table &&
-         a.page_copies == b.page_copies && a.sample_row == b.sample_row &&
-         a.sample_seq == b.sample_seq && a.sample_seed == b.sample_seed &&
-         a.sample_position == b.sample_position && a.preemptions == b.preemptions &&
-         a.decode_only == b.decode_only;
+  return a.tokens == b.tokens && a.positions == b.positions && a.slots == b.slots && a.cu_query == b.cu_query &&
+         a.kv_len == b.kv_len && a.page_table == b.page_table && a.page_copies == b.page_copies &&
+         a.sample_row == b.sample_row && a.sample_seq == b.sample_seq && a.sample_seed == b.sample_seed &&
+         a.sample_position == b.sample_position && a.preemptions == b.preemptions && a.decode_only == b.decode_only;
 }
 
 // ---- plans ------------------------------------------------------------------------------------
@@ -504,11 +495,10 @@ TEST(Scheduler, PagesBudgetsAndPreemptionChangeNoResponse) {
     const int64_t smallest = (19 + 23 + page_size - 1) / page_size;  // the largest single request
     int64_t preempted_when_scarce = 0, recomputed_when_scarce = 0;
     for (int64_t num_pages : {smallest, smallest + 2, 2 * smallest, 20 * smallest}) {
-      for (const auto& [max_step_tokens, lookahead] : std::vector<std::pair<int64_t, bool>>{
-               {4, false}, {7, false}, {256, false}, {4, true}, {7, true}, {256, true}}) {
-        SCOPED_TRACE("page_size " + std::to_string(page_size) + " num_pages " +
-                     std::to_string(num_pages) + " budget " + std::to_string(max_step_tokens) +
-                     (lookahead ? " ahead" : ""));
+      for (const auto& [max_step_tokens, lookahead] :
+           std::vector<std::pair<int64_t, bool>>{{4, false}, {7, false}, {256, false}, {4, true}, {7, true}, {256, true}}) {
+        SCOPED_TRACE("page_size " + std::to_string(page_size) + " num_pages " + std::to_string(num_pages) + " budget " +
+                     std::to_string(max_step_tokens) + (lookahead ? " ahead" : ""));
         const int64_t max_running = std::min<int64_t>(max_step_tokens, 24);
         Engine engine(num_pages, page_size, max_running, max_step_tokens, lookahead);
         for (const Group& group : groups) engine.add(group);
@@ -536,9 +526,9 @@ TEST(Scheduler, RunningOutOfMemoryChangesNothing) {
   const auto until_it_succeeds = [](Scheduler& scheduler, auto&& call) {
     const auto state = [&] {
       const SchedulerTotals& totals = scheduler.totals();
-      return Tokens{scheduler.num_free_pages(), scheduler.num_running(), scheduler.num_waiting(),
-                    scheduler.step_open(),      totals.preemptions,      totals.shared_page_hits,
-                    totals.page_copies,         totals.steps,            totals.tokens.total()};
+      return Tokens{scheduler.num_free_pages(), scheduler.num_running(), scheduler.num_waiting(), scheduler.step_open(),
+                    totals.preemptions,         totals.shared_page_hits, totals.page_copies,      totals.steps,
+                    totals.tokens.total()};
     };
     const Tokens before = state();
     int64_t failures = 0;
@@ -631,18 +621,15 @@ TEST(Scheduler, CallsOutOfOrderAreRefusedWithASentence) {
 TEST(Scheduler, BadRequestsAreToldWhatWasWantedAndWhatCame) {
   Scheduler scheduler(4, 4, 3, 8);
   const auto refusal = [&](Tokens prompt, int64_t group_size, int64_t max_new, Tokens seeds) {
-    return message_of<std::invalid_argument>(
-        [&] { scheduler.add_group(prompt, group_size, max_new, seeds, Tokens{}); });
+    return message_of<std::invalid_argument>([&] { scheduler.add_group(prompt, group_size, max_new, seeds, Tokens{}); });
   };
   EXPECT_EQ(refusal({}, 1, 1, {1}), "add_group: prompt must hold at least one token, got none");
-  EXPECT_EQ(refusal({1, -2}, 1, 1, {1}),
-            "add_group: prompt must hold token ids >= 0, got -2 at position 1");
+  EXPECT_EQ(refusal({1, -2}, 1, 1, {1}), "add_group: prompt must hold token ids >= 0, got -2 at position 1");
   EXPECT_EQ(refusal({1}, 0, 1, {}), "add_group: group_size must be at least 1, got 0");
   EXPECT_EQ(refusal({1}, 4, 1, {1, 2, 3, 4}),
             "add_group: group_size must be at most max_running = 3, as the responses of a group "
             "start together, got 4");
-  EXPECT_EQ(refusal({1}, 2, 1, {1}),
-            "add_group: seeds must hold one seed for each of the 2 responses, got 1");
+  EXPECT_EQ(refusal({1}, 2, 1, {1}), "add_group: seeds must hold one seed for each of the 2 responses, got 1");
   EXPECT_EQ(refusal({1}, 1, 0, {1}), "add_group: max_new_tokens must be at least 1, got 0");
   EXPECT_EQ(refusal({1, 2, 3}, 1, 14, {1}),
             "add_group: one sequence must fit into num_pages = 4 pages of 4 tokens, got a prompt "
@@ -756,9 +743,7 @@ TEST(Scheduler, AheadAPreemptedResponseMayTurnOutToHaveStopped) {
 
 TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
   std::mt19937_64 random(20260923);
-  const auto pick = [&](int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(random);
-  };
+  const auto pick = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
   int64_t operations = 0, preemptions = 0, shared = 0, copies = 0, finished = 0, dropped = 0;
   for (int round = 0; operations < 10000; ++round) {
     const int64_t page_size = pick(1, 6), max_running = pick(1, 12);
@@ -772,7 +757,7 @@ TEST(Scheduler, TenThousandRandomOperationsKeepEveryInvariant) {
         const int64_t room = std::min<int64_t>(num_pages * page_size, 60);
         const int64_t prompt_length = pick(1, room - 1);
         Group group = group_of(prompt_length, pick(1, std::min<int64_t>(max_running, 5)),
-                         pick(1, std::min<int64_t>(room - prompt_length, 24)), pick(0, 1 << 20));
+                               pick(1, std::min<int64_t>(room - prompt_length, 24)), pick(0, 1 << 20));
         if (pick(0, 1)) group.stop_ids = {pick(0, 22), pick(0, 22)};
         engine.add(group);
       } else if (engine.can_schedule() && (what % 4 != 0 || !scheduler.step_open())) {

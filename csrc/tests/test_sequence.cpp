@@ -14,8 +14,7 @@ namespace {
 constexpr int32_t kPageSize = 4;
 
 std::shared_ptr<const Request> request_of(int64_t prompt_length, int64_t max_new_tokens) {
-  Request request{.id = 10, .prompt = {}, .seeds = {7, 8, 9}, .stop_ids = {0, 2},
-                  .max_new_tokens = max_new_tokens};
+  Request request{.id = 10, .prompt = {}, .seeds = {7, 8, 9}, .stop_ids = {0, 2}, .max_new_tokens = max_new_tokens};
   for (int64_t i = 0; i < prompt_length; ++i) request.prompt.push_back(100 + i);
   return std::make_shared<const Request>(request);
 }

@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -276,7 +277,7 @@ def _answer(
                     continue
                 prompt = encode(problem)
                 if len(prompt) > longest:
-                    nothing = {"value": 0.0, "status": "ok", "finish": "prompt", "tokens": 0, "text": ""}
+                    nothing: dict[str, Any] = {"value": 0.0, "status": "ok", "finish": "prompt", "tokens": 0, "text": ""}
                     for sample in range(G):
                         keep(Answer(eval_set=name, problem=i, sample=sample, **nothing))
                     continue

@@ -228,7 +228,8 @@ class GrpoEngineLM(TemplateLM):
 
     def _passes(self, requests: Sequence[tuple[tuple[int, ...], list[int]]]) -> Iterator[list[int]]:
         """Requests in forward passes of about max_step_tokens, those of one context side by side."""
-        part, used = [], 0
+        part: list[int] = []
+        used = 0
         for context, alike in _grouped(range(len(requests)), lambda i: requests[i][0]).items():
             for n, i in enumerate(alike):
                 cost = len(requests[i][1]) + (len(context) if n == 0 else 0)
@@ -243,7 +244,9 @@ class GrpoEngineLM(TemplateLM):
     @torch.inference_mode()
     def _score(self, requests: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[tuple[float, bool]]:
         """One forward pass. A context is a segment, and what each continuation adds to it is another that sees it."""
-        tokens, positions, starts, groups, rows, target = [], [], [0], [0], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        starts, groups, rows, target = [0], [0], [], []
         for context, alike in itertools.groupby(requests, key=lambda request: request[0]):
             tokens += context
             positions += range(len(context))

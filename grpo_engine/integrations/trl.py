@@ -78,6 +78,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         B, T = keep.shape
         logprob, entropy, _ = self._get_per_token_logps_and_entropies(model, ids, attention, T, compute_entropy=True)
 
+        assert entropy is not None  # it was asked for
         self._known = logprob.detach(), entropy.detach(), None
         try:
             with torch.no_grad():

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from grpo_engine.micro import task
 from grpo_engine.micro.corpus import Corpus
 from grpo_engine.micro.facts import CORPUS_TERMS, LIMIT, LIST_LENGTHS, NAME_COUNTS, OPERAND, TEST_SHARE, VOCABULARY
 from grpo_engine.micro.ladder import Kind, MicroRecipe, architecture_of, recipe, schedule_of
+from grpo_engine.micro.tokenizer import save_tokenizer
 from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
 from grpo_engine.train.language import DocumentBatch, Progress, train_language
@@ -61,7 +63,7 @@ def model_key(size: str, kind: Kind, *, seed: int = 0) -> str:
     """
     r = recipe(size, seed=seed)
     schedule_of(r, kind)
-    facts = {"version": VERSION, "recipe": dataclasses.asdict(r), "tasks": _task_facts()}
+    facts: dict[str, Any] = {"version": VERSION, "recipe": dataclasses.asdict(r), "tasks": _task_facts()}
     if kind == "base":
         del facts["recipe"]["instruct"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -119,7 +121,7 @@ def ensure_model(
         progress: called every optimizer step of a training.
 
     Returns:
-        A Hugging Face checkpoint folder (config.json, safetensors).
+        A Hugging Face checkpoint folder: config.json, safetensors, tokenizer.json.
 
     Raises:
         ValueError: no such size or kind.
@@ -151,6 +153,7 @@ def ensure_model(
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             weights.save_checkpoint(model, temporary)
+            save_tokenizer(temporary)
             temporary.chmod(0o755)  # mkdtemp makes folders private; a model is not a secret
             os.rename(temporary, folder)
         finally:

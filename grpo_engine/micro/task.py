@@ -174,7 +174,8 @@ def eval_sets(eval_problems: int | None = TEST_PROBLEMS, *, selection: bool = Fa
     count = TEST_PROBLEMS if eval_problems is None else eval_problems
     if count < 1:
         raise ValueError(f"eval_sets: eval_problems must be at least 1, got {eval_problems}")
-    domains, seed, without = DOMAINS, EVAL_SEED, frozenset[str]()
+    domains: tuple[str, ...] = DOMAINS
+    seed, without = EVAL_SEED, frozenset[str]()
     if selection:
         domains, seed, without = IN_DOMAIN, SELECTION_SEED, held_out_keys(eval_sets().values())
     return {

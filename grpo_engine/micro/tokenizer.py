@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from grpo_engine.micro.facts import ASSISTANT, EOS, SPECIAL, USER, VOCABULARY
+from grpo_engine.micro.facts import ASSISTANT, EOS, PAD, SPECIAL, USER, VOCABULARY
+from grpo_engine.system import files
 from grpo_engine.types import Message
+
+CHAT_TEMPLATE = (  # what `MicroTokenizer.encode_prompt` makes of a user's turn
+    "{% for message in messages %}"
+    f"{{% if message['role'] == 'user' %}}{{{{ '{USER} ' + message['content'] }}}}"
+    f"{{% else %}}{{{{ ' {ASSISTANT} ' + message['content'] + ' {EOS} ' }}}}{{% endif %}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{ ' {ASSISTANT}' }}}}{{% endif %}}"
+)
 
 
 class MicroTokenizer:
@@ -21,7 +32,7 @@ class MicroTokenizer:
     def __init__(self) -> None:
         self._ids = {word: i for i, word in enumerate(VOCABULARY)}
         self.eos_id = self._ids[EOS]
-        self.stop_ids = (self.eos_id,)
+        self.stop_ids: tuple[int, ...] = (self.eos_id,)
         self.vocab_size = len(VOCABULARY)
 
     def encode(self, text: str) -> list[int]:
@@ -88,3 +99,38 @@ class MicroTokenizer:
         if roles != ["user"] or arguments:
             raise ValueError(f"MicroTokenizer.encode_chat: wanted a user's only message, got {roles} and {arguments}")
         return self.encode_prompt(messages[0].content, True)
+
+
+def save_tokenizer(folder: str | os.PathLike[str]) -> None:
+    """Saves the tokenizer in Hugging Face's format, so that a model's folder can be loaded elsewhere.
+
+    `MicroTokenizer` and these files give every text of the micro tasks the same ids. They differ for a word outside the
+    vocabulary: `MicroTokenizer` names it, and the `tokenizers` library fails for want of an unknown token. Load them with
+    `HFTokenizer` or transformers' `PreTrainedTokenizerFast`. transformers 5's `AutoTokenizer` ignores them: for every
+    folder whose model_type is qwen2 it builds Qwen2's own splitting of text.
+
+    Args:
+        folder: where tokenizer.json and tokenizer_config.json are put.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    # without an unknown token, so that the vocabulary is the model's and a wrong word is an error
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": [USER, ASSISTANT],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    for name, text in (
+        ("tokenizer_config.json", json.dumps(settings, indent=1)),
+        ("tokenizer.json", fast.to_str(pretty=True)),  # last: without it the folder holds no tokenizer
+    ):
+        files.write_bytes_atomic(Path(folder) / name, (text + "\n").encode())

@@ -87,7 +87,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rope_theta=theta,
-            rope_scaling=scaling and RopeScaling(**scaling),
+            rope_scaling=RopeScaling(**scaling) if scaling else None,
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
             tie_word_embeddings=tied,
             max_position_embeddings=_integer(raw, "max_position_embeddings", where, default=family.max_position_embeddings),
@@ -128,7 +128,7 @@ def _refuse_other_arithmetic(raw: Mapping[str, Any], where: str, family: Family)
         raise ValueError(f"{where}: layer_types must all be 'full_attention', got {sorted(map(str, others))}")
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, dict[str, float] | None]:
+def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
     """Base of the frequencies, and the fields of `RopeScaling` or None.
 
     transformers 4 writes rope_theta and rope_scaling, transformers 5 one object rope_parameters.

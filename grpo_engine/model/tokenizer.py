@@ -30,10 +30,14 @@ PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
 class Tokenizer(Protocol):
     """What rollout, evaluation and scoring ask of a tokenizer."""
 
-    folder: Path | None  # with its files; None: it has none
     eos_id: int  # ends a text; always one of stop_ids
     stop_ids: tuple[int, ...]  # an answer ends with any of these
     vocab_size: int  # ids are in [0, vocab_size); the model may have more rows
+
+    @property
+    def folder(self) -> Path | None:
+        """With its files; None: it has none."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, none added before or after."""

@@ -229,8 +229,8 @@ def _checked_tensors(folder: Path, config: ModelConfig) -> dict[Path, list[str]]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         where = next(iter(files)) if len(files) == 1 else folder / INDEX_FILE
-        shape = list(layout[missing[0]].shape)
-        raise ValueError(f"{where}: tensor {missing[0]}{more} is missing, wanted shape {shape}")
+        size = list(layout[missing[0]].shape)
+        raise ValueError(f"{where}: tensor {missing[0]}{more} is missing, wanted shape {size}")
     out: dict[Path, list[str]] = {path: [] for path in files}
     for name, path in file_of.items():
         if not _OBSOLETE.fullmatch(name):
@@ -252,7 +252,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must be an object of tensor -> file, got {weight_map!r}")
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file or Path(file).name != file:
             raise ValueError(f"{index}: weight_map[{name!r}] must be the name of a file in the folder, got {file!r}")
@@ -260,7 +260,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     for path, names in files.items():
         if not path.is_file():
             raise ValueError(f"{index}: file {path.name} (of tensor {min(names)}) is missing")
-    return files
+    return {**files}
 
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -10,11 +10,12 @@ import functools
 import json
 import math
 import os
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
+
+import pydantic
 
 from grpo_engine.system.files import write_bytes_atomic
 
@@ -76,7 +77,7 @@ def from_json(cls: type[Record], obj: Mapping[str, Any], *, where: str = "record
     """A typed record from a JSON object that was read; fields of older schemas get today's names.
 
     Args:
-        cls: `StepRecord`, `EvalRecord` or `TimingRecord`.
+        cls: a dataclass, such as `StepRecord`; its fields may be dataclasses in turn.
         obj: the object; `schema` and `non_finite` are checked and left out.
         where: file and line, for messages.
 
@@ -88,53 +89,59 @@ def from_json(cls: type[Record], obj: Mapping[str, Any], *, where: str = "record
         TypeError: a value of the wrong type (an integer is accepted where a float is wanted).
     """
     _check_schema(obj, where)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = obj.get("non_finite", {})
     former = FORMER_NAMES if obj["schema"] < 3 else {}
-    values = {former.get(k, k): v for k, v in obj.items() if k not in ("schema", "non_finite")}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{where}: {cls.__name__} has no field {', '.join(unknown)}")
-    required = [
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing := [n for n in required if n not in values]:
-        raise ValueError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")
-    nulled = obj.get("non_finite", {})
-    hints = _hints(cls)
-    for name, value in values.items():
-        if value is None and name in nulled:
-            values[name] = float(nulled[name])
-        elif not _is_a(value, hints[name]):
-            raise TypeError(f"{where}: {cls.__name__}.{name} must be {fields[name].type}, got {value!r}")
-        else:
-            values[name] = _made(value, hints[name])
-    return cls(**values)
+    body = {
+        former.get(k, k): _restored(v, k, names) if names else v for k, v in obj.items() if k not in ("schema", "non_finite")
+    }
+    try:
+        # from text: pydantic's strict mode takes a list for a tuple, and an object for a dataclass, in JSON only
+        return _adapter(cls).validate_json(json.dumps([body]))[0]  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        raise _fault(cls, error, where) from None
 
 
-def _made(value: Any, hint: Any) -> Any:
-    """A mapping of objects as the dataclasses that the hint names."""
-    kind = get_args(hint)[-1] if get_origin(hint) is dict else None
-    return {k: kind(**v) for k, v in value.items()} if dataclasses.is_dataclass(kind) else value
+@functools.cache
+def _adapter(cls: type[Record]) -> pydantic.TypeAdapter[list[Record]]:
+    # of a list, because a configuration reaches the dataclasses within but cannot be given to one itself
+    return pydantic.TypeAdapter(list[cls], config=pydantic.ConfigDict(strict=True, extra="forbid"))  # type: ignore[valid-type]
+
+
+def _restored(value: Any, where: str, names: Mapping[str, str]) -> Any:
+    """The inverse of `_plain` for the numbers that JSON does not have."""
+    if value is None:
+        return float(names[where]) if where in names else None
+    if isinstance(value, dict):
+        return {k: _restored(v, f"{where}.{k}", names) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_restored(v, f"{where}[{i}]", names) for i, v in enumerate(value)]
+    return value
+
+
+_WANTED = {"int_type": "int", "float_type": "float", "string_type": "str", "bool_type": "bool"}
+
+
+def _fault(cls: type, error: pydantic.ValidationError, where: str) -> Exception:
+    """Pydantic's report as one line: unknown fields, else missing ones, else the first value of a wrong type."""
+    faults = error.errors(include_url=False)
+    for kind, says in (("unexpected_keyword_argument", "has no field"), ("missing", "lacks")):
+        if found := [f["loc"] for f in faults if f["type"] == kind]:
+            fields = sorted(str(loc[-1]) for loc in found if loc[:-1] == found[0][:-1])
+            return ValueError(f"{where}: {_path(cls, found[0][:-1])} {says} {', '.join(fields)}")
+    fault = faults[0]
+    wanted = _WANTED.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
+    if len(fault["loc"]) == 2:  # a field of the record itself: what its declaration says, None included
+        wanted = next(str(f.type) for f in dataclasses.fields(cls) if f.name == fault["loc"][1])
+    return TypeError(f"{where}: {_path(cls, fault['loc'])} must be {wanted}, got {fault['input']!r}")
+
+
+def _path(cls: type, loc: tuple[int | str, ...]) -> str:
+    return cls.__name__ + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc[1:])
 
 
 def _check_schema(obj: Mapping[str, Any], where: str) -> None:
     if obj.get("schema") not in READABLE:
         raise ValueError(f"{where}: schema must be one of {READABLE}, got {obj.get('schema')!r}")
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_is_a(value, h) for h in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
 
 
 class JsonlWriter:

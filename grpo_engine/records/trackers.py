@@ -71,12 +71,12 @@ def scalars(run: records.Run) -> Iterator[tuple[int, dict[str, float]]]:
     rows: dict[int, dict[str, float]] = {}
     for record in run.steps:
         _add(rows, record.step, "train", jsonl.to_json(record))
-    for record in run.evals:
-        kept = {k: v for k, v in jsonl.to_json(record).items() if k in ("pass1", "loss", "stderr")}
-        _add(rows, record.step, f"eval/{record.eval_set}/{record.mode}", kept)
-    for record in run.timings:
-        row = rows.setdefault(record.step, {})  # the last step has two records
-        for phase, cost in record.phase.items():
+    for result in run.evals:
+        kept = {k: v for k, v in jsonl.to_json(result).items() if k in ("pass1", "loss", "stderr")}
+        _add(rows, result.step, f"eval/{result.eval_set}/{result.mode}", kept)
+    for timing in run.timings:
+        row = rows.setdefault(timing.step, {})  # the last step has two records
+        for phase, cost in timing.phase.items():
             row[f"seconds/{phase}"] = row.get(f"seconds/{phase}", 0.0) + cost.seconds
     yield from sorted(rows.items())
 

@@ -153,6 +153,7 @@ def _run(folder: str) -> bytes:
         cwd=folder,
         start_new_session=True,
     )
+    assert process.stdout is not None  # a pipe was asked for
     try:
         # One write of a few bytes, or the end of the last process that could have written.
         ready, _, _ = select.select([process.stdout], [], [], WALL_S)

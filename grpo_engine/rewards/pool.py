@@ -24,7 +24,7 @@ from grpo_engine.config import RewardConfig
 from grpo_engine.rewards import HARMLESS, import_scorer, scorer_target
 from grpo_engine.rewards.worker import Outcome, checked, prepare, run
 from grpo_engine.system.processes import SpawnContext
-from grpo_engine.types import Problem, Reward
+from grpo_engine.types import Problem, Reward, RewardStatus
 
 Progress = Callable[[int, int], None]  # (answers scored, answers to score)
 OnScored = Callable[[int, Reward], None]  # (which response, its reward)
@@ -252,7 +252,7 @@ class Scoring:
         if None in self._rewards:
             raise ValueError(f"Scoring.finish: answer {self._rewards.index(None)} was never added")
         self._report()
-        return list(self._rewards)
+        return [r for r in self._rewards if r is not None]
 
     def _pump(self, timeout: float) -> None:
         """Feeds idle workers, waits up to `timeout` for one to be done, and takes in what is done."""
@@ -283,7 +283,7 @@ class Scoring:
             work = self._targets[problem.reward], self._responses[index], problem.answer, dict(problem.info)
             self._busy[lane.submit(*work)] = lane, index
 
-    def _record(self, index: int, outcome: Outcome, status: str) -> None:
+    def _record(self, index: int, outcome: Outcome, status: RewardStatus) -> None:
         if status != "ok":
             self._failures.append((index, status, outcome.error or ""))
         self._rewards[index] = reward = Reward(value=outcome.value, status=status)
@@ -328,7 +328,7 @@ class _Lane:
             self._restart()
             return self._pool.schedule(run, args=[*work, limit_s], timeout=self._timeout_s)
 
-    def outcome(self, future: concurrent.futures.Future) -> tuple[Outcome, str] | None:
+    def outcome(self, future: concurrent.futures.Future) -> tuple[Outcome, RewardStatus] | None:
         """What became of the answer: value and status, or None if no worker ever took it up."""
         if not future.done():
             taken_up = future.running()

@@ -180,11 +180,11 @@ def encode(value: object) -> Any:
         return ["dict", *([encode(k), encode(v)] for k, v in value.items())]
     for kind, container in _CONTAINERS.items():
         if isinstance(value, container):
-            return [kind, *map(encode, value)]
+            return [kind, *map(encode, value)]  # type: ignore[call-overload]
     if hasattr(value, "tolist"):
         return encode(value.tolist())
     if isinstance(value, numbers.Number):
-        return int(value) if value == int(value) else float(value)
+        return int(value) if value == int(value) else float(value)  # type: ignore[call-overload, arg-type]
     raise TypeError(f"no plain data: {type(value).__name__}")
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from grpo_engine.rewards import Scorer, import_scorer
+from grpo_engine.rewards import Question, Scorer, import_scorer
 
 
 class Item(NamedTuple):
@@ -74,7 +74,7 @@ def run(target: str, response: str, answer: str, info: Mapping[str, object], lim
         signal.alarm(0)
 
 
-def checked(scorer: Scorer, response: str, problem: object) -> Outcome:
+def checked(scorer: Scorer, response: str, problem: Question) -> Outcome:
     """Calls a scorer and refuses what is no reward.
 
     Args:

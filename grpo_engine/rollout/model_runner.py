@@ -212,6 +212,16 @@ class ModelRunner:
         self._weights: tuple[int, ...] = ()
         self._forget_graphs()
 
+    @property
+    def _pages(self) -> KVCache:
+        assert self.cache is not None  # `prepare` comes before a step
+        return self.cache
+
+    @property
+    def _sampled(self) -> Samples:
+        assert self._samples is not None
+        return self._samples
+
     def _forget_graphs(self) -> None:
         self._static: dict[tuple, _StaticStep] = {}
         self._pool = None  # of memory, shared by the graphs
@@ -270,7 +280,7 @@ class ModelRunner:
         arrays["temperature"] = self._temperature_N[plan.sample_seq]
         if self._direct:
             inputs = StepInputs(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-            self.cache.copy_pages(inputs.page_copies)
+            self._pages.copy_pages(inputs.page_copies)
             sample = self._sample(inputs, plan.decode_only)
             return StartedStep((sample.token, sample.full_logprob, sample.entropy))
         host = self._host[self._turn]
@@ -282,9 +292,9 @@ class ModelRunner:
             staged = host.room(_nbytes(shapes))
             _fill(staged.numpy(), shapes, arrays)
             inputs = _cut(staged.to(self.model.device, non_blocking=True), shapes)
-            self.cache.copy_pages(inputs.page_copies)
+            self._pages.copy_pages(inputs.page_copies)
             self._sample_into_buffer(inputs, plan.decode_only)
-        host.samples.bytes.copy_(self._samples.bytes, non_blocking=True)
+        host.samples.bytes.copy_(self._sampled.bytes, non_blocking=True)
         if host.event is not None:
             host.event.record()
         S, home = len(plan.sample_seq), host.samples
@@ -292,7 +302,7 @@ class ModelRunner:
 
     def _run_padded(self, arrays: dict[str, np.ndarray], host: _HostBuffers) -> None:
         rows, copies = padded_rows(len(arrays["tokens"])), len(arrays["page_copies"])
-        width = padded_pages(arrays["page_table"].shape[1], self.cache.key.shape[-1])
+        width = padded_pages(arrays["page_table"].shape[1], self._pages.key.shape[-1])
         arrays["cu_query"] = np.arange(rows + 1, dtype=np.int32)
         wide = {"cu_query": (rows + 1,), "page_table": (rows, width), "page_copies": (rows, 2)}
         shapes = {name: wide.get(name, (rows,)) for name in DTYPES}
@@ -303,7 +313,7 @@ class ModelRunner:
         staged = host.room(step.bytes.numel())
         _fill(staged.numpy(), shapes, arrays)
         step.bytes.copy_(staged, non_blocking=True)
-        self.cache.copy_pages(step.inputs.page_copies[:copies])
+        self._pages.copy_pages(step.inputs.page_copies[:copies])
         if step.graph is not None:
             step.graph.replay()
             return
@@ -325,16 +335,16 @@ class ModelRunner:
         """A step from the samples of the one before to its own."""
         if self.lookahead:
             # where the step before could not sample, its commit will say so; until then any token will do
-            before = self._samples.token[(-1 - inputs.tokens).clamp_(min=0)].clamp_(min=0)
+            before = self._sampled.token[(-1 - inputs.tokens).clamp_(min=0)].clamp_(min=0)
             inputs = inputs._replace(tokens=torch.where(inputs.tokens < 0, before, inputs.tokens))
         sample = self._sample(inputs, decode_only)
-        S, to = sample.token.numel(), self._samples
+        S, to = sample.token.numel(), self._sampled
         to.token[:S].copy_(sample.token)
         to.logprob[:S].copy_(sample.full_logprob)
         to.entropy[:S].copy_(sample.entropy)
 
     def _sample(self, inputs: StepInputs, decode_only: bool) -> ops.SampledToken:
-        hidden_TD = self.model(inputs.tokens, inputs.positions, PagedSequences(self.cache, inputs))
+        hidden_TD = self.model(inputs.tokens, inputs.positions, PagedSequences(self._pages, inputs))
         return ops.sample_token(
             self.model.logits(hidden_TD if decode_only else hidden_TD[inputs.sample_row]),
             seed=inputs.sample_seed,

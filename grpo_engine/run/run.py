@@ -76,7 +76,8 @@ class Run:
         # a device decides the last bits, so it is part of what a run is: the id is that of the resolved configuration
         self.config = config.model_copy(update={"device": self._device(config.device, begun)})
         self.run_id = records.run_id(self.config.model_dump(mode="json"))
-        self.revision = begun and begun["model"].get("revision")  # a run goes on with the weights that it began with
+        # a run goes on with the weights that it began with
+        self.revision: str | None = begun["model"].get("revision") if begun else None
         if begun is not None:
             self._refuse_another_run(begun)
         out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,8 @@ class Run:
         advantages.estimator(c.advantage), loss.objective(c.loss)  # of the user's own: found now, or named
         folder = None
         if c.model.path is not None:
-            folder, self.revision = dataclasses.astuple(hub.find_model(c.model.path, revision=self.revision))
+            found = hub.find_model(c.model.path, revision=self.revision)
+            folder, self.revision = found.folder, found.revision
         # problems first: a wrong file is found before a model of the ladder is pretrained
         self.task = load_task(
             c.task, seed=c.seed, needed=c.steps * c.batch.prompts * c.batch.sampling_rounds, reward=c.reward
@@ -196,7 +198,7 @@ class Run:
             "model": {
                 "name": c.model.path or f"{c.model.size}-{c.model.kind}",
                 "kind": c.model.kind,
-                "size": c.model.size or Path(c.model.path).name,
+                "size": c.model.size or Path(c.model.path or "").name,
                 "revision": self.revision,
                 "params_non_embedding": self.model.num_non_embedding,
                 "params_nominal": c.model.params_nominal,
@@ -289,6 +291,7 @@ class Run:
         return problems_from(self.task.train, start=self.counters.prompts_seen, seed=c.seed, shuffle=c.task.shuffle)
 
     def _pretrain_step(self, step: int) -> records.StepRecord:
+        assert self.corpus is not None  # of a control
         outcome = control.control_step(
             self.model, self.optimizer, self.corpus, config=self.config, step=step, ledger=self.ledger
         )

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def resolve(asked: str) -> Literal["cpu", "cuda"]:

@@ -71,6 +71,7 @@ def threads_of_a_kernel() -> int:
     x, weight = torch.ones(rows, 512), torch.ones(512)
     with threads.count_threads() as count:
         ops.rms_norm(x, weight, eps=1e-6)
+    assert count.number is not None  # the block has ended
     return count.number
 
 

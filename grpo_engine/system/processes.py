@@ -48,7 +48,7 @@ def _no_main_module() -> Iterator[None]:
 class _NoMainModule:
     def _launch(self, process_obj: multiprocessing.process.BaseProcess) -> None:
         with _no_main_module():
-            super()._launch(process_obj)
+            super()._launch(process_obj)  # type: ignore[misc]  # of the Popen beside it
 
 
 class _SpawnPopen(_NoMainModule, multiprocessing.popen_spawn_posix.Popen):
@@ -65,7 +65,7 @@ class SpawnedProcess(multiprocessing.context.SpawnProcess):
     """A fresh process."""
 
     @staticmethod
-    def _Popen(process_obj: SpawnedProcess) -> _SpawnPopen:
+    def _Popen(process_obj: multiprocessing.process.BaseProcess) -> _SpawnPopen:
         return _SpawnPopen(process_obj)
 
 
@@ -79,7 +79,7 @@ class ForkedProcess(multiprocessing.context.ForkServerProcess):
     """A fork of the server that `start_fork_server` has started."""
 
     @staticmethod
-    def _Popen(process_obj: ForkedProcess) -> _ForkPopen:
+    def _Popen(process_obj: multiprocessing.process.BaseProcess) -> _ForkPopen:
         return _ForkPopen(process_obj)
 
 
@@ -126,14 +126,16 @@ def become_job(log: str) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.close(out)
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # nothing has replaced it
     if sys.platform.startswith("linux"):
         _end_with_server()
     threading.Thread(target=_end_with_asker, daemon=True).start()
 
 
 def _end_with_asker() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    asker = multiprocessing.parent_process()
+    assert asker is not None  # this process was started by one
+    multiprocessing.connection.wait([asker.sentinel])
     os.killpg(0, signal.SIGKILL)
 
 
@@ -159,6 +161,7 @@ def kill_group(job: ForkedProcess, number: int) -> None:
         job: started.
         number: of the signal.
     """
+    assert job.pid is not None  # it was started
     try:
         os.killpg(job.pid, number)
     except (ProcessLookupError, PermissionError):

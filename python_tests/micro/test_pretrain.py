@@ -6,14 +6,17 @@ import os
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from grpo_engine.config import RunConfig
 from grpo_engine.micro import control, facts, pretrain, task
 from grpo_engine.micro import ladder as ladder_
 from grpo_engine.micro.corpus import Corpus
 from grpo_engine.micro.ladder import LADDER
+from grpo_engine.micro.tokenizer import MicroTokenizer
 from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
+from grpo_engine.model.tokenizer import HFTokenizer
 from grpo_engine.records.ledger import Ledger
 from grpo_engine.train import language
 from grpo_engine.train.schedule import Schedule
@@ -142,6 +145,25 @@ def test_ensure_model_trains_once_and_shares_the_base(tiny, tmp_path):
     assert a.keys() == b.keys()
     assert any(not torch.equal(a[n], b[n]) for n in a)
     assert sorted(p.suffix for p in (tmp_path / "models").iterdir()) == ["", "", ".lock", ".lock"]
+
+
+def test_the_saved_tokenizer_is_the_micro_tokenizer(tiny, tmp_path):
+    folder = pretrain.ensure_model("tiny", "base", cache_dir=tmp_path)
+    ours, saved, theirs = MicroTokenizer(), HFTokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    assert (saved.vocab_size, saved.stop_ids, theirs.eos_token_id) == (ours.vocab_size, ours.stop_ids, ours.eos_id)
+    texts = [" ".join(facts.VOCABULARY), "", " 7  +8\n="]
+    texts += [text for d in facts.DOMAINS for p in task.problems(d, 50, seed=5, test=True) for text in (p.prompt, p.answer)]
+    for text in texts:
+        ids = ours.encode(text)
+        assert saved.encode(text) == theirs(text)["input_ids"] == ids
+        assert saved.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+    for text in texts[1:]:
+        for chat in (False, True):
+            assert saved.encode_prompt(text, chat) == ours.encode_prompt(text, chat)
+    turns = [{"role": "user", "content": "7 +8 ="}, {"role": "assistant", "content": "15"}]
+    assert theirs.apply_chat_template(turns, tokenize=False).split() == "<user> 7 +8 = <assistant> 15 <eos>".split()
+    with pytest.raises(Exception, match="UNK"):
+        saved.encode("7 plus 8")
 
 
 def test_the_same_recipe_gives_the_same_bits(tiny, tmp_path):

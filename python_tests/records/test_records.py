@@ -91,6 +91,11 @@ def test_a_non_finite_number_comes_back_as_itself():
     assert back.loss == math.inf and back.kl is None
 
 
+def test_a_non_finite_number_comes_back_at_any_depth():
+    record = TimingRecord(step=1, phase={"decode": PhaseCost(seconds=math.inf, flops=-math.inf)})
+    assert jsonl.from_json(TimingRecord, json.loads(json.dumps(jsonl.to_json(record)))) == record
+
+
 def vars_of(record):
     return {name: getattr(record, name) for name in type(record).__dataclass_fields__}
 
@@ -109,11 +114,23 @@ def test_a_tensor_of_one_element_is_a_number_and_a_larger_one_an_error():
         ({"step": True}, TypeError, "StepRecord.step must be int, got True"),
         ({"speed": 1}, ValueError, "StepRecord has no field speed"),
         ({"step": None}, TypeError, "StepRecord.step must be int, got None"),
+        ({"step": 1.0}, TypeError, r"StepRecord.step must be int, got 1\.0"),
+        ({"loss": True}, TypeError, r"f:3: StepRecord.loss must be float \| None, got True"),
     ],
 )
 def test_from_json_names_the_field(change, error, message):
     with pytest.raises(error, match=message):
         jsonl.from_json(StepRecord, jsonl.to_json(STEP) | change, where="f:3")
+
+
+def test_from_json_names_a_place_within_a_record():
+    for cost, error, message in (
+        ({"seconds": 1, "tokens": "3"}, TypeError, "TimingRecord.phase.decode.tokens must be int, got '3'"),
+        ({"seconds": 1, "second": 1}, ValueError, "TimingRecord.phase.decode has no field second"),
+        ({"tokens": 3}, ValueError, "TimingRecord.phase.decode lacks seconds"),
+    ):
+        with pytest.raises(error, match=message):
+            jsonl.from_json(TimingRecord, {"schema": 2, "step": 1, "phase": {"decode": cost}})
 
 
 def test_from_json_names_a_missing_field():

@@ -417,14 +417,17 @@ def test_fits_json_that_is_not_ours(tmp_path):
     path = tmp_path / "fits.json"
     fit.write_fits(path, fit.fit_table(law_table(sizes=THREE), axes=["data"], n_boot=20, shapes=False))
     obj = json.loads(path.read_text())
-    for change, message in (
-        (lambda o: o | {"schema": 3}, "schema must be one of .*, got 3"),
-        (lambda o: o | {"extra": 1}, r"fits.json: fits: the fields of Fits .*extra"),
-        (lambda o: o | {"objective": 3}, r"fits.objective: must be str, got 3"),
-        (lambda o: o | {"fits": [o["fits"][0] | {"kind": None}]}, r"fits.fits\[0\].kind: must be str, got None"),
+    for change, error, message in (
+        (lambda o: o | {"schema": 3}, ValueError, "fits.json: schema must be one of .*, got 3"),
+        (lambda o: o | {"extra": 1}, ValueError, "fits.json: Fits has no field extra"),
+        (lambda o: o | {"fits": [o["fits"][0] | {"a": 1, "b": 2}]}, ValueError, r"Fits.fits\[0\] has no field a, b"),
+        (lambda o: o | {"fits": [{"axis": "data"}]}, ValueError, r"Fits.fits\[0\] lacks choices, held_out, joint, kind"),
+        (lambda o: o | {"objective": 3}, TypeError, "fits.json: Fits.objective must be str, got 3"),
+        (lambda o: o | {"fits": [o["fits"][0] | {"kind": None}]}, TypeError, r"Fits.fits\[0\].kind must be str, got None"),
+        (lambda o: o | {"fits": [3]}, TypeError, r"Fits.fits\[0\] must be an object, got 3"),
     ):
         path.write_text(json.dumps(change(json.loads(json.dumps(obj)))))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             fit.read_fits(path)
 
 

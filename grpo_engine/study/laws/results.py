@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -372,37 +369,9 @@ def read_fits(path: str | os.PathLike[str]) -> Fits:
     Raises:
         FileNotFoundError: no such file.
         ValueError: another schema, or a field that is missing or unknown; the message names the file and the place.
+        TypeError: a value of the wrong type, likewise.
     """
-    obj = jsonl.read_json(path)
-    obj.pop("schema")
-    return _build(Fits, obj, f"{os.fspath(path)}: fits")
-
-
-def _build(hint: Any, value: Any, where: str) -> Any:
-    """A typed value from its JSON form."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        inner = [h for h in get_args(hint) if h is not type(None)]
-        return None if value is None else _build(inner[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: must be an object, got {value!r}")
-        hints = get_type_hints(hint)
-        if set(value) != set(hints):
-            odd = sorted(set(value) ^ set(hints))
-            raise ValueError(f"{where}: the fields of {hint.__name__} are not those expected: {', '.join(odd)}")
-        return hint(**{n: _build(h, value[n], f"{where}.{n}") for n, h in hints.items()})
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: must be a list, got {value!r}")
-        return tuple(_build(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        return {n: _build(get_args(hint)[1], v, f"{where}.{n}") for n, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint):
-        raise ValueError(f"{where}: must be {hint.__name__}, got {value!r}")
-    return value
+    return jsonl.from_json(Fits, jsonl.read_json(path), where=os.fspath(path))
 
 
 def draws_of(fit: JointFit, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
