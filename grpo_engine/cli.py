@@ -226,7 +226,8 @@ def study_status(study_dir: StudyDir) -> None:
 @study_app.command("fit")
 def study_fit(study_dir: StudyDir) -> None:
     """Fit the laws anew from the records, offline, and print them."""
-    from grpo_engine.study.report import fit_study, law_table
+    from grpo_engine.study.fits import fit_study
+    from grpo_engine.study.report import law_table
 
     console.print(law_table(fit_study(study_dir)))
 
@@ -307,8 +308,8 @@ def study_recommend(
     """
     from dataclasses import asdict
 
+    from grpo_engine.study.fits import recommendations
     from grpo_engine.study.forecast import gpu_here
-    from grpo_engine.study.report import recommendations
 
     asked = {
         "compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu_here() if gpu == "here" else gpu,
@@ -326,16 +327,17 @@ def study_recommend(
 
 @study_app.command("report")
 def study_report(study_dir: StudyDir) -> None:
-    """Write the report anew from the records, offline."""
+    """Write the report anew, offline: from fits.json, which is fitted first where the records have gone on since."""
     _report(study_dir)
 
 
 def _report(study_dir: Path) -> None:
-    from grpo_engine.study.laws.fit import read_fits
-    from grpo_engine.study.report import FITS_FILE, law_table, write_report
+    from grpo_engine.study.fits import fits_of
+    from grpo_engine.study.report import law_table, write_report
 
+    fits = fits_of(study_dir)
     page = write_report(study_dir)
-    console.print(law_table(read_fits(study_dir / FITS_FILE)))
+    console.print(law_table(fits))
     console.print(f"report: {page}")
 
 

@@ -205,20 +205,21 @@ class JsonlWriter:
         self.close()
 
 
-def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
+def write_json_atomic(path: str | os.PathLike[str], obj: Any, *, schema: int = SCHEMA) -> None:
     """Writes a JSON file so that a reader sees the old content or the new, never a part.
 
     Written to a temporary name in the same folder, fsynced, renamed; then the folder is fsynced.
 
     Args:
         path: the file; its folder must exist.
-        obj: a dataclass instance or a mapping (see `to_json`; `schema` is added).
+        obj: a dataclass instance or a mapping (see `to_json`).
+        schema: number of the file's own schema, written first.
 
     Raises:
         TypeError: a value without a JSON form.
         OSError: the folder is missing or not writable; no temporary file is left behind.
     """
-    write_bytes_atomic(path, (json.dumps(to_json(obj), allow_nan=False, indent=1) + "\n").encode())
+    write_bytes_atomic(path, (json.dumps(to_json(obj) | {"schema": schema}, allow_nan=False, indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,11 @@ import pytest
 from law_tables import BATCH, K_MAX, N0, SIZES, STEPS, TOKENS, k_saturating, law_table
 from scipy.optimize import least_squares
 
-from grpo_engine.records import jsonl
 from grpo_engine.study import importers
 from grpo_engine.study.laws import fit
 from grpo_engine.study.laws import forms as laws
 from grpo_engine.study.laws.curves import select_curves
+from grpo_engine.study.laws.results import FITS_SCHEMA, residuals
 
 THREE = {n: SIZES[n] for n in ("s", "m", "l")}
 
@@ -196,7 +196,7 @@ def test_other_objectives_find_the_law_too(objective):
 def test_residuals_are_what_the_law_leaves():
     curves, _, _ = select_curves(law_table(noise=0.01), axis="data")
     joint = fit.fit_joint(curves, axis="data", n_boot=20)
-    left = fit.residuals(curves, joint)
+    left = residuals(curves, joint)
     assert list(left) == [c.label for c in curves]
     for c in curves:
         x, fitted, residual = left[c.label]
@@ -401,7 +401,7 @@ def test_fits_json_round_trip(tmp_path):
     fit.write_fits(path, fits)
     assert fit.read_fits(path) == fits
     obj = json.loads(path.read_text())
-    assert obj["schema"] == jsonl.SCHEMA
+    assert obj["schema"] == FITS_SCHEMA
     assert obj["fits"][0]["joint"]["verdict"]["ok"] in (True, False)
     assert obj["fits"][0]["verdict"].keys() == {"ok", "why", "cautions"}
 
@@ -418,7 +418,7 @@ def test_fits_json_that_is_not_ours(tmp_path):
     fit.write_fits(path, fit.fit_table(law_table(sizes=THREE), axes=["data"], n_boot=20, shapes=False))
     obj = json.loads(path.read_text())
     for change, message in (
-        (lambda o: o | {"schema": 3}, "schema must be one of .*, got 3"),
+        (lambda o: o | {"schema": 4}, "schema must be one of .*, got 4"),
         (lambda o: o | {"extra": 1}, r"fits.json: fits: the fields of Fits .*extra"),
         (lambda o: o | {"objective": 3}, r"fits.objective: must be str, got 3"),
         (lambda o: o | {"fits": [o["fits"][0] | {"kind": None}]}, r"fits.fits\[0\].kind: must be str, got None"),

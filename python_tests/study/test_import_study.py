@@ -7,11 +7,11 @@ import pytest
 from typer.testing import CliRunner
 
 from grpo_engine.cli import app
-from grpo_engine.study.claims import study_claims
+from grpo_engine.study.fits import fit_study
 from grpo_engine.study.forecast import num_params
 from grpo_engine.study.importers import RunInfo, import_logs, read_table
 from grpo_engine.study.laws.fit import read_fits
-from grpo_engine.study.report import fit_study, load_data
+from grpo_engine.study.report import load_data
 from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import render_page, sections_of
 from grpo_engine.study.report.words import findings
@@ -102,9 +102,9 @@ def test_the_planted_law_is_found(study):
 
 def test_a_page_says_whose_runs_they_are(study):
     data, fits = load_data(study), fit_study(study, n_boot=20)
-    laws, claims = study_laws(data, fits), study_claims(data)
-    sections = sections_of(data, laws, claims)
-    page = render_page(data, sections, findings(data, laws, claims))
+    laws = study_laws(data, fits)
+    sections = sections_of(data, laws)
+    page = render_page(data, sections, findings(data, laws))
     assert "The runs are of another trainer" in page and "14B" in page and "cells are not finished" not in page
     assert {f.name for s in sections for f in s.figures} >= {"loss_compute", "loss_data", "claims", "residuals", "frontier"}
     assert not {"plan", "cost", "training", "tau"} & {s.id for s in sections}  # a log has none of them

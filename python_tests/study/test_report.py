@@ -14,9 +14,10 @@ from grpo_engine.records.table import TABLE_COLUMNS, runs_table
 from grpo_engine.study.claims import _Drawer, study_claims
 from grpo_engine.study.data import StudyData
 from grpo_engine.study.design import AxesConfig, load_study, plan
+from grpo_engine.study.fits import fit_study, plain_table
 from grpo_engine.study.laws.curves import select_curves
 from grpo_engine.study.laws.fit import read_fits
-from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
+from grpo_engine.study.report import law_table, load_data, words, write_report
 from grpo_engine.study.report.drawing import (
     BarPanel,
     Figure,
@@ -29,7 +30,7 @@ from grpo_engine.study.report.drawing import (
     size_colors,
     tick_text,
 )
-from grpo_engine.study.report.fits import plain_table, study_laws
+from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import Section, render_page, sections_of
 from grpo_engine.study.report.tables import Table
 
@@ -45,7 +46,8 @@ def study(tmp_path_factory):
     """A study of four sizes that has run, with its report."""
     folder = tmp_path_factory.mktemp("study") / "synthetic"
     make_study(folder, sizes=("xs", "s", "m", "l"), axes=AXES)
-    write_report(folder, n_boot=30)
+    fit_study(folder, n_boot=30)
+    write_report(folder)
     return folder
 
 
@@ -180,7 +182,9 @@ def test_every_legend_entry_that_can_be_pressed_has_series(page):
 
 def test_the_claims_have_their_verdicts_on_the_page(study, page):
     text = text_of(page)
-    for claim in study_claims(load_data(study)):
+    claims = read_fits(study / "fits.json").claims
+    assert claims == study_claims(load_data(study)) and claims
+    for claim in claims:
         assert claim.statement in text and claim.why in text
     rows = (study / "report/tables/comparisons.md").read_text()
     assert re.search(r"fixed data \| l against m, base \| \+0\.\d{3} \[.*\| 0\.02 \| supported \| 2, 2 \|", rows)
@@ -294,9 +298,9 @@ def test_a_report_can_be_made_of_a_part(tmp_path):
     unfinished = ("m-base-seed0", "s-base-tau5-seed0")
     make_study(tmp_path / "s", sizes=("xs", "s", "m"), axes=axes, unfinished=unfinished)
     data, fits = load_data(tmp_path / "s"), fit_study(tmp_path / "s", n_boot=20)
-    laws, claims = study_laws(data, fits), study_claims(data)
-    sections = sections_of(data, laws, claims)
-    text = text_of(render_page(data, sections, words.findings(data, laws, claims)))
+    laws = study_laws(data, fits)
+    sections = sections_of(data, laws)
+    text = text_of(render_page(data, sections, words.findings(data, laws)))
     assert "2 of 4 cells are not finished and not in this report: m-base-seed0, s-base-tau5-seed0" in text
     assert "There is no control" in text and "With one run at some or all sizes" in text
     assert "for base models the data do not carry it (2 sizes" in text
@@ -413,10 +417,9 @@ def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path
     shutil.copytree(study, tmp_path / "s")
     bars = BarPanel(title="", x_label="x", rows=("a",), parts=(("one", "no colour", (1.0,)),))
     section = Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
-    monkeypatch.setattr("grpo_engine.study.report.page.fit_data", lambda *_: read_fits(study / "fits.json"))
     monkeypatch.setattr("grpo_engine.study.report.page.sections_of", lambda *_: [section])
     with pytest.raises(ValueError, match="valid color"):
-        write_report(tmp_path / "s", n_boot=20)
+        write_report(tmp_path / "s")
 
 
 def test_variants_take_no_part_in_laws_and_figures(tmp_path):

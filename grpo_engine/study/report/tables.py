@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_engine.records.cost import COST_HEAD, cost_rows
-from grpo_engine.study.claims import Claim
 from grpo_engine.study.data import StudyData, costs_of, transfer_rows
-from grpo_engine.study.laws.results import Estimate, Fits, Verdict
+from grpo_engine.study.laws.results import Claim, Estimate, Fits, Verdict
 from grpo_engine.study.plan_view import duration, human, plan_rows
 from grpo_engine.study.recommend import FrontierPoint, Recommendation
 from grpo_engine.study.report.fits import AXIS_NAMES, Laws
@@ -274,12 +273,12 @@ def held_out_table(data: StudyData, laws: Laws, *, most: int | None = None) -> T
                         _skills(choice.skill[law]), covered, "yes" if law == choice.best else "",
                     )
                 )  # fmt: skip
-    for kind, found in laws.other_sets.items():
-        for h in sorted(found, key=lambda h: h.log_error):
+    for other in laws.fits.other_sets:
+        for h in sorted(other.held_out, key=lambda h: h.log_error):
             rows.append(
                 (
-                    f"{h.test}: {h.target}", "prompts", kind, h.law, f"{100 * h.log_error:.1f} %", "1", _skills(h.skill),
-                    "" if h.coverage is None else f"{100 * h.coverage:.0f} %", "",
+                    f"{h.test}: {h.target}", "prompts", other.kind, h.law, f"{100 * h.log_error:.1f} %", "1",
+                    _skills(h.skill), "" if h.coverage is None else f"{100 * h.coverage:.0f} %", "",
                 )
             )  # fmt: skip
     if not rows:
@@ -312,8 +311,8 @@ def other_laws_table(data: StudyData, laws: Laws) -> Table | None:
                     (f"levels at X = {v.x:.3g}", AXIS_NAMES[f.axis], f.kind, v.law, v.formula, _parameters(v.parameters),
                      f"misfit {v.misfit:.3f}", _carried(v.verdict))
                 )  # fmt: skip
-    found = [(kind, law, "all sizes") for kind, surfaces in laws.surfaces.items() for law in surfaces]
-    found += [(r.kind, r.law, f"{r.size}, reuse") for r in laws.reuse]
+    found = [(s.kind, s.law, "all sizes") for s in laws.fits.surfaces]
+    found += [(r.kind, r.law, f"{r.size}, reuse") for r in laws.fits.reuse]
     found += [
         (f.kind, law, law.label) for f in laws.fits.fits if f.axis == "data" and f.kind in data.kinds for law in f.laws
     ]
