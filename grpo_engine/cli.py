@@ -145,12 +145,12 @@ def _evaluate_suite(config: str | None, suite: str, data: str, out: Path | None,
             progress=lambda finished, total: bar.update(answers, completed=finished, total=total),
         )  # fmt: skip
     took, problems = time.monotonic() - start, sum(r.problems for r in results)
-    for heads, *rows in tables(results):
-        table = Table(*heads)
-        for row in rows:
+    for one in tables(results):
+        table = Table(*one.head)
+        for row in one.rows:
             table.add_row(*row)
         Console(width=max(console.width, 180)).print(table)
-    console.print(f"{problems} problems in {took:.0f} s; {out / 'table.html'}", soft_wrap=True)
+    console.print(f"{problems} problems in {took:.0f} s; {out / 'table.md'}", soft_wrap=True)
 
 
 @study_app.command("plan")
@@ -217,10 +217,11 @@ def study_status(study_dir: StudyDir) -> None:
     found = status(study_dir)
     for s in found:
         loss, seconds = "-" if s.loss is None else f"{s.loss:.3f}", "-" if s.seconds is None else f"{s.seconds:.0f}"
-        table.add_row(s.cell.name, str(s), loss, seconds)
+        table.add_row(s.name, str(s), loss, seconds)
     console.print(table)
     counts = Counter(s.state for s in found)
-    console.print(", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "partial", "missing") if counts[s]))
+    states = ("done", "running", "failed", "partial", "missing", "imported")
+    console.print(", ".join(f"{counts[s]} {s}" for s in states if counts[s]))
 
 
 @study_app.command("fit")

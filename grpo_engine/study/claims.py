@@ -19,6 +19,7 @@ and not supported when one is not. Claims are not adjusted for one another: of t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ def study_claims(data: StudyData, *, draws: int = 4000, seed: int = 0) -> tuple[
         improves each set; larger groups are better at equal
         prompts, and at equal compute. A claim at fixed compute or prompts is left out where a run does not tell them.
     """
+    tested = {n: r for n, r in data.runs.items() if any(e.step > 0 for e in _evals(r, data.headline))}
+    data = dataclasses.replace(data, runs=tested)
     spread, freedom = _seed_spread(data)
     drawer = _Drawer(rng=np.random.default_rng([seed, 6]), draws=draws, spread=spread, freedom=freedom, weights={})
     evals = [e for run in data.runs.values() for e in _evals(run, data.headline)]
@@ -355,7 +358,7 @@ def _runs_needed(pair: _Pair, test: Test, margin: float, level: float) -> tuple[
 
 
 def _evals(run: Run, eval_set: str) -> list[EvalRecord]:
-    return [e for e in run.evals if e.eval_set == eval_set and e.mode == "sample"]
+    return [e for e in run.evals if e.eval_set == eval_set and e.mode == "sample" and math.isfinite(e.loss)]
 
 
 def _last(groups: Sequence[Sequence[Run]], eval_set: str, axis: str) -> float:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 FITS_FILE = "fits.json"
+NO_AXIS = "neither compute nor prompts seen are known of any run, so there is no law to fit"
 
 
 def fit_study(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Fits:
@@ -63,9 +64,8 @@ def fit_data(data: StudyData, folder: Path, n_boot: int) -> Fits:
     kinds = [*data.kinds, "all"] if len(data.kinds) > 1 else data.kinds
     chosen = {"eval_set": data.headline, "group_size": data.group_size, "n_boot": n_boot, "params": params_of(table)}
     axes = [a for a in ("compute", "data", "ledger") if _known(table, AXES[a])]
-    if not axes:
-        raise ValueError(f"{folder}: neither compute nor prompts seen are known of any run, so there is no law to fit")
-    fits = fit_table(table, axes=[a for a in axes if a != "ledger"], kinds=kinds, **chosen)
+    laws = [a for a in axes if a != "ledger"]
+    fits = fit_table(table, axes=laws, kinds=kinds, **chosen) if laws else Fits(objective="linear", fits=())
     if "ledger" in axes:
         ledger = fit_table(table, axes=("ledger",), kinds=data.kinds, shapes=False, **chosen)
         fits = replace(fits, fits=(*fits.fits, *ledger.fits))
@@ -165,6 +165,8 @@ def recommendations(
     """
     folder = Path(study_dir)
     fits = read_fits(folder / FITS_FILE) if (folder / FITS_FILE).is_file() else fit_study(folder)
+    if not axes_of(fits):
+        raise ValueError(f"{folder}: {NO_AXIS}")
     kinds = [k for k in dict.fromkeys(f.kind for f in fits.fits) if k in ((kind,) if kind else ("base", "instruct"))]
     if not kinds:
         raise ValueError(f"{folder}: no law was fitted to {kind or 'any'} models")

@@ -413,6 +413,21 @@ def test_fits_json_of_data_that_carry_nothing(tmp_path):
     assert again == fits and not again.fits[0].verdict.ok
 
 
+@pytest.mark.parametrize("schema", [1, 2])
+def test_fits_json_of_a_former_schema(tmp_path, schema):
+    fits = fit.fit_table(law_table(sizes=THREE), axes=["data"], n_boot=20, shapes=False)
+    path = tmp_path / "fits.json"
+    fit.write_fits(path, fits)
+    obj = json.loads(path.read_text())
+    former = {"schema": schema, "objective": obj["objective"], "fits": obj["fits"]}
+    for f in former["fits"]:
+        del f["curves"], f["at_one_x"]
+    path.write_text(json.dumps(former))
+    read = fit.read_fits(path)
+    assert read.fits[0] == dataclasses.replace(fits.fits[0], curves=(), at_one_x=None)
+    assert (read.records, read.claims, read.surfaces, read.reuse, read.other_sets) == ("", (), (), (), ())
+
+
 def test_fits_json_that_is_not_ours(tmp_path):
     path = tmp_path / "fits.json"
     fit.write_fits(path, fit.fit_table(law_table(sizes=THREE), axes=["data"], n_boot=20, shapes=False))

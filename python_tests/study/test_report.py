@@ -11,6 +11,7 @@ from rich.console import Console
 from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
 from grpo_engine.records.table import TABLE_COLUMNS, runs_table
+from grpo_engine.records.text_table import Table
 from grpo_engine.study.claims import _Drawer, study_claims
 from grpo_engine.study.data import StudyData
 from grpo_engine.study.design import AxesConfig, load_study, plan
@@ -32,7 +33,6 @@ from grpo_engine.study.report.drawing import (
 )
 from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import Section, render_page, sections_of
-from grpo_engine.study.report.tables import Table
 
 AXES = (
     AxesConfig(kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),
@@ -291,6 +291,40 @@ def test_a_curve_that_bends_away_from_the_law_is_told(tmp_path):
     data = load_data(tmp_path / "s")
     (line,) = words.misses(data, fit_study(tmp_path / "s", n_boot=20))
     assert "l base ends below it" in line and "m base" not in line
+
+
+def test_a_report_fits_nothing(study, page, monkeypatch):
+    """Every way to a fit, to draws of a claim or to a law's curves raises, and the page is the same."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the report fits")
+
+    for name in (
+        "least_squares.Problem.best", "least_squares.Problem.solve", "least_squares.Joint.fit", "bootstrap.resample",
+        "bootstrap.profile_interval", "fit.fit_table", "fit.fit_sizes", "law_fit.fit_surface", "law_fit.fit_reuse",
+        "curves.select_curves",
+    ):  # fmt: skip
+        monkeypatch.setattr(f"grpo_engine.study.laws.{name}", refuse)
+    monkeypatch.setattr("grpo_engine.study.claims.study_claims", refuse)
+    for name in ("fit_table", "fit_surface", "fit_reuse", "other_set", "select_curves", "curves_by", "study_claims"):
+        monkeypatch.setattr(f"grpo_engine.study.fits.{name}", refuse)
+    data = load_data(study)
+    laws = study_laws(data, read_fits(study / "fits.json"))
+    found = words.findings(data, laws)
+    again = render_page(data, sections_of(data, laws), found)
+    assert text_of(again) == text_of(page) and panels_of(again) == panels_of(page)
+
+
+def test_a_report_takes_no_fits_of_other_records(study, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(study, copy, ignore=shutil.ignore_patterns("report"))
+    (path,) = copy.glob("cells/s-base-seed0.*/evals.jsonl")
+    path.write_text(path.read_text().replace('"step": 60', '"step": 61'))
+    with pytest.raises(ValueError, match=r"fits\.json: it is not of the records as they are now"):
+        write_report(copy)
+    (copy / "fits.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"fits\.json"):
+        write_report(copy)
 
 
 def test_a_report_can_be_made_of_a_part(tmp_path):

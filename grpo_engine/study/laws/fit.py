@@ -383,7 +383,7 @@ def fit_axis(
     curves, chosen, left_out = select_curves(table, axis=axis, kind=kind, **selection)
     empty = AxisFit(
         axis=axis, kind=kind, selection=chosen, left_out=tuple(left_out), sizes=(), joint=None, laws=(), levels=(),
-        held_out=(), choices=(), verdict=Verdict.of(["no size has enough points: " + "; ".join(left_out)]),
+        held_out=(), choices=(), verdict=Verdict.of(["no size can be fitted: " + "; ".join(left_out)]),
     )  # fmt: skip
     if not curves:
         return empty

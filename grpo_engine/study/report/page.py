@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo_engine.records.text_table import Table
 from grpo_engine.study.data import StudyData, load_data
 from grpo_engine.study.design import Cell
 from grpo_engine.study.fits import FITS_FILE, axes_of, records_digest
@@ -40,7 +41,6 @@ from grpo_engine.study.report.figures import (
 )
 from grpo_engine.study.report.fits import Laws, study_laws
 from grpo_engine.study.report.tables import (
-    Table,
     claims_table,
     comparisons_table,
     cost_table,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from grpo_engine.study.data import Point, StudyData, params_of
-from grpo_engine.study.fits import axes_of
+from grpo_engine.study.fits import NO_AXIS, axes_of
 from grpo_engine.study.importers import TABLE_FILE
 from grpo_engine.study.laws.results import AxisFit, Estimate, Fits
 from grpo_engine.study.plan_view import human
@@ -130,6 +130,8 @@ def interval_text(e: Estimate | None, show: Callable[[float], str]) -> str:
 
 def verdicts(fits: Fits) -> list[str]:
     """Why the data do not carry the laws that they do not."""
+    if not fits.fits:
+        return [f"{NO_AXIS[0].upper()}{NO_AXIS[1:]}."]
     return _by_reason((f, [f"not carried: {f.verdict.why}"]) for f in fits.fits if not f.verdict.ok)
 
 
