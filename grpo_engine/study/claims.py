@@ -168,7 +168,7 @@ def _ladder(data: StudyData, drawer: _Drawer, axis: str, name: str) -> Claim | N
     for kind in data.kinds:
         sizes = [s for s in data.sizes if data.main(s, kind)]
         groups = [data.main(s, kind) for s in sizes]
-        if len(sizes) < 3:
+        if len({data.params[s] for s in sizes}) < 3:
             continue
         x = _last(groups, data.headline, axis)
         if any(_first(run, data.headline, axis) > x for runs in groups for run in runs):

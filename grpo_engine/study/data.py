@@ -117,7 +117,7 @@ class StudyData:
         """
         sets: dict[tuple, dict[float, list[tuple[Cell | ImportedCell, Run]]]] = {}
         for c, run in self.runs_of(size, kind):
-            if field == "tau" or c.tau == 1:
+            if getattr(c, field) is not None and (field == "tau" or c.tau == 1):
                 same = (c.prompts, c.group_size if field == "tau" else None)
                 sets.setdefault(same, {}).setdefault(float(getattr(c, field)), []).append((c, run))
         values = max(sets.values(), key=len, default={})

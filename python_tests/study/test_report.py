@@ -312,7 +312,7 @@ def test_a_report_fits_nothing(study, page, monkeypatch):
     laws = study_laws(data, read_fits(study / "fits.json"))
     found = words.findings(data, laws)
     again = render_page(data, sections_of(data, laws), found)
-    assert text_of(again) == text_of(page) and panels_of(again) == panels_of(page)
+    assert text_of(again).split() == text_of(page).split() and panels_of(again) == panels_of(page)
 
 
 def test_a_report_takes_no_fits_of_other_records(study, tmp_path):

@@ -30,7 +30,8 @@ OPTIONAL = (
 
 
 def rows_of(**options):
-    return [r | KNOWN | {"unique_prompts": r["prompts_seen"], "compute_ledger": 2 * r["compute_6nt"]}
+    return [r | KNOWN | {"unique_prompts": r["prompts_seen"], "compute_ledger": 2 * r["compute_6nt"],
+                         "params_nominal": r["params_non_embedding"]}
             for r in law_table(sizes=SIZES, steps=STEPS, noise=0.002, **options).to_pylist()]  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def report_of(folder, rows):
 def test_a_report_is_made_without(tmp_path, absent):
     fits, text = report_of(tmp_path / "s", [r | dict.fromkeys(absent) for r in rows_of()])
     assert "What these data cannot show" in text and " nan" not in text.lower() and "None" not in text
-    axes = {"compute"} * ("compute_6nt" not in absent) | {"data"} * ("prompts_seen" not in absent)
+    axes = {a for a, column in (("compute", "compute_6nt"), ("data", "prompts_seen")) if column not in absent}
     assert {f.axis for f in fits.fits} - {"ledger"} == axes
     if axes:
         asked = {"compute": 1e12} if "compute" in axes else {"prompts": 1000.0}

@@ -53,7 +53,7 @@ def _grid(low: float, high: float, count: int = 60) -> list[float]:
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
-def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
+def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
     colors, panels = size_colors(data.sizes), []
     points: list[float] = []
     carried = []
@@ -63,10 +63,11 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
         carried.append(joint is not None)
         series = []
         for size in data.sizes:
-            curve = [p for p in data.curve(data.main(size, kind)) if p.step > 0]
+            x_of = (lambda p: p.compute) if axis == "compute" else (lambda p: p.prompts)
+            curve = [p for p in data.curve(data.main(size, kind)) if p.step > 0 and math.isfinite(x_of(p))]
             if not curve:
                 continue
-            x = [p.compute if axis == "compute" else p.prompts for p in curve]
+            x = [x_of(p) for p in curve]
             points += [p.loss + s * p.error for p in curve for s in (-1, 1)]
             own = next((s for s in fit.sizes if s.size == size), None)
             if own:
@@ -95,6 +96,8 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
                        color=colors[size], end_label=None if own and joint else size, group=size)
             )  # fmt: skip
         panels.append((kind, series))
+    if not points:
+        return None
     lines = {
         (True,): "Lines: the law fitted to all sizes together, with its 95 % band; dashed, continued beyond the last "
         "point, where nothing was measured. ",
@@ -500,7 +503,7 @@ def reuse_figure(data: StudyData, fits: Fits) -> Figure | None:
     for kind in data.kinds:
         for size in data.sizes:
             curves = _by_value(data, size, kind, "tau")
-            if len(curves) < 2:
+            if len(curves) < 2 or not all(math.isfinite(p.prompts) for c in curves.values() for p in c):
                 continue
             colors = size_colors([f"{v:g}" for v in curves])
             series = _value_series(curves, colors, "τ", "prompts")

@@ -82,7 +82,8 @@ def sections_of(data: StudyData, laws: Laws) -> list[Section]:
     fits = laws.fits
     return [
         _claims(fits.claims),
-        *(Section(id=f.name, title=f.title, figures=[f]) for f in (loss_figure(data, fits, a) for a in axes_of(fits))),
+        *(Section(id=f.name, title=f.title, figures=[f])
+          for f in _some(*(loss_figure(data, fits, a) for a in axes_of(fits)))),
         Section(
             id="law", title="The fitted law",
             figures=_some(slope_figure(data, fits), level_figure(data, fits), residual_figure(data, fits)),
