@@ -319,7 +319,9 @@ def test_a_report_takes_no_fits_of_other_records(study, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(study, copy, ignore=shutil.ignore_patterns("report"))
     (path,) = copy.glob("cells/s-base-seed0.*/evals.jsonl")
-    path.write_text(path.read_text().replace('"step": 60', '"step": 61'))
+    changed = re.sub(r'"step": ?60\b', '"step": 61', path.read_text())
+    assert changed != path.read_text()
+    path.write_text(changed)
     with pytest.raises(ValueError, match=r"fits\.json: it is not of the records as they are now"):
         write_report(copy)
     (copy / "fits.json").unlink()
