@@ -207,12 +207,12 @@ def _evaluate_suite(config: str | None, suite: str, data: str, out: Path | None,
             progress=lambda finished, total: bar.update(answers, completed=finished, total=total),
         )  # fmt: skip
     took, problems = time.monotonic() - start, sum(r.problems for r in results)
-    for heads, *rows in tables(results):
-        table = Table(*heads)
-        for row in rows:
+    for one in tables(results):
+        table = Table(*one.head)
+        for row in one.rows:
             table.add_row(*row)
         Console(width=max(console.width, 180)).print(table)
-    console.print(f"{problems} problems in {took:.0f} s; {out / 'table.html'}", soft_wrap=True)
+    console.print(f"{problems} problems in {took:.0f} s; {out / 'table.md'}", soft_wrap=True)
 
 
 @study_app.command("plan")
@@ -279,18 +279,23 @@ def study_status(study_dir: StudyDir) -> None:
     found = status(study_dir)
     for s in found:
         loss, seconds = "-" if s.loss is None else f"{s.loss:.3f}", "-" if s.seconds is None else f"{s.seconds:.0f}"
-        table.add_row(s.cell.name, str(s), loss, seconds)
+        table.add_row(s.name, str(s), loss, seconds)
     console.print(table)
     counts = Counter(s.state for s in found)
-    console.print(", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "partial", "missing") if counts[s]))
+    states = ("done", "running", "failed", "partial", "missing", "imported")
+    console.print(", ".join(f"{counts[s]} {s}" for s in states if counts[s]))
 
 
 @study_app.command("fit")
 def study_fit(study_dir: StudyDir) -> None:
     """Fit the laws anew from the records, offline, and print them."""
-    from grpo_engine.study.report import fit_study, law_table
+    from grpo_engine.study.fits import NO_AXIS, fit_study
+    from grpo_engine.study.report import law_table
 
-    console.print(law_table(fit_study(study_dir)))
+    fits = fit_study(study_dir)
+    if not fits.fits:
+        raise ValueError(f"{study_dir}: {NO_AXIS}")
+    console.print(law_table(fits))
 
 
 @study_app.command("import")
@@ -420,8 +425,8 @@ def study_recommend(
     """
     from dataclasses import asdict
 
+    from grpo_engine.study.fits import recommendations
     from grpo_engine.study.forecast import gpu_here
-    from grpo_engine.study.report import recommendations
 
     asked = {
         "compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu_here() if gpu == "here" else gpu,
@@ -439,16 +444,17 @@ def study_recommend(
 
 @study_app.command("report")
 def study_report(study_dir: StudyDir) -> None:
-    """Write the report anew from the records, offline."""
+    """Write the report anew, offline: from fits.json, which is fitted first where the records have gone on since."""
     _report(study_dir)
 
 
 def _report(study_dir: Path) -> None:
-    from grpo_engine.study.laws.fit import read_fits
-    from grpo_engine.study.report import FITS_FILE, law_table, write_report
+    from grpo_engine.study.fits import fits_of
+    from grpo_engine.study.report import law_table, write_report
 
+    fits = fits_of(study_dir)
     page = write_report(study_dir)
-    if (fits := read_fits(study_dir / FITS_FILE)).fits:
+    if fits.fits:
         console.print(law_table(fits))
     console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 

@@ -5,7 +5,7 @@ A suite's folder holds
     suite.json        resolved configuration, what tells the weights from others, number of problems
     answers.jsonl     one `Answer` a line, in the order in which they were scored; a kill costs what is not in it
     problems.parquet  one row a problem: values, lengths and how each of its answers ended
-    table.json, table.md, table.html
+    table.json, table.md
 
 An answer depends on its prompt, its seed and the weights alone, so a suite that was killed and started again gives the
 same table, byte for byte.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import html
 import json
 import math
 import re
@@ -34,6 +33,7 @@ from grpo_engine.load import tokenizer_and_model
 from grpo_engine.model import hub
 from grpo_engine.model.tokenizer import PromptTokens, Tokenizer
 from grpo_engine.records import jsonl
+from grpo_engine.records.text_table import Table
 from grpo_engine.rewards.answers import common_form
 from grpo_engine.rewards.choice import chosen_letter
 from grpo_engine.rewards.extract import after_thinking, last_boxed
@@ -382,13 +382,9 @@ def _write(
         title += ", scored as by the paper's code"
     for file, text in (
         ("table.json", json.dumps([dataclasses.asdict(r) for r in results], indent=1) + "\n"),
-        ("table.md", "\n\n".join([f"# {title}", *map(_markdown, tables(results))]) + "\n"),
-        ("table.html", _page(title, tables(results))),
+        ("table.md", "\n".join([f"# {title}", "", *(table.markdown() for table in tables(results))])),
     ):
         write_bytes_atomic(out / file, text.encode())
-
-
-Table = list[list[str]]  # rows of cells, the first the heads
 
 
 def tables(results: Sequence[SetResult]) -> tuple[Table, Table]:
@@ -414,23 +410,5 @@ def tables(results: Sequence[SetResult]) -> tuple[Table, Table]:
         for r in results
     ]  # fmt: skip
     scores = [percent(r.score) + error(r) for r in results]
-    return [[r.eval_set for r in results], scores], [heads, *rows]
-
-
-def _markdown(table: Table) -> str:
-    heads, *rows = (f"| {' | '.join(row)} |" for row in table)
-    return "\n".join([heads, "|" + " --- |" * len(table[0]), *rows])
-
-
-def _page(title: str, several: Sequence[Table]) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    bodies = "\n".join(
-        "<table>\n" + "\n".join([row(t[0], "th"), *(row(cells, "td") for cells in t[1:])]) + "\n</table>" for t in several
-    )
-    style = "body{font-family:sans-serif} table{border-collapse:collapse;margin:1em 0} td,th{border:1px solid;padding:4px}"
-    return (
-        f"<!doctype html>\n<html><head><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"
-        f"</head><body>\n<h1>{html.escape(title)}</h1>\n{bodies}\n</body></html>\n"
-    )
+    names = [r.eval_set for r in results]
+    return Table(name="scores", head=names, rows=[scores], text_columns=0), Table(name="sets", head=heads, rows=rows)

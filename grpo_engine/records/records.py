@@ -46,7 +46,6 @@ PHASES = (
     "evaluation",
     "checkpoint",
 )
-METHODS = ("grpo", "pretrain")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

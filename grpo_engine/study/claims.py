@@ -23,50 +23,22 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import ndtri
 
 from grpo_engine.evaluate.intervals import interval
 from grpo_engine.records.records import EvalRecord, Run
-from grpo_engine.study.laws.results import Estimate
+from grpo_engine.study.laws.results import Answer, Claim, Comparison, Estimate, Test
 
 if TYPE_CHECKING:
     from grpo_engine.study.data import StudyData
 
-Answer = Literal["supported", "not supported", "undecided"]
-Test = Literal["superiority", "equivalence", "non-inferiority"]
 ALPHA = 0.05  # of all comparisons of a claim together
 MARGIN = 0.02  # of a loss: two problems in a hundred
 GAIN_MARGIN = 0.1  # of log(loss before / loss after): a tenth of the loss
 MOST_RUNS = 100  # more runs a side than this are not proposed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Two groups of runs."""
-
-    label: str
-    effect: Estimate  # positive: as the claim has it; for an equivalence, the first less the second
-    level: float  # of the interval
-    verdict: Answer
-    runs: tuple[int, int]
-    runs_needed: int | None  # a side, for an undecided one; None: decided, or runs alone will not decide it
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """A claim with everything that was compared for it."""
-
-    name: str
-    statement: str
-    test: Test
-    margin: float
-    comparisons: tuple[Comparison, ...]
-    verdict: Answer
-    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +168,7 @@ def _ladder(data: StudyData, drawer: _Drawer, axis: str, name: str) -> Claim | N
     for kind in data.kinds:
         sizes = [s for s in data.sizes if data.main(s, kind)]
         groups = [data.main(s, kind) for s in sizes]
-        if len(sizes) < 3:
+        if len({data.params[s] for s in sizes}) < 3:
             continue
         x = _last(groups, data.headline, axis)
         if any(_first(run, data.headline, axis) > x for runs in groups for run in runs):
@@ -386,7 +358,7 @@ def _runs_needed(pair: _Pair, test: Test, margin: float, level: float) -> tuple[
 
 
 def _evals(run: Run, eval_set: str) -> list[EvalRecord]:
-    return [e for e in run.evals if e.eval_set == eval_set and e.mode == "sample"]
+    return [e for e in run.evals if e.eval_set == eval_set and e.mode == "sample" and math.isfinite(e.loss)]
 
 
 def _last(groups: Sequence[Sequence[Run]], eval_set: str, axis: str) -> float:

@@ -135,7 +135,7 @@ class StudyData:
     def curve(self, runs: Sequence[Run], eval_set: str | None = None, mode: str = "sample") -> list[Point]:
         """Mean test results of runs, at the points that their laws are fitted to (see `curves.points_of`) and at step 0."""
         eval_set = eval_set or self.headline
-        evals = [e for run in runs for e in run.evals if e.eval_set == eval_set and e.mode == mode]
+        evals = [e for run in runs for e in run.evals if e.eval_set == eval_set and e.mode == mode and math.isfinite(e.loss)]
         points = points_of(evals, lambda e: (e.step, None if math.isnan(e.prompts_seen) else e.prompts_seen))
         return [_mean(at) for at in points.values()]
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.study.design import STUDY_FILE, Cell, load_study, plan
+from grpo_engine.study.importers import read_table
 from grpo_engine.study.job import LOCK_FILE, LOG_FILE
 from grpo_engine.study.jobs import failure_file
 from grpo_engine.study.locks import is_locked
@@ -66,16 +67,19 @@ def last_line(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellStatus:
-    """How far one cell is."""
+    """How far one cell is, or one run of another trainer."""
 
-    cell: Cell
-    state: Literal["done", "running", "failed", "partial", "missing"]
+    name: str
+    cell: Cell | None  # None: imported
+    state: Literal["done", "running", "failed", "partial", "missing", "imported"]
     step: int
     seconds: float | None  # of its recorded steps; None before the first step
     loss: float | None = None  # the last sampled test loss of the first set in domain
     reason: str | None = None  # of a failure
 
     def __str__(self) -> str:
+        if self.cell is None:
+            return f"{self.state}, {self.step} steps"
         steps = self.cell.config.steps
         if self.state in ("running", "partial"):
             return f"{self.state} {self.step} of {steps}"
@@ -86,16 +90,18 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
     """What of a study is done, running, failed, begun or missing, from its records alone.
 
     Args:
-        study_dir: a folder that `run_study` was given.
+        study_dir: a folder that `run_study` was given, or that logs were imported into.
 
     Returns:
-        One status a cell, in the plan's order.
+        One status a cell, in the plan's order; of imported logs one a run, in the order of their names.
 
     Raises:
-        FileNotFoundError: no study.yaml there.
+        FileNotFoundError: neither a study.yaml nor imported runs there.
         ValueError: a wrong study.yaml.
     """
     folder = Path(study_dir)
+    if not (folder / STUDY_FILE).is_file() and (table := read_table(folder)) is not None:
+        return _imported(table.to_pylist())
     out = []
     for cell in plan(load_study(folder / STUDY_FILE)).cells:
         path = folder / cell.folder
@@ -116,6 +122,19 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
             timings = [jsonl.from_json(records.TimingRecord, o, where=str(path)) for o in found]
             seconds = sum(c.seconds for c in total_cost(timings).values()) if timings else None
         out.append(
-            CellStatus(cell=cell, state=state, step=step, seconds=seconds, loss=progress.get("loss"), reason=reason)  # type: ignore[arg-type]
+            CellStatus(
+                name=cell.name, cell=cell, state=state, step=step, seconds=seconds, loss=progress.get("loss"), reason=reason
+            )  # type: ignore[arg-type]
         )
+    return tuple(out)
+
+
+def _imported(rows: list[dict[str, Any]]) -> tuple[CellStatus, ...]:
+    """A status for each run of other trainers' logs."""
+    out = []
+    for name in sorted({r["run_id"] for r in rows}):
+        mine = sorted((r for r in rows if r["run_id"] == name), key=lambda r: r["step"])
+        tests = [r for r in mine if r["mode"] == "sample" and r["in_domain"]]
+        last = next((r["loss"] for r in reversed(tests) if r["eval_set"] == tests[0]["eval_set"]), None)
+        out.append(CellStatus(name=name, cell=None, state="imported", step=mine[-1]["step"], seconds=None, loss=last))
     return tuple(out)

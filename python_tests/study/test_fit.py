@@ -9,11 +9,11 @@ import pytest
 from law_tables import BATCH, K_MAX, N0, SIZES, STEPS, TOKENS, k_saturating, law_table
 from scipy.optimize import least_squares
 
-from grpo_engine.records import jsonl
 from grpo_engine.study import importers
 from grpo_engine.study.laws import fit
 from grpo_engine.study.laws import forms as laws
 from grpo_engine.study.laws.curves import select_curves
+from grpo_engine.study.laws.results import residuals
 
 THREE = {n: SIZES[n] for n in ("s", "m", "l")}
 
@@ -196,7 +196,7 @@ def test_other_objectives_find_the_law_too(objective):
 def test_residuals_are_what_the_law_leaves():
     curves, _, _ = select_curves(law_table(noise=0.01), axis="data")
     joint = fit.fit_joint(curves, axis="data", n_boot=20)
-    left = fit.residuals(curves, joint)
+    left = residuals(curves, joint)
     assert list(left) == [c.label for c in curves]
     for c in curves:
         x, fitted, residual = left[c.label]
@@ -413,12 +413,27 @@ def test_fits_json_of_data_that_carry_nothing(tmp_path):
     assert again == fits and not again.fits[0].verdict.ok
 
 
+@pytest.mark.parametrize("schema", [1, 2])
+def test_fits_json_of_a_former_schema(tmp_path, schema):
+    fits = fit.fit_table(law_table(sizes=THREE), axes=["data"], n_boot=20, shapes=False)
+    path = tmp_path / "fits.json"
+    fit.write_fits(path, fits)
+    obj = json.loads(path.read_text())
+    former = {"schema": schema, "objective": obj["objective"], "fits": obj["fits"]}
+    for f in former["fits"]:
+        del f["curves"], f["at_one_x"]
+    path.write_text(json.dumps(former))
+    read = fit.read_fits(path)
+    assert read.fits[0] == dataclasses.replace(fits.fits[0], curves=(), at_one_x=None)
+    assert (read.records, read.claims, read.surfaces, read.reuse, read.other_sets) == ("", (), (), (), ())
+
+
 def test_fits_json_that_is_not_ours(tmp_path):
     path = tmp_path / "fits.json"
     fit.write_fits(path, fit.fit_table(law_table(sizes=THREE), axes=["data"], n_boot=20, shapes=False))
     obj = json.loads(path.read_text())
     for change, error, message in (
-        (lambda o: o | {"schema": 3}, ValueError, "fits.json: schema must be one of .*, got 3"),
+        (lambda o: o | {"schema": 4}, ValueError, "fits.json: schema must be one of .*, got 4"),
         (lambda o: o | {"extra": 1}, ValueError, "fits.json: Fits has no field extra"),
         (lambda o: o | {"fits": [o["fits"][0] | {"a": 1, "b": 2}]}, ValueError, r"Fits.fits\[0\] has no field a, b"),
         (lambda o: o | {"fits": [{"axis": "data"}]}, ValueError, r"Fits.fits\[0\] lacks choices, held_out, joint, kind"),

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from grpo_engine.cli import app
 from grpo_engine.study import locks
-from grpo_engine.study.claims import study_claims
+from grpo_engine.study.fits import fit_study
 from grpo_engine.study.forecast import num_params
 from grpo_engine.study.importers import RunInfo, folder, import_logs, read_table
 from grpo_engine.study.job import LOCK_FILE
 from grpo_engine.study.laws.fit import read_fits
-from grpo_engine.study.report import fit_study, load_data
-from grpo_engine.study.report.fits import fit_data, study_laws
+from grpo_engine.study.report import load_data
+from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import render_page, sections_of
 from grpo_engine.study.report.words import findings
 
@@ -107,9 +107,9 @@ def test_the_planted_law_is_found(study):
 
 def test_a_page_says_whose_runs_they_are(study):
     data, fits = load_data(study), fit_study(study, n_boot=20)
-    laws, claims = study_laws(data, fits), study_claims(data)
-    sections = sections_of(data, laws, claims)
-    page = render_page(data, sections, findings(data, laws, claims))
+    laws = study_laws(data, fits)
+    sections = sections_of(data, laws)
+    page = render_page(data, sections, findings(data, laws))
     assert "The runs are of another trainer" in page and "14B" in page and "cells are not finished" not in page
     assert {f.name for s in sections for f in s.figures} >= {"loss_compute", "loss_data", "claims", "residuals", "frontier"}
     assert not {"plan", "cost", "training", "tau"} & {s.id for s in sections}  # a log has none of them
@@ -193,9 +193,9 @@ def of_sizes(option, values):
 def page_of(folder):
     """The page of a study, without its pictures."""
     data = load_data(folder)
-    laws, claims = study_laws(data, fit_data(data, folder, 20)), study_claims(data)
-    sections = sections_of(data, laws, claims)
-    return render_page(data, sections, findings(data, laws, claims)), sections
+    laws = study_laws(data, fit_study(folder, n_boot=20))
+    sections = sections_of(data, laws)
+    return render_page(data, sections, findings(data, laws)), sections
 
 
 def test_a_table_with_a_column_a_size_is_one_call(tmp_path):

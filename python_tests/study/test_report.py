@@ -11,12 +11,14 @@ from rich.console import Console
 from synthetic_study import K_MAX, N0, PARAMS, make_study, true_loss
 
 from grpo_engine.records.table import TABLE_COLUMNS, runs_table
+from grpo_engine.records.text_table import Table
 from grpo_engine.study.claims import _Drawer, study_claims
 from grpo_engine.study.data import StudyData
 from grpo_engine.study.design import AxesConfig, load_study, plan
+from grpo_engine.study.fits import fit_study, plain_table
 from grpo_engine.study.laws.curves import select_curves
 from grpo_engine.study.laws.fit import read_fits
-from grpo_engine.study.report import fit_study, law_table, load_data, words, write_report
+from grpo_engine.study.report import law_table, load_data, words, write_report
 from grpo_engine.study.report.drawing import (
     BarPanel,
     Figure,
@@ -29,9 +31,8 @@ from grpo_engine.study.report.drawing import (
     size_colors,
     tick_text,
 )
-from grpo_engine.study.report.fits import plain_table, study_laws
+from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import Section, render_page, sections_of
-from grpo_engine.study.report.tables import Table
 
 AXES = (
     AxesConfig(kinds=("base", "instruct"), seeds=(0, 1), control=("base",)),
@@ -45,7 +46,8 @@ def study(tmp_path_factory):
     """A study of four sizes that has run, with its report."""
     folder = tmp_path_factory.mktemp("study") / "synthetic"
     make_study(folder, sizes=("xs", "s", "m", "l"), axes=AXES)
-    write_report(folder, n_boot=30)
+    fit_study(folder, n_boot=30)
+    write_report(folder)
     return folder
 
 
@@ -180,7 +182,9 @@ def test_every_legend_entry_that_can_be_pressed_has_series(page):
 
 def test_the_claims_have_their_verdicts_on_the_page(study, page):
     text = text_of(page)
-    for claim in study_claims(load_data(study)):
+    claims = read_fits(study / "fits.json").claims
+    assert claims == study_claims(load_data(study)) and claims
+    for claim in claims:
         assert claim.statement in text and claim.why in text
     rows = (study / "report/tables/comparisons.md").read_text()
     assert re.search(r"fixed data \| l against m, base \| \+0\.\d{3} \[.*\| 0\.02 \| supported \| 2, 2 \|", rows)
@@ -289,14 +293,50 @@ def test_a_curve_that_bends_away_from_the_law_is_told(tmp_path):
     assert "l base ends below it" in line and "m base" not in line
 
 
+def test_a_report_fits_nothing(study, page, monkeypatch):
+    """Every way to a fit, to draws of a claim or to a law's curves raises, and the page is the same."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the report fits")
+
+    for name in (
+        "least_squares.Problem.best", "least_squares.Problem.solve", "least_squares.Joint.fit", "bootstrap.resample",
+        "bootstrap.profile_interval", "fit.fit_table", "fit.fit_sizes", "law_fit.fit_surface", "law_fit.fit_reuse",
+        "curves.select_curves",
+    ):  # fmt: skip
+        monkeypatch.setattr(f"grpo_engine.study.laws.{name}", refuse)
+    monkeypatch.setattr("grpo_engine.study.claims.study_claims", refuse)
+    for name in ("fit_table", "fit_surface", "fit_reuse", "other_set", "select_curves", "curves_by", "study_claims"):
+        monkeypatch.setattr(f"grpo_engine.study.fits.{name}", refuse)
+    data = load_data(study)
+    laws = study_laws(data, read_fits(study / "fits.json"))
+    found = words.findings(data, laws)
+    again = render_page(data, sections_of(data, laws), found)
+    assert text_of(again).split() == text_of(page).split() and panels_of(again) == panels_of(page)
+
+
+def test_a_report_takes_no_fits_of_other_records(study, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(study, copy, ignore=shutil.ignore_patterns("report"))
+    (path,) = copy.glob("cells/s-base-seed0.*/evals.jsonl")
+    changed = re.sub(r'"step": ?60\b', '"step": 61', path.read_text())
+    assert changed != path.read_text()
+    path.write_text(changed)
+    with pytest.raises(ValueError, match=r"fits\.json: it is not of the records as they are now"):
+        write_report(copy)
+    (copy / "fits.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"fits\.json"):
+        write_report(copy)
+
+
 def test_a_report_can_be_made_of_a_part(tmp_path):
     axes = (AxesConfig(seeds=(0,)), AxesConfig(name="reuse", sizes=("s",), tau=(5,)))
     unfinished = ("m-base-seed0", "s-base-tau5-seed0")
     make_study(tmp_path / "s", sizes=("xs", "s", "m"), axes=axes, unfinished=unfinished)
     data, fits = load_data(tmp_path / "s"), fit_study(tmp_path / "s", n_boot=20)
-    laws, claims = study_laws(data, fits), study_claims(data)
-    sections = sections_of(data, laws, claims)
-    text = text_of(render_page(data, sections, words.findings(data, laws, claims)))
+    laws = study_laws(data, fits)
+    sections = sections_of(data, laws)
+    text = text_of(render_page(data, sections, words.findings(data, laws)))
     assert "2 of 4 cells are not finished and not in this report: m-base-seed0, s-base-tau5-seed0" in text
     assert "There is no control" in text and "With one run at some or all sizes" in text
     assert "for base models the data do not carry it (2 sizes" in text
@@ -413,10 +453,9 @@ def test_a_figure_that_cannot_be_drawn_is_an_error_of_the_report(study, tmp_path
     shutil.copytree(study, tmp_path / "s")
     bars = BarPanel(title="", x_label="x", rows=("a",), parts=(("one", "no colour", (1.0,)),))
     section = Section(id="x", title="", figures=[Figure(name="f", title="", caption="", panels=[bars])])
-    monkeypatch.setattr("grpo_engine.study.report.page.fit_data", lambda *_: read_fits(study / "fits.json"))
     monkeypatch.setattr("grpo_engine.study.report.page.sections_of", lambda *_: [section])
     with pytest.raises(ValueError, match="valid color"):
-        write_report(tmp_path / "s", n_boot=20)
+        write_report(tmp_path / "s")
 
 
 def test_variants_take_no_part_in_laws_and_figures(tmp_path):

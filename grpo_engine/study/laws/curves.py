@@ -247,6 +247,10 @@ def _curve(
     if len(means) < MIN_POINTS:
         left_out.append(f"{label}: {len(means)} points, fewer than {MIN_POINTS}")
         return None
+    first, last = means[0][0], means[-1][0]
+    if last <= first * (1 + 1e-9):  # up to rounding
+        left_out.append(f"{label}: {column} is {first:g} at every point, so its slope is not identifiable")
+        return None
     keys = [key for _, key in means]
     runs = sorted({str(r["run_id"]) for r in good})
     place = {run: i for i, run in enumerate(runs)}

@@ -34,7 +34,9 @@ from grpo_engine.study.laws.results import (
     CurveLevel,
     Estimate,
     Fits,
+    FittedCurve,
     JointFit,
+    LevelsAtX,
     Profile,
     SizeFit,
     Verdict,
@@ -226,24 +228,28 @@ def fit_joint(
     )  # fmt: skip
 
 
-def residuals(curves: Sequence[Curve], joint: JointFit) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """What a joint law leaves unexplained.
+def fitted_curve(curve: Curve) -> FittedCurve:
+    """The points of a curve as fits.json keeps them."""
+    unique = None if curve.unique is None else tuple(curve.unique.tolist())
+    return FittedCurve(label=curve.label, x=tuple(curve.x.tolist()), loss=tuple(curve.loss.tolist()), unique=unique)
+
+
+def levels_at_x(joint: JointFit, x: float | None = None) -> LevelsAtX:
+    """The log of the loss of each curve at one X, by a joint law.
 
     Args:
-        curves: that it was fitted to.
-        joint: the fit.
+        joint: the law.
+        x: where; None takes the geometric mean of the curves' centers.
 
     Returns:
-        (x, fitted loss, measured minus fitted loss), each [n], by label of the curve.
-
-    Raises:
-        ValueError: a curve that the fit does not have.
+        The levels with their intervals.
     """
-    out = {}
-    for c in curves:
-        fitted = joint.loss(c.label, c.x)
-        out[c.label] = (c.x, fitted, c.loss - fitted)
-    return out
+    if x is None:
+        x = math.exp(sum(c.log_x_mean for c in joint.curves) / len(joint.curves))
+    levels = {
+        c.label: Estimate.of(c.E.value - c.k.value * math.log(x), np.log(joint.loss_draws(c.label, x))) for c in joint.curves
+    }
+    return LevelsAtX(x=x, levels=levels)
 
 
 def _profile(p: Joint, curves: Sequence[Curve], space: Space, theta: np.ndarray) -> Profile:
@@ -377,12 +383,12 @@ def fit_axis(
     curves, chosen, left_out = select_curves(table, axis=axis, kind=kind, **selection)
     empty = AxisFit(
         axis=axis, kind=kind, selection=chosen, left_out=tuple(left_out), sizes=(), joint=None, laws=(), levels=(),
-        held_out=(), choices=(), verdict=Verdict.of(["no size has enough points: " + "; ".join(left_out)]),
+        held_out=(), choices=(), verdict=Verdict.of(["no size can be fitted: " + "; ".join(left_out)]),
     )  # fmt: skip
     if not curves:
         return empty
     sizes = fit_sizes(curves, objective=objective, n_boot=n_boot, seed=seed)
-    out = dataclasses.replace(empty, sizes=tuple(sizes))
+    out = dataclasses.replace(empty, sizes=tuple(sizes), curves=tuple(map(fitted_curve, curves)))
     if shapes:
         held = [h for c in curves for h in late_steps(c, objective=objective)]
         out = dataclasses.replace(
@@ -400,10 +406,12 @@ def fit_axis(
         )
     joint = fit_joint(curves, axis=axis, kind=kind, objective=objective, n_boot=n_boot, seed=seed, sizes=sizes)
     held = growing_sizes(curves, objective=objective, seed=seed) if shapes else []
+    levels = fit_levels(joint) if num_sizes > MIN_SIZES else []
     return dataclasses.replace(
         out,
         joint=joint,
-        levels=tuple(fit_levels(joint)) if num_sizes > MIN_SIZES else (),
+        levels=tuple(levels),
+        at_one_x=levels_at_x(joint, levels[0].x if levels else None),
         held_out=(*held, *out.held_out),
         choices=((choose(held),) if held else ()) + out.choices,
         verdict=joint.verdict,

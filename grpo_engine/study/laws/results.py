@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from grpo_engine.evaluate.intervals import LEVEL, interval
 from grpo_engine.records import jsonl
-from grpo_engine.study.laws.curves import Selection
+from grpo_engine.study.laws.curves import Curve, Selection
 from grpo_engine.study.laws.forms import SLOPES, JointLaw, Slope
 
 
@@ -302,6 +303,24 @@ class JointFit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FittedCurve:
+    """The points of one mean curve."""
+
+    label: str
+    x: tuple[float, ...]
+    loss: tuple[float, ...]
+    unique: tuple[float, ...] | None  # different prompts seen; None: not recorded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LevelsAtX:
+    """The log of the loss of each curve at one X, by the joint law."""
+
+    x: float
+    levels: dict[str, Estimate]  # by label of the curve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AxisFit:
     """Everything that was fitted for one axis and one kind of model."""
 
@@ -316,14 +335,77 @@ class AxisFit:
     held_out: tuple[HeldOut, ...]
     choices: tuple[LawChoice, ...]
     verdict: Verdict  # of the joint law, or why there is none
+    curves: tuple[FittedCurve, ...] = ()  # that was fitted
+    at_one_x: LevelsAtX | None = None  # where the joint law has the loss of each curve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SurfaceFit:
+    """A law of N and D of one kind of model."""
+
+    kind: str
+    law: LawFit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReuseFit:
+    """What a repeated prompt is worth to one size of one kind."""
+
+    size: str
+    kind: str
+    curves: dict[str, FittedCurve]  # by tau
+    law: LawFit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetPredictions:
+    """Predictions of one test set from the others, for one kind of model."""
+
+    kind: str
+    held_out: tuple[HeldOut, ...]
+
+
+Answer = Literal["supported", "not supported", "undecided"]
+Test = Literal["superiority", "equivalence", "non-inferiority"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two groups of runs."""
+
+    label: str
+    effect: Estimate  # positive: as the claim has it; for an equivalence, the first less the second
+    level: float  # of the interval
+    verdict: Answer
+    runs: tuple[int, ...]  # of each side
+    runs_needed: int | None  # a side, for an undecided one; None: decided, or runs alone will not decide it
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A claim with everything that was compared for it."""
+
+    name: str
+    statement: str
+    test: Test
+    margin: float
+    comparisons: tuple[Comparison, ...]
+    verdict: Answer
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fits:
-    """All fits of a study; the content of fits.json."""
+    """All that was fitted and tested of a study; the content of fits.json."""
 
     objective: str
     fits: tuple[AxisFit, ...]
+    records: str = ""  # digest of the table that was fitted; empty: not known
+    surfaces: tuple[SurfaceFit, ...] = ()
+    reuse: tuple[ReuseFit, ...] = ()
+    other_sets: tuple[SetPredictions, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     def get(self, axis: str, kind: str) -> AxisFit:
         """The fit of an axis and a kind.
@@ -358,20 +440,27 @@ def write_fits(path: str | os.PathLike[str], fits: Fits) -> None:
 
 
 def read_fits(path: str | os.PathLike[str]) -> Fits:
-    """Reads what `write_fits` wrote, exactly.
+    """Reads what `write_fits` wrote, exactly, or the laws of a former schema.
 
     Args:
         path: the file.
 
     Returns:
-        The fits.
+        The fits. A former schema has no claims, surfaces, reuse and points, and does not tell its records.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another schema, or a field that is missing or unknown; the message names the file and the place.
         TypeError: a value of the wrong type, likewise.
     """
-    return jsonl.from_json(Fits, jsonl.read_json(path), where=os.fspath(path))
+    obj = jsonl.read_json(path)
+    return jsonl.from_json(Fits, _former(obj) if obj["schema"] < 3 else obj, where=os.fspath(path))
+
+
+def _former(obj: dict[str, Any]) -> dict[str, Any]:
+    """What schemas 1 and 2 hold, which are the joint laws alone, with the fields that they did not have."""
+    fits = [{"curves": [], "at_one_x": None} | f for f in obj.get("fits", [])]
+    return {"records": "", "surfaces": [], "reuse": [], "other_sets": [], "claims": []} | obj | {"fits": fits}
 
 
 def draws_of(fit: JointFit, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -388,3 +477,25 @@ def draws_of(fit: JointFit, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     draws = np.asarray(fit.draws)
     columns = {q: draws[:, i : i + 1] for i, q in enumerate(names)}
     return form(**columns, **fit.fixed).k(n), draws[:, len(names) :]
+
+
+def residuals(
+    curves: Sequence[Curve | FittedCurve], joint: JointFit
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What a joint law leaves unexplained.
+
+    Args:
+        curves: that it was fitted to.
+        joint: the fit.
+
+    Returns:
+        (x, fitted loss, measured minus fitted loss), each [n], by label of the curve.
+
+    Raises:
+        ValueError: a curve that the fit does not have.
+    """
+    out = {}
+    for c in curves:
+        fitted = joint.loss(c.label, c.x)
+        out[c.label] = (np.asarray(c.x), fitted, np.asarray(c.loss) - fitted)
+    return out

@@ -1,7 +1,5 @@
-"""From the records of a study to a table, fitted laws, figures and one page.
+"""From the records of a study and its fits.json to figures, tables and one page.
 
-    runs.parquet           every evaluation of every finished cell, one row each
-    fits.json              the fitted laws
     report/index.html      the page: self-contained, interactive, no network
     report/figures/        every figure as *.png and *.pdf
     report/tables/         every table as *.md and *.tex (booktabs)
@@ -15,17 +13,13 @@ while the rest runs.
 """
 
 from grpo_engine.study.data import StudyData, load_data
-from grpo_engine.study.report.fits import FITS_FILE, fit_study, recommendations
 from grpo_engine.study.report.page import REPORT, write_report
 from grpo_engine.study.report.tables import law_table
 
 __all__ = [
-    "FITS_FILE",
     "REPORT",
     "StudyData",
-    "fit_study",
     "law_table",
     "load_data",
-    "recommendations",
     "write_report",
 ]

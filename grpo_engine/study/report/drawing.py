@@ -211,6 +211,10 @@ class _Axis:
     ticks: list[float]
     names: list[str]
 
+    def shows(self, value: float) -> bool:
+        """Whether the axis has a place for a value: a logarithmic one has none for 0."""
+        return value > 0 or not self.log
+
     def place(self, value: float) -> float:
         """Where a value lies, 0 at the low end and 1 at the high one."""
         if self.log:
@@ -292,7 +296,10 @@ def _names(axis: _Axis, ticks: Sequence[float]) -> list[str]:
 
 def _labels(panel: Panel, x: _Axis, y: _Axis) -> list[tuple[float, float, Series]]:
     """End labels as (x, y, series); those beside each other are moved up or down as little as keeps them apart."""
-    found = [[x.place(s.x[-1]), y.place(s.y[-1]), s] for s in panel.series if s.end_label and len(s.x)]
+    found = [
+        [x.place(s.x[-1]), y.place(s.y[-1]), s] for s in panel.series
+        if s.end_label and len(s.x) and x.shows(s.x[-1]) and y.shows(s.y[-1])
+    ]  # fmt: skip
     found.sort(key=lambda f: f[1])
     apart, beside = 0.062, 0.15  # shares of the axes
     for _ in range(100):

@@ -11,11 +11,10 @@ import numpy as np
 from grpo_engine.evaluate.intervals import interval
 from grpo_engine.records.cost import OTHER
 from grpo_engine.records.records import PHASES
-from grpo_engine.study.claims import Claim
 from grpo_engine.study.data import Point, StudyData, costs_of, mean_steps, transfer_rows
-from grpo_engine.study.laws.fit import residuals
+from grpo_engine.study.fits import axes_of
 from grpo_engine.study.laws.forms import LEVELS, ReuseLaw
-from grpo_engine.study.laws.results import Fits, draws_of
+from grpo_engine.study.laws.results import Claim, Fits, draws_of, residuals
 from grpo_engine.study.plan_view import duration, human
 from grpo_engine.study.report.drawing import (
     BLUE,
@@ -32,7 +31,7 @@ from grpo_engine.study.report.drawing import (
     size_colors,
     tick_text,
 )
-from grpo_engine.study.report.fits import Laws, axes_of, levels_of
+from grpo_engine.study.report.fits import Laws
 from grpo_engine.study.report.words import listed
 
 CONTINUED = 3.0  # times its last point, to which a fitted law is drawn beyond it
@@ -64,10 +63,11 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
         carried.append(joint is not None)
         series = []
         for size in data.sizes:
-            curve = [p for p in data.curve(data.main(size, kind)) if p.step > 0]
+            x_of = (lambda p: p.compute) if axis == "compute" else (lambda p: p.prompts)
+            curve = [p for p in data.curve(data.main(size, kind)) if p.step > 0 and math.isfinite(x_of(p))]
             if not curve:
                 continue
-            x = [p.compute if axis == "compute" else p.prompts for p in curve]
+            x = [x_of(p) for p in curve]
             points += [p.loss + s * p.error for p in curve for s in (-1, 1)]
             own = next((s for s in fit.sizes if s.size == size), None)
             if own:
@@ -171,9 +171,9 @@ def level_figure(data: StudyData, fits: Fits) -> Figure | None:
         series = []
         for kind in data.kinds:
             fit = fits.get(axis, kind)
-            if fit.joint is None:
+            if fit.joint is None or fit.at_one_x is None:
                 continue
-            levels, x = levels_of(fit)
+            levels, x = fit.at_one_x.levels, fit.at_one_x.x
             curves = fit.joint.curves
             where.append(f"{tick_text(float(f'{x:.2g}'))} {'FLOPs' if axis == 'compute' else 'prompts'} ({kind})")
             law = fit.levels[0] if fit.levels and fit.levels[0].verdict.ok else None
@@ -215,15 +215,15 @@ def level_figure(data: StudyData, fits: Fits) -> Figure | None:
     )
 
 
-def residual_figure(data: StudyData, laws: Laws) -> Figure | None:
+def residual_figure(data: StudyData, fits: Fits) -> Figure | None:
     """What the joint laws leave unexplained."""
     colors, panels, every = size_colors(data.sizes), [], []
-    for (axis, kind), curves in laws.curves.items():
-        joint = laws.fits.get(axis, kind).joint
-        if joint is None:
+    for fit in fits.fits:
+        axis, kind, joint = fit.axis, fit.kind, fit.joint
+        if joint is None or axis not in LOSS_AXES or kind not in data.kinds:
             continue
         series = []
-        for label, (x, _, left) in residuals(curves, joint).items():
+        for label, (x, _, left) in residuals(fit.curves, joint).items():
             every += left.tolist()
             series.append(
                 Series(label=label, x=x.tolist(), y=left.tolist(), color=colors[label], thin=True, group=label,
@@ -507,14 +507,14 @@ def cost_figure(data: StudyData) -> Figure | None:
     )
 
 
-def reuse_figure(data: StudyData, laws: Laws) -> Figure | None:
+def reuse_figure(data: StudyData, fits: Fits) -> Figure | None:
     """Data reuse: the curves of each tau with the law of what a repeated prompt is worth, and where they end."""
     panels = []
-    fitted = {(r.size, r.kind): r for r in laws.reuse}
+    fitted = {(r.size, r.kind): r for r in fits.reuse}
     for kind in data.kinds:
         for size in data.sizes:
             curves = _by_value(data, size, kind, "tau")
-            if len(curves) < 2:
+            if len(curves) < 2 or not all(math.isfinite(p.prompts) for c in curves.values() for p in c):
                 continue
             colors = size_colors([f"{v:g}" for v in curves])
             series = _value_series(curves, colors, "τ", "prompts")
@@ -524,8 +524,8 @@ def reuse_figure(data: StudyData, laws: Laws) -> Figure | None:
                 for tau, color in zip(found.curves, colors.values(), strict=False):
                     c = found.curves[tau]
                     series.append(
-                        Series(label=f"τ = {tau}, law", x=c.x.tolist(), y=law.loss(c.x, c.unique).tolist(), color=color,
-                               markers=False, dashed=True, thin=True)
+                        Series(label=f"τ = {tau}, law", x=c.x, y=law.loss(np.array(c.x), np.array(c.unique)).tolist(),
+                               color=color, markers=False, dashed=True, thin=True)
                     )  # fmt: skip
             panels += [
                 Panel(title=f"{size}, {kind}", x_label="prompts seen", y_label=f"test loss ({data.headline})",

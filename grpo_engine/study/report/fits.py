@@ -1,176 +1,33 @@
-"""The laws of a study, from its records to fits.json, and what they recommend."""
+"""What the report shows of fits.json: laws as they are, and what `recommend` reads from them. Nothing is fitted here."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-import numpy as np
-
-from grpo_engine.study.data import StudyData, load_data, params_of
-from grpo_engine.study.importers import write_table
-from grpo_engine.study.laws.curves import AXES, Curve, curves_by, select_curves
-from grpo_engine.study.laws.fit import fit_table
-from grpo_engine.study.laws.forms import AdditiveLaw, LossDecomposition
-from grpo_engine.study.laws.holdout import other_set
-from grpo_engine.study.laws.law_fit import fit_reuse, fit_surface
-from grpo_engine.study.laws.results import AxisFit, Estimate, Fits, HeldOut, LawFit, read_fits, write_fits
+from grpo_engine.study.data import StudyData
+from grpo_engine.study.fits import axes_of
+from grpo_engine.study.laws.results import Fits
 from grpo_engine.study.recommend import FrontierPoint, Recommendation, frontier, recommend
 from grpo_engine.study.report.drawing import tick_text
 
-if TYPE_CHECKING:
-    import pyarrow
-
-FITS_FILE = "fits.json"
-NO_AXIS = (
-    "neither compute nor prompts seen are known of any run, so there is no law to fit: import again with "
-    "--prompts-per-step, or with tokens and --params"
-)
 AXIS_NAMES = {"compute": "6NT", "ledger": "ledger", "data": "prompts"}
-
-
-def fit_study(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Fits:
-    """Fits the laws of a study from its records; writes runs.parquet and fits.json.
-
-    Args:
-        study_dir: the study's folder.
-        n_boot: bootstrap draws behind each interval.
-
-    Returns:
-        The fits: against compute (6NT) and data for each kind and for all kinds together, and against the compute of
-        all phases for each kind.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_data`; neither compute nor prompts seen are known.
-    """
-    fits = fit_data(load_data(study_dir), Path(study_dir), n_boot)
-    if not fits.fits:
-        raise ValueError(f"{study_dir}: {NO_AXIS}")
-    return fits
-
-
-def plain_table(data: StudyData) -> pyarrow.Table:
-    """The rows that laws are fitted to: those of the plain runs, without each problem's counts."""
-    import pyarrow as pa
-
-    plain = {r.header["run_id"] for n, r in data.runs.items() if not data.cells[n].variant}
-    mask = [r in plain for r in data.table.column("run_id").to_pylist()]
-    return data.table.drop_columns("right").filter(pa.array(mask, type=pa.bool_()))
-
-
-def fit_data(data: StudyData, folder: Path, n_boot: int) -> Fits:
-    """The fits of `fit_study`, of data that were read already; none where another trainer's logs have no axis."""
-    if data.plan is not None:
-        write_table(folder, data.table)
-    table = plain_table(data)
-    kinds = [*data.kinds, "all"] if len(data.kinds) > 1 else data.kinds
-    chosen = {
-        "eval_set": data.headline, "group_size": data.group_size, "tau": data.tau, "n_boot": n_boot,
-        "params": params_of(table),
-    }  # fmt: skip
-    axes = [a for a in ("compute", "data", "ledger") if _known(table, AXES[a])]
-    fits = fit_table(table, axes=[a for a in axes if a != "ledger"], kinds=kinds, **chosen)
-    if "ledger" in axes:
-        ledger = fit_table(table, axes=("ledger",), kinds=data.kinds, shapes=False, **chosen)
-        fits = replace(fits, fits=(*fits.fits, *ledger.fits))
-    write_fits(folder / FITS_FILE, fits)
-    return fits
-
-
-def _known(table: pyarrow.Table, column: str) -> bool:
-    return table.column(column).null_count < table.num_rows
-
-
-def axes_of(fits: Fits) -> list[str]:
-    """Of compute and data, what the laws were fitted against."""
-    return [a for a in ("compute", "data") if any(f.axis == a for f in fits.fits)]
-
-
-def levels_of(fit: AxisFit) -> tuple[dict[str, Estimate], float]:
-    """The levels of a joint law: the log of the loss of each curve at one X, and that X.
-
-    Args:
-        fit: one with a joint law.
-
-    Returns:
-        Label to level with its interval, and X: the geometric mean of the curves' centers, as `fit_levels` takes it.
-    """
-    joint = fit.joint
-    x = fit.levels[0].x if fit.levels else math.exp(sum(c.log_x_mean for c in joint.curves) / len(joint.curves))
-    out = {}
-    for c in joint.curves:
-        drawn = np.log(joint.loss_draws(c.label, x))
-        out[c.label] = Estimate.of(c.E.value - c.k.value * math.log(x), drawn)
-    return out, x
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReuseFit:
-    """What a repeated prompt is worth to one size of one kind."""
-
-    size: str
-    kind: str
-    curves: dict[int, Curve]  # by tau
-    law: LawFit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Laws:
-    """All that a report shows of the laws: fits.json, and what is made from it and from the table."""
+    """fits.json, and what is recommended from it."""
 
     fits: Fits
-    curves: dict[tuple[str, str], list[Curve]]  # (axis, kind) -> that the fit is of
-    surfaces: dict[str, list[LawFit]]  # kind -> laws of N and D
-    reuse: list[ReuseFit]
-    other_sets: dict[str, list[HeldOut]]  # kind -> predictions of one test set from the others
     picks: list[tuple[str, str, Recommendation]]  # (kind, budget in words, what it says), budgets rising
     frontiers: dict[str, tuple[FrontierPoint, ...]]  # kind -> N*(C)
 
 
 def study_laws(data: StudyData, fits: Fits) -> Laws:
-    """Fits what fits.json does not hold: surfaces, reuse, predictions across test sets, the frontier."""
-    table, curves, surfaces, others = plain_table(data), {}, {}, {}
-    shared = {"group_size": data.group_size, "tau": data.tau, "params": params_of(table)}
-    for f in fits.fits:
-        if f.axis in axes_of(fits) and f.kind in data.kinds:
-            chosen = dataclasses.asdict(f.selection)
-            curves[f.axis, f.kind] = select_curves(table, axis=f.axis, kind=f.kind, **chosen)[0]
-    for kind in data.kinds if "data" in axes_of(fits) else ():
-        mine = curves["data", kind]
-        points = sum(len(c.x) for c in mine)
-        if len({c.params for c in mine}) > 2:
-            surfaces[kind] = [
-                fit_surface(mine, form) for form in (AdditiveLaw, LossDecomposition)
-                if points > sum(len(mine) if q in form.PER_CURVE else 1 for q in form.PARAMETERS)
-            ]  # fmt: skip
-        by_set = curves_by(table, "eval_set", axis="data", kind=kind, **shared)
-        others[kind] = [h for name in by_set for h in other_set(by_set, name)]
+    """The laws of a study with what they recommend for the budgets that its runs had."""
     frontiers = {
         f.kind: frontier(f, count=25) for f in fits.fits if f.axis == "compute" and f.kind in data.kinds and f.joint
     }
-    return Laws(fits=fits, curves=curves, surfaces=surfaces, reuse=_reuse(data, table, shared["params"]), other_sets=others,
-                picks=budget_picks(data, fits), frontiers=frontiers)  # fmt: skip
-
-
-def _reuse(data: StudyData, table: pyarrow.Table, params: str) -> list[ReuseFit]:
-    out = []
-    for kind in data.kinds:
-        for size in data.sizes:
-            runs = [r for same in data.ablation(size, kind, "tau").values() for r in same]
-            if not runs:
-                continue
-            ids = [r.header["run_id"] for r in runs]
-            mine = table.filter([i in ids for i in table.column("run_id").to_pylist()])
-            found = curves_by(mine, "tau", size=size, axis="data", kind=kind, eval_set=data.headline, params=params)
-            curves = {tau: c[0] for tau, c in found.items()}
-            if len(curves) > 1 and all(c.unique is not None for c in curves.values()):
-                law = fit_reuse(list(curves.values()))
-                out.append(ReuseFit(size=size, kind=kind, curves=curves, law=law))
-    return out
+    return Laws(fits=fits, picks=budget_picks(data, fits), frontiers=frontiers)
 
 
 def budget_picks(data: StudyData, fits: Fits) -> list[tuple[str, str, Recommendation]]:
@@ -185,32 +42,6 @@ def budget_picks(data: StudyData, fits: Fits) -> list[tuple[str, str, Recommenda
                 budget = {"compute" if axis == "compute" else "prompts": amount}
                 out.append((kind, f"{tick_text(amount)} {unit}", recommend(fit, **budget)))
     return out
-
-
-def recommendations(
-    study_dir: str | os.PathLike[str], *, kind: str | None = None, **asked: Any
-) -> dict[str, Recommendation]:
-    """What `recommend` says, from the records of a study.
-
-    Args:
-        study_dir: the study's folder; its laws are fitted where fits.json is missing.
-        kind: "base" or "instruct"; None: each that was fitted.
-        asked: keywords of `recommend`.
-
-    Returns:
-        Kind to recommendation: along data for a budget of prompts, else along compute, or what there is.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_data` and `recommend`; no law of this kind.
-    """
-    folder = Path(study_dir)
-    fits = read_fits(folder / FITS_FILE) if (folder / FITS_FILE).is_file() else fit_study(folder)
-    kinds = [k for k in dict.fromkeys(f.kind for f in fits.fits) if k in ((kind,) if kind else ("base", "instruct"))]
-    if not kinds:
-        raise ValueError(f"{folder}: no law was fitted to {kind or 'any'} models")
-    first = "data" if "prompts" in asked else "compute"
-    axis = first if first in axes_of(fits) else axes_of(fits)[0]
-    return {k: recommend(fits.get(axis, k), **asked) for k in kinds}
 
 
 def round_to(value: float, digits: int) -> float:

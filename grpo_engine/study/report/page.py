@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_engine.study.claims import Claim, study_claims
+from grpo_engine.records.text_table import Table
 from grpo_engine.study.data import StudyData, load_data
 from grpo_engine.study.design import Cell
+from grpo_engine.study.fits import FITS_FILE, NO_AXIS, axes_of, records_digest
 from grpo_engine.study.importers import TABLE_FILE
+from grpo_engine.study.laws.results import Claim, read_fits
 from grpo_engine.study.plan_view import human
 from grpo_engine.study.report.drawing import Figure, draw, import_matplotlib, plotly_spec
 from grpo_engine.study.report.figures import (
@@ -37,9 +39,8 @@ from grpo_engine.study.report.figures import (
     transfer_figure,
     transfer_grid_figure,
 )
-from grpo_engine.study.report.fits import NO_AXIS, Laws, axes_of, fit_data, study_laws
+from grpo_engine.study.report.fits import Laws, study_laws
 from grpo_engine.study.report.tables import (
-    Table,
     claims_table,
     comparisons_table,
     cost_table,
@@ -76,11 +77,11 @@ class Section:
     points: Sequence[str] = ()
 
 
-def sections_of(data: StudyData, laws: Laws, claims: Sequence[Claim]) -> list[Section]:
+def sections_of(data: StudyData, laws: Laws) -> list[Section]:
     """The sections in the order of the page: what the study says, what it rests on, how it was made."""
     fits = laws.fits
     return [
-        _claims(claims),
+        _claims(fits.claims),
         *(Section(id=f.name, title=f.title, figures=[f]) for a in axes_of(fits) for f in _some(loss_figure(data, fits, a))),
         _law(data, laws),
         *([_other_laws(data, laws)] if fits.fits else []),
@@ -91,7 +92,7 @@ def sections_of(data: StudyData, laws: Laws, claims: Sequence[Claim]) -> list[Se
         ),
         *_asked(data, "control", "RL against plain pretraining", control_figure(data), "controls of plain pretraining",
                 lambda c: c.method == "pretrain"),
-        *_asked(data, "tau", "Data reuse", reuse_figure(data, laws), "runs with data reuse", lambda c: c.tau != 1),
+        *_asked(data, "tau", "Data reuse", reuse_figure(data, fits), "runs with data reuse", lambda c: c.tau != 1),
         *_asked(data, "group_size", "Group size", group_figure(data), "runs with other group sizes",
                 lambda c: c.method == "grpo" and c.group_size != data.group_size),
         *_asked(data, "training", "Training", training_figure(data), "GRPO runs", lambda c: c.method == "grpo"),
@@ -285,32 +286,33 @@ def render_page(
 
 @contextlib.contextmanager
 def _drawers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for drawing, which import matplotlib while this one makes fits."""
+    """Processes for drawing, which import matplotlib while this one reads the records."""
     with ProcessPoolExecutor(processes, mp_context=SpawnContext()) as pool:
         for _ in range(processes):
             pool.submit(import_matplotlib)
         yield pool
 
 
-def write_report(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Path:
-    """Fits the laws of a study and writes its report; the package's docstring says what is written where.
+def write_report(study_dir: str | os.PathLike[str]) -> Path:
+    """Writes the report of a study from its records and fits.json; the package's docstring says what is written where.
 
     Args:
         study_dir: the study's folder. Cells that are not finished are left out, and the page names them.
-        n_boot: bootstrap draws behind each interval of a fit.
 
     Returns:
         The page, `report/index.html`.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_data`.
+        FileNotFoundError, ValueError: see `load_data` and `read_fits`; a fits.json of other records.
     """
     folder = Path(study_dir)
     data = load_data(folder)
+    fits = read_fits(folder / FITS_FILE)
+    if fits.records != records_digest(data):
+        raise ValueError(f"{folder / FITS_FILE}: it is not of the records as they are now; fit them: grpo-engine study fit")
     with _drawers(min(num_cores(), MOST_DRAWERS)) as drawers:
-        laws = study_laws(data, fit_data(data, folder, n_boot))
-        claims = study_claims(data)
-        sections = sections_of(data, laws, claims)
+        laws = study_laws(data, fits)
+        sections = sections_of(data, laws)
         figures, tables = (_empty_folder(folder / REPORT / name) for name in ("figures", "tables"))
         drawn = list(drawers.map(draw, (f for s in sections for f in s.figures), itertools.repeat(figures)))
     for table in (t for s in sections for t in s.tables):
@@ -318,7 +320,7 @@ def write_report(study_dir: str | os.PathLike[str], *, n_boot: int = 200) -> Pat
         (tables / f"{table.name}.tex").write_text(table.latex())
     page = folder / REPORT / "index.html"
     images = {png.stem: png.read_bytes() for png, _ in drawn}
-    files.write_bytes_atomic(page, render_page(data, sections, findings(data, laws, claims), images).encode())
+    files.write_bytes_atomic(page, render_page(data, sections, findings(data, laws), images).encode())
     return page
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_engine.records.cost import COST_HEAD, cost_rows
-from grpo_engine.study.claims import Claim
+from grpo_engine.records.text_table import Table
 from grpo_engine.study.data import StudyData, costs_of, transfer_rows
-from grpo_engine.study.laws.results import Estimate, Fits, Verdict
+from grpo_engine.study.laws.results import Claim, Estimate, Fits, Verdict
 from grpo_engine.study.plan_view import duration, human, plan_rows
 from grpo_engine.study.recommend import FrontierPoint, Recommendation
 from grpo_engine.study.report.fits import AXIS_NAMES, Laws
@@ -18,62 +16,6 @@ from grpo_engine.study.report.words import cautions, change_text, interval_text,
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """Rows of text under a head."""
-
-    name: str  # file name, without ending
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    text_columns: int = 1  # the first so many are text, as is what is in `wide`; the rest are numbers
-    wide: Sequence[str] = ()  # columns of sentences, by their heads
-    note: str = ""
-    summary: str = ""  # folded away under this line, when given
-
-    def is_text(self, column: int) -> bool:
-        """Whether a column is aligned to the left."""
-        return column < self.text_columns or self.head[column] in self.wide
-
-    def markdown(self) -> str:
-        """The table for a README or an issue: GitHub's pipes, the title above, the note below."""
-        rule = ["---" if self.is_text(i) else "---:" for i in range(len(self.head))]
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
-        lines = [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
-        return "\n".join([*([self.title, ""] if self.title else []), *lines, *(["", self.note] if self.note else []), ""])
-
-    def latex(self) -> str:
-        """The table for a paper: a tabular of the package booktabs, the title as its caption, the note below."""
-        columns = "".join(
-            r"p{0.2\linewidth}" if name in self.wide else "l" if self.is_text(i) else "r" for i, name in enumerate(self.head)
-        )
-        head, *rows = (" & ".join(map(_latex, row)) + r" \\" for row in (self.head, *self.rows))
-        lines = [r"\begin{table}", r"\centering", *([rf"\caption{{{_latex(self.title)}}}"] if self.title else []),
-                 rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows,
-                 r"\bottomrule", r"\end{tabular}", *([rf"\par\smallskip {_latex(self.note)}"] if self.note else []),
-                 r"\end{table}"]  # fmt: skip
-        return "\n".join(lines) + "\n"
-
-
-_SPECIAL = {c: "\\" + c for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
-    "\u00a0": "~", "\u2212": "$-$", "\u00b1": r"$\pm$", "\u00b2": "$^2$", "\u00b7": r"$\cdot$", "\u03c4": r"$\tau$",
-    "\u201c": "``", "\u201d": "''",
-}  # fmt: skip
-_POWER = re.compile("[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{2,}|[\u207b\u2070\u00b9\u00b3\u2074-\u2079]")
-_PLAIN = str.maketrans("\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "-0123456789")
-
-
-def _latex(text: str) -> str:
-    """Text as LaTeX shows it: special characters escaped, signs and raised numbers as mathematics."""
-    parts, at = [], 0
-    for power in _POWER.finditer(text):
-        parts += [_SPECIAL.get(c, c) for c in text[at : power.start()]]
-        parts.append(f"$^{{{power.group().translate(_PLAIN)}}}$")
-        at = power.end()
-    return "".join([*parts, *(_SPECIAL.get(c, c) for c in text[at:])])
 
 
 def law_table(fits: Fits) -> Group:
@@ -87,11 +29,11 @@ def law_table(fits: Fits) -> Group:
         size by itself.
     """
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    def table(ours: Table, gap: int) -> Table:
-        out = Table(title=ours.title, title_justify="left", box=None, padding=(0, gap, 0, 0))
+    def table(ours: Table, gap: int) -> RichTable:
+        out = RichTable(title=ours.title, title_justify="left", box=None, padding=(0, gap, 0, 0))
         for i, name in enumerate(ours.head):
             out.add_column(name, justify="left" if i < ours.text_columns else "right", no_wrap=True)
         for row in ours.rows:
@@ -274,12 +216,12 @@ def held_out_table(data: StudyData, laws: Laws, *, most: int | None = None) -> T
                         _skills(choice.skill[law]), covered, "yes" if law == choice.best else "",
                     )
                 )  # fmt: skip
-    for kind, found in laws.other_sets.items():
-        for h in sorted(found, key=lambda h: h.log_error):
+    for other in laws.fits.other_sets:
+        for h in sorted(other.held_out, key=lambda h: h.log_error):
             rows.append(
                 (
-                    f"{h.test}: {h.target}", "prompts", kind, h.law, f"{100 * h.log_error:.1f} %", "1", _skills(h.skill),
-                    "" if h.coverage is None else f"{100 * h.coverage:.0f} %", "",
+                    f"{h.test}: {h.target}", "prompts", other.kind, h.law, f"{100 * h.log_error:.1f} %", "1",
+                    _skills(h.skill), "" if h.coverage is None else f"{100 * h.coverage:.0f} %", "",
                 )
             )  # fmt: skip
     if not rows:
@@ -312,8 +254,8 @@ def other_laws_table(data: StudyData, laws: Laws) -> Table | None:
                     (f"levels at X = {v.x:.3g}", AXIS_NAMES[f.axis], f.kind, v.law, v.formula, _parameters(v.parameters),
                      f"misfit {v.misfit:.3f}", _carried(v.verdict))
                 )  # fmt: skip
-    found = [(kind, law, "all sizes") for kind, surfaces in laws.surfaces.items() for law in surfaces]
-    found += [(r.kind, r.law, f"{r.size}, reuse") for r in laws.reuse]
+    found = [(s.kind, s.law, "all sizes") for s in laws.fits.surfaces]
+    found += [(r.kind, r.law, f"{r.size}, reuse") for r in laws.fits.reuse]
     found += [
         (f.kind, law, law.label) for f in laws.fits.fits if f.axis == "data" and f.kind in data.kinds for law in f.laws
     ]

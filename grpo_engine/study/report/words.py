@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from grpo_engine.study.claims import Claim
 from grpo_engine.study.data import Point, StudyData, params_of
+from grpo_engine.study.fits import NO_AXIS, axes_of
 from grpo_engine.study.importers import TABLE_FILE
 from grpo_engine.study.laws.results import AxisFit, Estimate, Fits
 from grpo_engine.study.plan_view import human
-from grpo_engine.study.report.fits import AXIS_NAMES, Laws, axes_of
+from grpo_engine.study.report.fits import AXIS_NAMES, Laws
 
 NOISE = 2.0  # standard errors; a smaller difference is called no difference
 
 
-def findings(data: StudyData, laws: Laws, claims: Sequence[Claim]) -> list[str]:
+def findings(data: StudyData, laws: Laws) -> list[str]:
     """What the data say, in sentences; a difference under two standard errors is called none."""
     fits, out, ordered = laws.fits, [], {}
     for kind in data.kinds:
@@ -76,8 +76,8 @@ def findings(data: StudyData, laws: Laws, claims: Sequence[Claim]) -> list[str]:
         if r.pick == max(r.candidates, key=lambda c: c.params).label:
             sure += "; it is the largest size here"
         out.append(f"Which {kind} model to train for {budget}: {r.pick} ({sure}).")
-    if claims:
-        answers = {v: [c.name for c in claims if c.verdict == v] for v in ("supported", "not supported", "undecided")}
+    if fits.claims:
+        answers = {v: [c.name for c in fits.claims if c.verdict == v] for v in ("supported", "not supported", "undecided")}
         said = "; ".join(f"{v}: {listed(names)}" for v, names in answers.items() if names)
         out.append(f"Of the claims that can be tested here, {said}.")
     return [*out, *misses(data, fits)]
@@ -135,6 +135,8 @@ def interval_text(e: Estimate | None, show: Callable[[float], str]) -> str:
 
 def verdicts(fits: Fits) -> list[str]:
     """Why the data do not carry the laws that they do not."""
+    if not fits.fits:
+        return [f"{NO_AXIS[0].upper()}{NO_AXIS[1:]}."]
     return _by_reason((f, [f"not carried: {f.verdict.why}"]) for f in fits.fits if not f.verdict.ok)
 
 
