@@ -239,11 +239,16 @@ def plan(study: StudyConfig) -> Plan:
             need = ModelNeed(size=cell["size"], kind=cell["kind"], seed=cell["config"].model.seed)
             needs[need.base] = None
             needs[need] = None
-        own = study.sizes[cell["size"]].answer_tokens.get(cell["kind"])
-        estimate = study.estimate.model_copy(update={"answer_tokens": own} if own else {})
-        cells.append(Cell(**cell, needs=need, cost=forecast(cell["config"], estimate)))
+        cost = forecast(cell["config"], estimate_of(study, cell["size"], cell["kind"]))
+        cells.append(Cell(**cell, needs=need, cost=cost))
     order = sorted(needs, key=lambda n: (list(study.sizes).index(n.size), n.seed, n.kind))
     return Plan(study=study, cells=tuple(cells), models=tuple((n, _model_cost(n, study)) for n in order))
+
+
+def estimate_of(study: StudyConfig, size: str, kind: Kind) -> EstimateConfig:
+    """The study's estimate, with the response length of a size and kind where that has its own."""
+    own = study.sizes[size].answer_tokens.get(kind)
+    return study.estimate.model_copy(update={"answer_tokens": own} if own else {})
 
 
 def _cells(study: StudyConfig) -> list[dict[str, Any]]:
