@@ -28,7 +28,7 @@ import numpy as np
 
 from grpo_engine.config import RunConfig
 from grpo_engine.evaluate.evaluate import evaluation_seeds
-from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.evaluate.intervals import CONFIDENCE, interval
 from grpo_engine.load import tokenizer_and_model
 from grpo_engine.model import hub
 from grpo_engine.model.tokenizer import PromptTokens, Tokenizer
@@ -400,7 +400,7 @@ def tables(results: Sequence[SetResult]) -> tuple[Table, Table]:
     percent = lambda x: f"{100 * x:.1f}"  # noqa: E731
     error = lambda r: "" if r.stderr is None else f" ± {percent(r.stderr)}"  # noqa: E731
     ks = list(results[0].pass_at)
-    heads = ["set", "problems", "score", f"{LEVEL:.0%} interval", "test loss", *(f"pass@{k}" for k in ks),
+    heads = ["set", "problems", "score", f"{CONFIDENCE:.0%} interval", "test loss", *(f"pass@{k}" for k in ks),
              *(f"maj@{k}" for k in ks[1:]), "tokens: mean", "median", "95 %", "cut off", "no room", "failures"]  # fmt: skip
     rows = [
         [r.eval_set, str(r.problems), percent(r.score) + error(r), f"{percent(r.low)} to {percent(r.high)}",

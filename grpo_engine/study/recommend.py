@@ -4,9 +4,9 @@ A fitted law gives each candidate its loss at what the budget buys it, or the co
 smallest predicted loss (or compute) is the pick; whether it is a decision is said by the intervals, which come from the
 bootstrap draws of the fit: two candidates are compared draw by draw, because their errors are shared. What the law was
 not fitted to is named: a budget beyond the measured range (the law has no floor, so it is too hopeful there), a size
-that was not measured, a fit that data do not carry, more reuse than was tried, a held-out prediction that failed.
+that was not measured, a law that the data do not identify, more reuse than was tried, a held-out prediction that failed.
 
-A size that was not measured gets its slope from k(N). Its level, for which there is no law, is interpolated in log N
+A size that was not measured gets its slope from k(N). Its intercept, for which there is no law, is interpolated in log N
 between its neighbours, or continued from the three nearest sizes; the error that this procedure makes at the measured
 sizes, when each is left out, widens its interval.
 """
@@ -24,7 +24,7 @@ from grpo_engine.evaluate.intervals import interval
 from grpo_engine.study import gpus
 from grpo_engine.study.forecast import EstimateConfig, Pace, PlannedRun, pace
 from grpo_engine.study.laws.holdout import prediction
-from grpo_engine.study.laws.results import AxisFit, CurveLevel, Estimate, JointFit, draws_of
+from grpo_engine.study.laws.results import AxisFit, Estimate, JointCurve, JointFit, draws_of
 
 MOST_LOG_X = 200.0  # of an x that would reach a target: beyond it, never
 
@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recommendation:
-    """The answer. `decided` is False when the data do not carry a choice; `why` says so in words."""
+    """The answer. `decided` is False when the data do not support a choice; `why` says so in words."""
 
     axis: str
     kind: str
@@ -148,7 +148,7 @@ def recommend(
         unique_prompts: different prompts there are; tells how often each would be seen.
         sizes: candidates, label -> parameters, in the N that the fit used. A label of a measured curve must have its
             parameters; any other is interpolated or extrapolated. None takes the measured ones.
-        kind: whose levels an unmeasured size gets, where the fit holds several kinds.
+        kind: whose intercepts an unmeasured size gets, where the fit holds several kinds.
 
     Returns:
         The recommendation.
@@ -190,7 +190,7 @@ def recommend(
             raise ValueError(f"sizes: {label} must have a positive number of parameters, got {n}")
         if label in known and not math.isclose(n, known[label].params, rel_tol=1e-3):
             raise ValueError(f"sizes: {label} was measured with {known[label].params:.6g} parameters, got {n:.6g}")
-    rng = np.random.default_rng(joint.bootstrap.seed)  # for the level of sizes that were not measured
+    rng = np.random.default_rng(joint.bootstrap.seed)  # for the intercept of sizes that were not measured
     paces = {} if device is None else {label: _pace(fit, label, n, device, runs or {}) for label, n in sizes.items()}
     parts, too_short = [], []
     for label, n in sizes.items():
@@ -227,7 +227,7 @@ def recommend(
             f"{pick.label} needs {need / 1e9:.0f} GB to train, and a run may fill {room / 1e9:.0f} GB of {num_gpus} x "
             f"{gpu}.",
         )
-    reasons = [r for r in distrust if r.startswith("The data do not carry")]
+    reasons = [r for r in distrust if r.startswith("The data do not identify")]
     if tied:
         cheapest = min([pick, *(c for c in candidates if c.label in tied)], key=lambda c: c.params)
         reasons.append(
@@ -329,7 +329,7 @@ def _pace(fit: AxisFit, label: str, n: float, device: gpus.Gpu, runs: Mapping[st
 def _distrust(fit: AxisFit, joint: JointFit, pick: Candidate) -> tuple[str, ...]:
     out = []
     if not joint.verdict.ok:
-        out.append(f"The data do not carry the law: {joint.verdict.why}.")
+        out.append(f"The data do not identify the law: {joint.verdict.why}.")
     if pick.notes:
         out.append(f"For {pick.label} the law is stretched: {'; '.join(pick.notes)}.")
     if pick.reuse is not None and pick.reuse > 1:
@@ -359,27 +359,27 @@ def _estimate(value: float, draws: np.ndarray) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Line:
-    """The law of one size: log L = level - k (log x - middle), and its draws [draws]."""
+    """The law of one size: log L = intercept - k (log x - middle), and its draws [draws]."""
 
     k: float
-    level: float
+    intercept: float
     k_draws: np.ndarray
-    level_draws: np.ndarray
+    intercept_draws: np.ndarray
     middle: float
 
     def loss(self, x: float) -> tuple[float, np.ndarray]:
         """Loss at x, and its draws."""
         u = math.log(x) - self.middle
-        return math.exp(self.level - self.k * u), np.exp(self.level_draws - self.k_draws * u)
+        return math.exp(self.intercept - self.k * u), np.exp(self.intercept_draws - self.k_draws * u)
 
     def log_x(self, loss: float) -> tuple[float, np.ndarray]:
         """Log of the x at which the loss is reached, and its draws; infinite where the loss does not fall."""
 
-        def solve(k: np.ndarray, level: np.ndarray) -> np.ndarray:
-            out = self.middle + (level - math.log(loss)) / np.where(k > 0, k, 1.0)
+        def solve(k: np.ndarray, intercept: np.ndarray) -> np.ndarray:
+            out = self.middle + (intercept - math.log(loss)) / np.where(k > 0, k, 1.0)
             return np.where(k > 0, np.minimum(out, MOST_LOG_X), MOST_LOG_X)
 
-        return float(solve(np.array(self.k), np.array(self.level))), solve(self.k_draws, self.level_draws)
+        return float(solve(np.array(self.k), np.array(self.intercept))), solve(self.k_draws, self.intercept_draws)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -392,7 +392,7 @@ class _Part:
 
 
 def _predict(
-    fit: AxisFit, joint: JointFit, curve: CurveLevel | None, label: str, n: float, budget: str, amount: float,
+    fit: AxisFit, joint: JointFit, curve: JointCurve | None, label: str, n: float, budget: str, amount: float,
     kind: str | None, rng: np.random.Generator, unique_prompts: int | None,
 ) -> _Part:  # fmt: skip
     per_prompt, per_step = _rates(fit, label, n)
@@ -410,8 +410,8 @@ def _predict(
         k_draws, e_draws = draws_of(joint, np.array([n]))
         middle = curve.log_x_mean
         line = _Line(
-            k=curve.k.value, level=curve.E.value - curve.k.value * middle, k_draws=k_draws[:, 0],
-            level_draws=e_draws[:, i] - k_draws[:, 0] * middle, middle=middle,
+            k=curve.k.value, intercept=curve.E.value - curve.k.value * middle, k_draws=k_draws[:, 0],
+            intercept_draws=e_draws[:, i] - k_draws[:, 0] * middle, middle=middle,
         )  # fmt: skip
         low, high = curve.x_min, curve.x_max
     else:
@@ -465,7 +465,7 @@ def _rates(fit: AxisFit, label: str, n: float) -> tuple[float | None, float | No
     )
 
 
-def _curves_of(joint: JointFit, kind: str | None) -> list[CurveLevel]:
+def _curves_of(joint: JointFit, kind: str | None) -> list[JointCurve]:
     kinds = sorted({c.kind for c in joint.curves})
     if kind is None and len(kinds) > 1:
         raise ValueError(f"kind: must be one of {kinds} for a size that was not measured, got None")
@@ -474,7 +474,7 @@ def _curves_of(joint: JointFit, kind: str | None) -> list[CurveLevel]:
     return sorted((c for c in joint.curves if kind in (None, c.kind)), key=lambda c: c.params)
 
 
-def _level(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _intercept(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Values [..., S] at log N `known` [S], interpolated at log_n, or continued from the three nearest sizes."""
     if known[0] <= log_n <= known[-1]:
         right = min(max(int(np.searchsorted(known, log_n)), 1), len(known) - 1)
@@ -486,30 +486,33 @@ def _level(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
     return v.mean(axis=-1) + slope * (log_n - u.mean())
 
 
-def _unmeasured(joint: JointFit, same: Sequence[CurveLevel], n: float, rng: np.random.Generator) -> tuple[_Line, str]:
+def _unmeasured(joint: JointFit, same: Sequence[JointCurve], n: float, rng: np.random.Generator) -> tuple[_Line, str]:
     """The law of a size without a curve, and a note."""
     if len(same) < 2:
-        raise ValueError(f"sizes: the level of a size that was not measured needs two measured ones, got {len(same)}")
+        raise ValueError(f"sizes: the intercept of a size that was not measured needs two measured ones, got {len(same)}")
     known = np.log([c.params for c in same])
     columns = [joint.index(c.label) for c in same]
     k_draws, e_draws = draws_of(joint, np.array([*(c.params for c in same), n]))
     k_value = np.append([c.k.value for c in same], joint.slope.k(n))
-    middle = float(np.mean([c.log_x_mean for c in same]))  # levels are told apart from slopes there
-    levels = np.array([c.E.value for c in same]) - k_value[:-1] * middle
-    level_draws = e_draws[:, columns] - k_draws[:, :-1] * middle
+    middle = float(np.mean([c.log_x_mean for c in same]))  # intercepts are told apart from slopes there
+    intercepts = np.array([c.E.value for c in same]) - k_value[:-1] * middle
+    intercept_draws = e_draws[:, columns] - k_draws[:, :-1] * middle
     log_n = math.log(n)
     inside = known[0] <= log_n <= known[-1]
     # what the procedure gets wrong where the answer is known: interior sizes for interpolation, the ends otherwise
-    places = range(1, len(same) - 1) if inside else (0, len(same) - 1)
+    left_out = range(1, len(same) - 1) if inside else (0, len(same) - 1)
     errors = [
-        float(_level(known[i], np.delete(known, i), np.delete(levels, i))) - levels[i] for i in places if len(same) > 2
+        float(_intercept(known[i], np.delete(known, i), np.delete(intercepts, i))) - intercepts[i]
+        for i in left_out
+        if len(same) > 2
     ]
     scatter = float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0
     line = _Line(
-        k=float(k_value[-1]), level=float(_level(log_n, known, levels)), k_draws=k_draws[:, -1],
-        level_draws=_level(log_n, known, level_draws) + scatter * rng.standard_normal(len(k_draws)), middle=middle,
+        k=float(k_value[-1]), intercept=float(_intercept(log_n, known, intercepts)), k_draws=k_draws[:, -1],
+        intercept_draws=_intercept(log_n, known, intercept_draws) + scatter * rng.standard_normal(len(k_draws)),
+        middle=middle,
     )  # fmt: skip
-    how = "not measured: its level is that between its neighbours" if inside else "not measured, beyond the measured N"
+    how = "not measured: its intercept is that between its neighbours" if inside else "not measured, beyond the measured N"
     if not errors:
         how += ", with an error that two sizes cannot tell"
     return line, how

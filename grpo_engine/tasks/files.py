@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
+class DataSource:
     """How the problems of a source are called and scored."""
 
     domain: str
@@ -52,13 +52,13 @@ class Family:
     paper: str  # the scorer that does as the paper's
 
 
-FAMILIES: dict[str, Family] = {  # by the start of data_source
-    "math__": Family(domain="math", reward="math", paper="paper_math"),
-    "aime": Family(domain="math", reward="math", paper="paper_aime"),
-    "openai/gsm8k": Family(domain="math", reward="math", paper="paper_gsm8k"),
-    "codegen__humaneval": Family(domain="code", reward="code", paper="paper_code"),
-    "logic__zebra_puzzle": Family(domain="logic", reward="logic", paper="paper_logic"),
-    "stem__supergpqa": Family(domain="stem", reward="choice", paper="paper_choice"),
+DATA_SOURCES: dict[str, DataSource] = {  # by the start of data_source
+    "math__": DataSource(domain="math", reward="math", paper="paper_math"),
+    "aime": DataSource(domain="math", reward="math", paper="paper_aime"),
+    "openai/gsm8k": DataSource(domain="math", reward="math", paper="paper_gsm8k"),
+    "codegen__humaneval": DataSource(domain="code", reward="code", paper="paper_code"),
+    "logic__zebra_puzzle": DataSource(domain="logic", reward="logic", paper="paper_logic"),
+    "stem__supergpqa": DataSource(domain="stem", reward="choice", paper="paper_choice"),
 }
 
 
@@ -148,7 +148,7 @@ def files_task(
     )
 
 
-def family_of(data_source: str) -> Family:
+def data_source_of(data_source: str) -> DataSource:
     """The family that a data_source belongs to.
 
     Args:
@@ -158,12 +158,12 @@ def family_of(data_source: str) -> Family:
         Domain and scorer.
 
     Raises:
-        ValueError: none of `FAMILIES` begins it.
+        ValueError: none of `DATA_SOURCES` begins it.
     """
-    for start, family in FAMILIES.items():
+    for start, family in DATA_SOURCES.items():
         if data_source.startswith(start):
             return family
-    raise ValueError(f"unknown data_source {data_source!r}: known ones begin with {', '.join(FAMILIES)}")
+    raise ValueError(f"unknown data_source {data_source!r}: known ones begin with {', '.join(DATA_SOURCES)}")
 
 
 def _read(path: Path, behaviour: Behaviour) -> list[Problem]:
@@ -185,7 +185,7 @@ def _read(path: Path, behaviour: Behaviour) -> list[Problem]:
 
 def _problem(row: Mapping[str, object], behaviour: Behaviour) -> Problem:
     source, prompt, truth, truth_field = _verl(row) if row.get("reward_model") is not None else _plain(row)
-    family = family_of(source)
+    family = data_source_of(source)
     answer = _answer(truth, truth_field, family)
     digest = hashlib.sha256(f"{prompt}\0{answer}".encode()).hexdigest()[:16]
     return Problem(
@@ -259,7 +259,7 @@ def _prompt(messages: object, field: str = "prompt") -> str:
     return "\n\n".join(m["content"] for m in messages if m["content"])
 
 
-def _answer(truth: object, field: str, family: Family) -> str:
+def _answer(truth: object, field: str, family: DataSource) -> str:
     if family.reward == "logic":
         return _grid(truth, field)
     if not isinstance(truth, str):

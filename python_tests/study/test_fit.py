@@ -1,4 +1,4 @@
-"""Fits against planted laws, published figures and data that carry nothing."""
+"""Fits against planted laws, published figures and data that identify nothing."""
 
 import dataclasses
 import json
@@ -216,7 +216,7 @@ def test_band_holds_the_curve():
         joint.loss("q", x)
 
 
-# --------------------------------------------------------------------- data that do not carry a fit
+# --------------------------------------------------------------------- data that do not identify a fit
 
 
 @pytest.mark.parametrize("num", [1, 2])
@@ -225,7 +225,7 @@ def test_too_few_sizes(num):
     assert not got.verdict.ok
     assert f"{num} size" in got.verdict.why and "at least 3" in got.verdict.why
     assert (got.joint is None) == (num == 1)
-    assert got.levels == () and got.held_out == ()
+    assert got.intercepts == () and got.held_out == ()
     assert len(got.sizes) == num
 
 
@@ -406,11 +406,28 @@ def test_fits_json_round_trip(tmp_path):
     assert obj["fits"][0]["verdict"].keys() == {"ok", "why", "cautions"}
 
 
-def test_fits_json_of_data_that_carry_nothing(tmp_path):
+def test_fits_json_of_data_that_identify_nothing(tmp_path):
     fits = fit.fit_table(law_table(sizes={"m": 2e6}), axes=["data"], n_boot=20)
     fit.write_fits(tmp_path / "fits.json", fits)
     again = fit.read_fits(tmp_path / "fits.json")
     assert again == fits and not again.fits[0].verdict.ok
+
+
+def test_fits_json_of_earlier_versions(tmp_path):
+    """They say level for a confidence and for an intercept."""
+    table = law_table(noise=0.01)
+    fits = fit.fit_table(table, axes=["data"], n_boot=20)
+    path = tmp_path / "fits.json"
+    fit.write_fits(path, fits)
+    assert fits.fits[0].intercepts and any(h.tests_only_slope for h in fits.fits[0].held_out)
+    text = path.read_text()
+    old = text.replace('"confidence":', '"level":').replace('"intercepts":', '"levels":').replace("intercept", "level")
+    assert old.count("level") == text.count("intercept") + text.count('"confidence":') > 10
+    path.write_text(old)
+    again = fit.read_fits(path)
+    assert again.fits[0].intercepts == fits.fits[0].intercepts and again.fits[0].joint == fits.fits[0].joint
+    tested = [[h.tests_only_slope for h in f.fits[0].held_out] for f in (again, fits)]
+    assert tested[0] == tested[1]
 
 
 def test_fits_json_that_is_not_ours(tmp_path):

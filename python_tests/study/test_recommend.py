@@ -49,7 +49,7 @@ def test_picks_the_smallest_loss_for_a_number_of_prompts(data_fit):
 
 
 def test_compute_budget_buys_different_data_for_each_size():
-    """With levels that hardly differ, a small model that sees a hundred times the data wins."""
+    """With intercepts that hardly differ, a small model that sees a hundred times the data wins."""
     table = law_table(noise=0.002, runs=2, k=lambda n: 0.1)
     rows = [r | {"loss": 0.9 * max(r["step"], 1) ** -0.1} for r in table.to_pylist()]
     got = fit.fit_axis(pa.Table.from_pylist(rows, schema=table.schema), axis="compute", n_boot=20, shapes=False)
@@ -59,7 +59,7 @@ def test_compute_budget_buys_different_data_for_each_size():
     small, big = r.candidates[0], next(c for c in r.candidates if c.label == "xl")
     assert small.prompts == pytest.approx(LAST) and small.steps == pytest.approx(LAST / BATCH)
     assert big.prompts == pytest.approx(LAST / 100)
-    assert not r.decided and "do not carry the law" in r.why  # one slope for all sizes does not tell N0
+    assert not r.decided and "do not identify the law" in r.why  # one slope for all sizes does not tell N0
 
 
 def test_budget_in_the_unit_of_the_other_axis():
@@ -106,7 +106,7 @@ def test_size_that_was_not_measured(data_fit):
     n = float(np.sqrt(2e6 * 6e6))
     r = recommend(data_fit, prompts=3000, sizes={"between": n, "m": 2e6, "l": 6e6})
     c = next(c for c in r.candidates if c.label == "between")
-    truth = (0.9 - 0.25) * (3000 / BATCH) ** -k_saturating(n)  # levels are equally far apart in log N here
+    truth = (0.9 - 0.25) * (3000 / BATCH) ** -k_saturating(n)  # intercepts are equally far apart in log N here
     assert not c.measured and c.loss.low < truth < c.loss.high
     assert c.loss.value == pytest.approx(truth, abs=0.02)
     assert c.compute == pytest.approx(6 * n * TOKENS * 3000)
@@ -130,11 +130,11 @@ def test_unmeasured_size_of_a_kind():
     assert recommend(got, prompts=3000).pick == "xl instruct"
 
 
-def test_law_that_the_data_do_not_carry():
+def test_law_that_the_data_do_not_identify():
     got = fitted(sizes={"s": 6e5, "m": 2e6})
     r = recommend(got, prompts=3000)
     assert r.pick == "m" and not r.decided
-    assert "The data do not carry the law: 2 sizes" in r.why
+    assert "The data do not identify the law: 2 sizes" in r.why
     with pytest.raises(ValueError, match="no joint law to recommend from: 1 size"):
         recommend(fitted(sizes={"m": 2e6}), prompts=3000)
 

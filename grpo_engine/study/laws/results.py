@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.evaluate.intervals import CONFIDENCE, interval
 from grpo_engine.records import jsonl
 from grpo_engine.study.laws.curves import Selection
 from grpo_engine.study.laws.forms import SLOPES, JointLaw, Slope
@@ -19,7 +19,7 @@ from grpo_engine.study.laws.forms import SLOPES, JointLaw, Slope
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Whether the data carry a fit. `why` is empty when they do; `cautions` are true either way."""
+    """Whether the data identify a fit. `why` is empty when they do; `cautions` are true either way."""
 
     ok: bool
     why: str = ""
@@ -41,9 +41,9 @@ class Estimate:
     at_bound: str = ""  # "low" or "high" when the search ended at a bound: then it is not an estimate
 
     @classmethod
-    def of(cls, value: float, draws: np.ndarray, at_bound: str = "", level: float = LEVEL) -> Estimate:
+    def of(cls, value: float, draws: np.ndarray, at_bound: str = "", confidence: float = CONFIDENCE) -> Estimate:
         """A value with the percentile interval of draws [draws]."""
-        low, high = interval(draws, level)
+        low, high = interval(draws, confidence)
         return cls(value=float(value), low=float(low), high=float(high), at_bound=at_bound)
 
 
@@ -59,7 +59,7 @@ class Bootstrap:
     """How the intervals were made."""
 
     draws: int
-    level: float
+    confidence: float
     seed: int
     method: str  # a sentence: what was drawn anew
     runs_resampled: tuple[str, ...]  # labels of the curves with at least two runs
@@ -91,7 +91,7 @@ class SizeFit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CurveLevel:
+class JointCurve:
     """One curve under the joint law."""
 
     label: str
@@ -106,7 +106,7 @@ class CurveLevel:
     num_runs: int
     x_min: float
     x_max: float
-    log_x_mean: float  # where the level of this curve is least correlated with its slope
+    log_x_mean: float  # where the intercept of this curve is least correlated with its slope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,16 +159,16 @@ class LawFit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LevelFit:
+class InterceptFit:
     """A law of E(N): the log of the loss at one X, over the sizes of a joint law."""
 
-    law: str  # a key of laws.LEVELS
+    law: str  # a key of laws.INTERCEPTS
     formula: str
-    x: float  # where the levels are taken
+    x: float  # where the intercepts are taken
     parameters: dict[str, Estimate]
     fixed: dict[str, float]
-    levels: dict[str, Estimate]  # of each curve, by the joint law
-    misfit: float  # standard deviation of the levels about the law, over sizes less parameters
+    intercepts: dict[str, Estimate]  # of each curve, by the joint law
+    misfit: float  # standard deviation of the intercepts about the law, over sizes less parameters
     verdict: Verdict
 
 
@@ -190,8 +190,13 @@ class HeldOut:
     bias: float
     r2: float | None
     coverage: float | None  # None: no interval was made
-    level: float  # of the prediction interval
+    confidence: float  # of the prediction interval
     skill: dict[str, float | None]  # by naive rule; None where the rule makes no error
+
+    @property
+    def tests_only_slope(self) -> bool:
+        """Whether the intercept was the target's own; fits.json of earlier versions calls it a level."""
+        return self.used.startswith(("its intercept", "its level"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +222,7 @@ class JointFit:
     objective: str
     parameters: dict[str, Estimate]
     fixed: dict[str, float]  # constants of the form
-    curves: tuple[CurveLevel, ...]
+    curves: tuple[JointCurve, ...]
     r2: float | None  # pooled over all points, linear space: mostly variance *between* sizes
     objective_value: float  # mean over curves of the mean squared error
     num_points: int
@@ -241,7 +246,7 @@ class JointFit:
         """Place of a curve in `curves`.
 
         Args:
-            label: as in `CurveLevel.label`.
+            label: as in `JointCurve.label`.
 
         Returns:
             Its index.
@@ -283,9 +288,9 @@ class JointFit:
             ValueError: no such curve.
         """
         i, log_x = self.index(label), np.log(np.asarray(x, dtype=np.float64))
-        k, levels = draws_of(self, np.array([self.curves[i].params]))
+        k, intercepts = draws_of(self, np.array([self.curves[i].params]))
         wide = (slice(None), *([None] * log_x.ndim))
-        return np.exp(levels[:, i][wide] - k[:, 0][wide] * log_x)
+        return np.exp(intercepts[:, i][wide] - k[:, 0][wide] * log_x)
 
     def band(self, label: str, x: np.ndarray | Sequence[float] | float) -> tuple[np.ndarray, np.ndarray]:
         """95 % band of the fitted curve: where the law is, not where a single run would be.
@@ -315,7 +320,7 @@ class AxisFit:
     sizes: tuple[SizeFit, ...]
     joint: JointFit | None  # None when there is only one size
     laws: tuple[LawFit, ...]  # of each curve by itself
-    levels: tuple[LevelFit, ...]  # laws of E(N)
+    intercepts: tuple[InterceptFit, ...]  # laws of E(N)
     held_out: tuple[HeldOut, ...]
     choices: tuple[LawChoice, ...]
     verdict: Verdict  # of the joint law, or why there is none
@@ -378,6 +383,9 @@ def read_fits(path: str | os.PathLike[str]) -> Fits:
     return _build(Fits, obj, f"{os.fspath(path)}: fits")
 
 
+_OLD_NAMES = {"level": "confidence", "levels": "intercepts"}  # of fields, in fits.json of earlier versions
+
+
 def _build(hint: Any, value: Any, where: str) -> Any:
     """A typed value from its JSON form."""
     origin = get_origin(hint)
@@ -388,6 +396,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where}: must be an object, got {value!r}")
         hints = get_type_hints(hint)
+        value = {n if n in hints else _OLD_NAMES.get(n, n): v for n, v in value.items()}
         if set(value) != set(hints):
             odd = sorted(set(value) ^ set(hints))
             raise ValueError(f"{where}: the fields of {hint.__name__} are not those expected: {', '.join(odd)}")
@@ -406,7 +415,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
 
 
 def draws_of(fit: JointFit, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each bootstrap draw of a joint fit says about slopes and levels.
+    """What each bootstrap draw of a joint fit says about slopes and intercepts.
 
     Args:
         fit: the fit.

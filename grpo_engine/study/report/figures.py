@@ -14,7 +14,7 @@ from grpo_engine.records.records import PHASES
 from grpo_engine.study.claims import Claim
 from grpo_engine.study.data import Point, StudyData, costs_of, mean_steps, transfer_rows
 from grpo_engine.study.laws.fit import residuals
-from grpo_engine.study.laws.forms import LEVELS, ReuseLaw
+from grpo_engine.study.laws.forms import INTERCEPTS, ReuseLaw
 from grpo_engine.study.laws.results import Fits, draws_of
 from grpo_engine.study.plan_view import duration, human
 from grpo_engine.study.report.drawing import (
@@ -32,7 +32,7 @@ from grpo_engine.study.report.drawing import (
     size_colors,
     tick_text,
 )
-from grpo_engine.study.report.fits import Laws, axes_of, levels_of
+from grpo_engine.study.report.fits import Laws, axes_of, intercepts_of
 from grpo_engine.study.report.words import listed
 
 CONTINUED = 3.0  # times its last point, to which a fitted law is drawn beyond it
@@ -57,11 +57,11 @@ def _grid(low: float, high: float, count: int = 60) -> list[float]:
 def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
     colors, panels = size_colors(data.sizes), []
     points: list[float] = []
-    carried = []
+    identified = []
     for kind in data.kinds:
         fit = fits.get(axis, kind)
         joint = fit.joint if fit.verdict.ok else None
-        carried.append(joint is not None)
+        identified.append(joint is not None)
         series = []
         for size in data.sizes:
             curve = [p for p in data.curve(data.main(size, kind)) if p.step > 0]
@@ -99,11 +99,11 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
     lines = {
         (True,): "Lines: the law fitted to all sizes together, with its 95 % band; dashed, continued beyond the last "
         "point, where nothing was measured. ",
-        (False,): "The data do not carry one law for all sizes; the thin lines are fitted to each size by itself. ",
+        (False,): "The data do not identify one law for all sizes; the thin lines are fitted to each size by itself. ",
     }.get(
-        tuple(sorted(set(carried))),
+        tuple(sorted(set(identified))),
         "Lines with a band: the law fitted to all sizes of a kind together, with its 95 % band; dashed, continued "
-        "beyond the last point. Thin lines, where the data do not carry that law: each size by itself. ",
+        "beyond the last point. Thin lines, where the data do not identify that law: each size by itself. ",
     )
     return Figure(
         name=f"loss_{axis}",
@@ -120,12 +120,12 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
 
 
 def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
-    """k of each size by itself, and k(N) of the joint law where the data carry it."""
+    """k of each size by itself, and k(N) of the joint law where the data identify it."""
     if len(data.sizes) < 2:
         return None
     panels = []
     for axis in axes_of(fits):
-        series, carried = [], []
+        series, identified = [], []
         for kind in data.kinds:
             fit = fits.get(axis, kind)
             if not fit.sizes:
@@ -138,12 +138,12 @@ def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
                     Series(label=f"{kind}, law", x=n, y=fit.joint.slope.k(np.array(n)).tolist(), low=low.tolist(),
                            high=high.tolist(), color=KIND_COLOR[kind], markers=False, end_label=kind, group=kind)
                 )  # fmt: skip
-                carried.append(kind)
+                identified.append(kind)
             series.append(
                 Series(
                     label=f"{kind}, each size", x=[s.params for s in fit.sizes], y=[s.k.value for s in fit.sizes],
                     y_span=[(s.k.low, s.k.high) for s in fit.sizes], color=KIND_COLOR[kind], line=False,
-                    end_label=None if kind in carried else kind, group=kind,
+                    end_label=None if kind in identified else kind, group=kind,
                 )
             )  # fmt: skip
         panels.append(
@@ -153,14 +153,14 @@ def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
     return Figure(
         name="slopes",
         title="How fast the loss falls, by size",
-        caption="Points: the slope of each size by itself, with its 95 % interval. Lines, where the data carry the "
+        caption="Points: the slope of each size by itself, with its 95 % interval. Lines, where the data identify the "
         "law: k(N) = K_max N / (N + N0) with its 95 % band.",
         panels=panels,
         height=360,
     )
 
 
-def level_figure(data: StudyData, fits: Fits) -> Figure | None:
+def intercept_figure(data: StudyData, fits: Fits) -> Figure | None:
     """E(N): the log of the loss of each size at one X, by the joint law, and the law of E(N) that misses it least."""
     panels, where = [], []
     for axis in axes_of(fits):
@@ -169,36 +169,36 @@ def level_figure(data: StudyData, fits: Fits) -> Figure | None:
             fit = fits.get(axis, kind)
             if fit.joint is None:
                 continue
-            levels, x = levels_of(fit)
+            intercepts, x = intercepts_of(fit)
             curves = fit.joint.curves
             where.append(f"{tick_text(float(f'{x:.2g}'))} {'FLOPs' if axis == 'compute' else 'prompts'} ({kind})")
-            law = fit.levels[0] if fit.levels and fit.levels[0].verdict.ok else None
+            law = fit.intercepts[0] if fit.intercepts and fit.intercepts[0].verdict.ok else None
             if law is not None:
                 n = _grid(curves[0].params, curves[-1].params)
-                form = LEVELS[law.law](**{q: e.value for q, e in law.parameters.items()}, **law.fixed)
+                form = INTERCEPTS[law.law](**{q: e.value for q, e in law.parameters.items()}, **law.fixed)
                 series.append(
-                    Series(label=f"{kind}, {law.law} law", x=n, y=form.level(np.array(n)).tolist(), markers=False,
+                    Series(label=f"{kind}, {law.law} law", x=n, y=form.intercept(np.array(n)).tolist(), markers=False,
                            color=KIND_COLOR[kind], dashed=True, thin=True, group=kind)
                 )  # fmt: skip
             series.append(
                 Series(
-                    label=kind, x=[c.params for c in curves], y=[levels[c.label].value for c in curves],
-                    y_span=[(levels[c.label].low, levels[c.label].high) for c in curves], color=KIND_COLOR[kind],
+                    label=kind, x=[c.params for c in curves], y=[intercepts[c.label].value for c in curves],
+                    y_span=[(intercepts[c.label].low, intercepts[c.label].high) for c in curves], color=KIND_COLOR[kind],
                     line=False, end_label=kind, group=kind,
                 )
             )  # fmt: skip
         if series:
             panels.append(
-                Panel(title=f"against {axis}", x_label="non-embedding parameters N", y_label="level E, log of the loss",
+                Panel(title=f"against {axis}", x_label="non-embedding parameters N", y_label="intercept E, log of the loss",
                       series=series, x_log=True)
             )  # fmt: skip
     if not panels:
         return None
     return Figure(
-        name="levels",
+        name="intercepts",
         title="Where the loss stands, by size",
-        caption=f"The level E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals. Dashed, "
-        "with four sizes or more: the law of E(N) that misses them least.",
+        caption=f"The intercept E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals. "
+        "Dashed, with four sizes or more: the law of E(N) that misses them least.",
         panels=panels,
         legend=_kinds_legend(data),
         height=360,

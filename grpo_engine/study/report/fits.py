@@ -84,17 +84,17 @@ def axes_of(fits: Fits) -> list[str]:
     return [a for a in ("compute", "data") if any(f.axis == a for f in fits.fits)]
 
 
-def levels_of(fit: AxisFit) -> tuple[dict[str, Estimate], float]:
-    """The levels of a joint law: the log of the loss of each curve at one X, and that X.
+def intercepts_of(fit: AxisFit) -> tuple[dict[str, Estimate], float]:
+    """The intercepts of a joint law: the log of the loss of each curve at one X, and that X.
 
     Args:
         fit: one with a joint law.
 
     Returns:
-        Label to level with its interval, and X: the geometric mean of the curves' centers, as `fit_levels` takes it.
+        Label to intercept with its interval, and X: the geometric mean of the curves' centers, as `fit_intercepts` takes it.
     """
     joint = fit.joint
-    x = fit.levels[0].x if fit.levels else math.exp(sum(c.log_x_mean for c in joint.curves) / len(joint.curves))
+    x = fit.intercepts[0].x if fit.intercepts else math.exp(sum(c.log_x_mean for c in joint.curves) / len(joint.curves))
     out = {}
     for c in joint.curves:
         drawn = np.log(joint.loss_draws(c.label, x))
