@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-CONFIDENCE = 0.95  # of every interval, where no other is asked for
+CONFIDENCE = 0.95  # of every interval, where no other is given
 
 
 def interval(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[Any, Any]:

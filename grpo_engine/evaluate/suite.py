@@ -64,7 +64,7 @@ class Answer:
     """One scored answer."""
 
     eval_set: str
-    problem: int  # place in its set
+    problem: int  # index in its set
     sample: int  # 0 to n - 1
     value: float  # in [0, 1]
     status: str  # of the scorer: "ok", "timeout", "crash", "error"
@@ -216,7 +216,7 @@ def _claim(out: Path, suite: Mapping[str, object]) -> None:
     path = out / SUITE_FILE
     if path.exists():
         if jsonl.read_object(path) != suite:
-            raise ValueError(f"{path}: another suite, model or setting than asked for; give another folder")
+            raise ValueError(f"{path}: another suite, model or setting than this one; give another folder")
     else:
         write_bytes_atomic(path, (json.dumps(suite, indent=1) + "\n").encode())
 
@@ -232,7 +232,7 @@ def _done(path: Path, sets: Mapping[str, Sequence[Problem]], samples: int) -> Do
     by_problem: dict[tuple[str, int], dict[int, Answer]] = defaultdict(dict)
     for a in answers:
         by_problem[a.eval_set, a.problem][a.sample] = a
-    kept = {(*place, s): a for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}
+    kept = {(*position, s): a for position, of in by_problem.items() if len(of) == samples for s, a in of.items()}
     write_bytes_atomic(path, "".join(map(_line, kept.values())).encode())
     return kept
 
@@ -257,7 +257,7 @@ def _answer(
     if config.rollout.max_prompt_tokens is not None:
         longest = min(longest, config.rollout.max_prompt_tokens)
     requests: list[SamplingRequest] = []
-    places: list[tuple[str, int]] = []  # of each prompt
+    positions: list[tuple[str, int]] = []  # (set, index) of each prompt
     new: Done = {}
     with (out / ANSWERS_FILE).open("a") as file:
 
@@ -280,7 +280,7 @@ def _answer(
                     continue
                 prompts.append(prompt)
                 chosen.append(i)
-                places.append((name, i))
+                positions.append((name, i))
             if prompts:
                 requests.append(
                     SamplingRequest(
@@ -294,11 +294,11 @@ def _answer(
         pending: dict[int, tuple[str, int, str]] = {}  # text, tokens, finish
 
         def on_scored(sequence: int, reward: Reward) -> None:
-            (name, i), (text, tokens, finish) = places[sequence // G], pending.pop(sequence)
+            (name, i), (text, tokens, finish) = positions[sequence // G], pending.pop(sequence)
             keep(Answer(eval_set=name, problem=i, sample=sequence % G, value=reward.value, status=reward.status,
                         finish=finish, tokens=tokens, text=text))  # fmt: skip
 
-        with pool.begin([sets[name][i] for name, i in places for _ in range(G)], on_scored=on_scored) as scoring:
+        with pool.begin([sets[name][i] for name, i in positions for _ in range(G)], on_scored=on_scored) as scoring:
             if requests:
                 sampling = engine.stream(requests, stop_ids=tokenizer.stop_ids, config=config.rollout, progress=progress)
                 for sequences, responses in sampling:

@@ -1,4 +1,4 @@
-"""What a study says about the claims that scaling studies are asked about: effect, interval, verdict.
+"""What a study says about the usual claims of scaling studies: effect, interval, verdict.
 
 Each comparison is of two groups of runs, on the same problems. Two things are uncertain and both are drawn anew:
   * the problems, once for both groups, because both answered the same ones (where records tell each problem's right

@@ -299,7 +299,7 @@ def frontier(
 
 
 def assumed_run(fit: AxisFit, label: str, n: float) -> PlannedRun:
-    """A run in place of one whose plan is not known, as of an imported log, to time it by N.
+    """A run instead of one whose plan is not known, as of an imported log, to time it by N.
 
     Args:
         fit: has the group size, and the tokens and prompts of a step.

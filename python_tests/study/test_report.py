@@ -385,8 +385,8 @@ def test_end_labels_keep_apart_and_stay_at_their_series():
     spec = plotly_spec(Panel(title="", x_label="", y_label="", series=series), height=300)
     labels = {a["text"]: a for a in spec["layout"]["annotations"]}
     low, high = spec["layout"]["yaxis"]["range"]
-    places = [(labels[f"l{i}"]["y"] - low) / (high - low) for i in range(3)]
-    assert all(b - a > 0.05 for a, b in zip(places, places[1:], strict=False))
+    positions = [(labels[f"l{i}"]["y"] - low) / (high - low) for i in range(3)]
+    assert all(b - a > 0.05 for a, b in zip(positions, positions[1:], strict=False))
     assert {a["x"] for a in labels.values()} == {2}
 
 

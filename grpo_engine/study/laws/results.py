@@ -376,7 +376,7 @@ def read_fits(path: str | os.PathLike[str]) -> Fits:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another schema, or a field that is missing or unknown; the message names the file and the place.
+        ValueError: another schema, or a field that is missing or unknown; the message names the file and the field.
     """
     obj = jsonl.read_json(path)
     obj.pop("schema")

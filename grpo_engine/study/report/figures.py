@@ -108,7 +108,7 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure:
     return Figure(
         name=f"loss_{axis}",
         title={"compute": "Test loss against compute", "data": "Test loss against data"}[axis],
-        caption=f"{lines}Points: mean over runs, bars one standard error. Step 0 has no place on a logarithmic axis.",
+        caption=f"{lines}Points: mean over runs, bars one standard error. Step 0 has no position on a logarithmic axis.",
         panels=[
             Panel(title=f"{kind} models", x_label=LOSS_AXES[axis], y_label=f"test loss ({data.headline})", series=series,
                   x_log=True, y_log=True, y_range=(min(points), max(points)))
@@ -356,11 +356,11 @@ def _before_after(data: StudyData, eval_set: str, *, ends: bool) -> list[Series]
     series = []
     for kind in data.kinds:
         curves = [(data.params[s], c) for s in data.sizes if len(c := data.curve(data.main(s, kind), eval_set)) > 1]
-        for place, label, hollow in ((0, "before", True), (-1, "after", False)):
+        for index, label, hollow in ((0, "before", True), (-1, "after", False)):
             series.append(
                 Series(
-                    label=f"{kind} {label}", x=[n for n, _ in curves], y=[c[place].loss for _, c in curves],
-                    y_error=[c[place].error for _, c in curves], color=KIND_COLOR[kind], hollow=hollow, dashed=hollow,
+                    label=f"{kind} {label}", x=[n for n, _ in curves], y=[c[index].loss for _, c in curves],
+                    y_error=[c[index].error for _, c in curves], color=KIND_COLOR[kind], hollow=hollow, dashed=hollow,
                     end_label=f"{kind} {label}" if ends else None, group=kind,
                 )
             )  # fmt: skip
