@@ -710,8 +710,8 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/evaluate/suite.py",
-                old="for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
-                new="for place, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
+                old="for position, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
+                new="for position, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
             ),
         ),
         tests=("python_tests/evaluate/test_suite.py::test_a_problem_with_some_of_its_answers_gets_all_of_them",),
