@@ -228,7 +228,7 @@ def study_plan(
     Example: grpo-engine study plan paper --gpu h200 --usd-per-hour 3
     """
     from grpo_engine.study.design import load_study, plan
-    from grpo_engine.study.forecast import gpu_here
+    from grpo_engine.study.gpus import gpu_here
     from grpo_engine.study.plan_view import plan_json, plan_view
 
     assumed = {"estimate.gpu": gpu_here() if gpu == "here" else gpu, "estimate.usd_per_hour": usd_per_hour}
@@ -426,13 +426,13 @@ def study_recommend(
     from dataclasses import asdict
 
     from grpo_engine.study.fits import recommendations
-    from grpo_engine.study.forecast import gpu_here
+    from grpo_engine.study.gpus import gpu_here
 
-    asked = {
+    options = {
         "compute": compute, "prompts": data, "target_loss": target_loss, "gpu": gpu_here() if gpu == "here" else gpu,
         "hours": hours, "num_gpus": num_gpus, "unique_prompts": unique_prompts,
     }  # fmt: skip
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     found = recommendations(study_dir, kind=kind, **given)
     if as_json:
         print(json.dumps({k: asdict(r) for k, r in found.items()}, indent=1))

@@ -49,7 +49,7 @@ def test_files_that_the_documents_link_to_exist():
 
 def test_the_calibration_page_and_the_presets_follow_its_records():
     script = runpy.run_path(str(ROOT / "scripts" / "calibrate_micro.py"))
-    data = json.loads((ROOT / "docs" / "calibration.json").read_text())
+    data = json.loads((ROOT / "scripts" / "calibrate_micro.json").read_text())
     assert script["page"](data) == (ROOT / "docs" / "calibration.md").read_text()
     rates = script["chosen_rates"](data["sweep"])
     for preset in ("micro", "smoke"):

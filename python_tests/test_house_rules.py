@@ -1,8 +1,10 @@
 """Rules of the tree that a reader may rely on."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from grpo_engine import _C, ops
@@ -49,6 +51,12 @@ def test_kernel_bits_runs_every_kernel_and_its_hashes_are_kept():
     assert len(declared) >= 20
     assert sorted(declared - set(run)) == [] and sorted(declared - set(kept)) == []
     assert sorted(set(run) | set(kept)) == sorted(declared)
+
+
+def test_no_two_classes_have_one_name():
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "grpo_engine").rglob("*.py")]
+    found = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert len(found) > 100 and [name for name, count in found.items() if count > 1] == []
 
 
 def test_torch_extension_h_is_never_included():

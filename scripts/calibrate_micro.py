@@ -1,11 +1,11 @@
 """Remakes docs/calibration.md: is the embedded study an instrument that can show anything?
 
     .venv/bin/python scripts/calibrate_micro.py [--out runs/calibration] [--jobs 2]
-    .venv/bin/python scripts/calibrate_micro.py --page      # the page alone, from docs/calibration.json
+    .venv/bin/python scripts/calibrate_micro.py --page      # the page alone, from scripts/calibrate_micro.json
 
 It answers with every model of the `micro` preset, and tries learning rates on bases that the study does not use: all on
 selection problems, so that nothing is settled on the test set. What is done is kept in the folder: a run that was
-killed goes on. docs/calibration.json holds the records, and every figure of the page and of its picture is one of them.
+killed goes on. scripts/calibrate_micro.json holds the records. Every figure of the page and of its picture is one of them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from grpo_engine.study.run import run_study
 from grpo_engine.system import machine
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+RECORDS = Path(__file__).with_suffix(".json")
 SWEEP_SEED = 100  # of the bases and runs that rates are tried on; the study's are 0 to 4
 RATES = {
     "xxs": (5e-4, 1e-3, 2e-3, 4e-3),
@@ -60,7 +61,7 @@ def measure(out: Path, jobs: int) -> dict[str, Any]:
         jobs: processes side by side.
 
     Returns:
-        What docs/calibration.json holds.
+        What scripts/calibrate_micro.json holds.
     """
     study = load_study("micro")
     bases = measured_bases(study, out / "bases", jobs)
@@ -243,7 +244,7 @@ def page(data: Mapping[str, Any]) -> str:
 PAGE = """# Calibration of the embedded study
 
 The `micro` preset was settled on this, before any of its runs. `scripts/calibrate_micro.py` makes this page, its picture
-and its records ([calibration.json](calibration.json)). Every measured figure here is one of those records. Measured on
+and its records (`scripts/calibrate_micro.json`). Every measured figure here is one of those records. Measured on
 {cpu}, two processes of one thread.
 
 **Nothing was chosen on the test set.** All responses here are to *selection* problems ({problems} chains). They are a
@@ -325,12 +326,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/calibration"), help="folder of runs and results")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
-    parser.add_argument("--page", action="store_true", help="write page and picture from docs/calibration.json")
+    parser.add_argument("--page", action="store_true", help="write page and picture from scripts/calibrate_micro.json")
     arguments = parser.parse_args()
     if not arguments.page:
         os.environ["OMP_NUM_THREADS"] = "1"
-        jsonl.write_json_atomic(DOCS / "calibration.json", measure(arguments.out, arguments.jobs))
-    data = json.loads((DOCS / "calibration.json").read_text())
+        jsonl.write_json_atomic(RECORDS, measure(arguments.out, arguments.jobs))
+    data = json.loads(RECORDS.read_text())
     (DOCS / "calibration.md").write_text(page(data))
     picture(data, DOCS / "calibration.png")
     print(f"{DOCS / 'calibration.md'}; learning rates: {chosen_rates(data['sweep'])}")

@@ -575,7 +575,7 @@ FAULTS = (
     Fault(
         name="natural-logs",
         claim="the paper's law",
-        says="the level of the law that is shown with decimal logs is that with natural ones",
+        says="the intercept of the law that is shown with decimal logs is that with natural ones",
         edits=(Edit(file="grpo_engine/study/laws/forms.py", old="return e / LN10", new="return e"),),
         tests=("python_tests/study/test_fit.py::test_published_fit_of_base_models",),
     ),
@@ -612,8 +612,8 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/study/laws/bootstrap.py",
-                old="return factor * float(stdtrit(freedom, (1 + level) / 2))",
-                new="return 0.8 * factor * float(stdtrit(freedom, (1 + level) / 2))",
+                old="return factor * float(stdtrit(freedom, (1 + confidence) / 2))",
+                new="return 0.8 * factor * float(stdtrit(freedom, (1 + confidence) / 2))",
             ),
         ),
         tests=("python_tests/study/test_bootstrap.py",),
@@ -731,8 +731,8 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/evaluate/suite.py",
-                old="for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
-                new="for place, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
+                old="for position, of in by_problem.items() if len(of) == samples for s, a in of.items()}",
+                new="for position, of in by_problem.items() if len(of) <= samples for s, a in of.items()}",
             ),
         ),
         tests=("python_tests/evaluate/test_suite.py::test_a_problem_with_some_of_its_answers_gets_all_of_them",),

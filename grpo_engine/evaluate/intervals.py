@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-LEVEL = 0.95  # of every interval, where no other is asked for
+CONFIDENCE = 0.95  # of every interval, where no other is given
 
 
-def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[Any, Any]:
+def interval(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[Any, Any]:
     """Percentile interval over the first axis.
 
     Args:
         draws: [draws, ...] float.
-        level: share of the draws inside.
+        confidence: share of the draws inside.
 
     Returns:
         (low, high), each [...].
     """
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return low, high

@@ -28,7 +28,7 @@ import numpy as np
 
 from grpo_engine.config import RunConfig
 from grpo_engine.evaluate.evaluate import evaluation_seeds
-from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.evaluate.intervals import CONFIDENCE, interval
 from grpo_engine.load import tokenizer_and_model
 from grpo_engine.model import hub
 from grpo_engine.model.tokenizer import PromptTokens, Tokenizer
@@ -65,7 +65,7 @@ class Answer:
     """One scored answer."""
 
     eval_set: str
-    problem: int  # place in its set
+    problem: int  # index in its set
     sample: int  # 0 to n - 1
     value: float  # in [0, 1]
     status: str  # of the scorer: "ok", "timeout", "crash", "error"
@@ -219,7 +219,7 @@ def _claim(out: Path, suite: Mapping[str, object]) -> None:
     path = out / SUITE_FILE
     if path.exists():
         if jsonl.read_object(path) != suite:
-            raise ValueError(f"{path}: another suite, model or setting than asked for; give another folder")
+            raise ValueError(f"{path}: another suite, model or setting than this one; give another folder")
     else:
         write_bytes_atomic(path, (json.dumps(suite, indent=1) + "\n").encode())
 
@@ -235,7 +235,7 @@ def _done(path: Path, sets: Mapping[str, Sequence[Problem]], samples: int) -> Do
     by_problem: dict[tuple[str, int], dict[int, Answer]] = defaultdict(dict)
     for a in answers:
         by_problem[a.eval_set, a.problem][a.sample] = a
-    kept = {(*place, s): a for place, of in by_problem.items() if len(of) == samples for s, a in of.items()}
+    kept = {(*position, s): a for position, of in by_problem.items() if len(of) == samples for s, a in of.items()}
     write_bytes_atomic(path, "".join(map(_line, kept.values())).encode())
     return kept
 
@@ -260,7 +260,7 @@ def _answer(
     if config.rollout.max_prompt_tokens is not None:
         longest = min(longest, config.rollout.max_prompt_tokens)
     requests: list[SamplingRequest] = []
-    places: list[tuple[str, int]] = []  # of each prompt
+    positions: list[tuple[str, int]] = []  # (set, index) of each prompt
     new: Done = {}
     with (out / ANSWERS_FILE).open("a") as file:
 
@@ -283,7 +283,7 @@ def _answer(
                     continue
                 prompts.append(prompt)
                 chosen.append(i)
-                places.append((name, i))
+                positions.append((name, i))
             if prompts:
                 requests.append(
                     SamplingRequest(
@@ -297,11 +297,11 @@ def _answer(
         pending: dict[int, tuple[str, int, str]] = {}  # text, tokens, finish
 
         def on_scored(sequence: int, reward: Reward) -> None:
-            (name, i), (text, tokens, finish) = places[sequence // G], pending.pop(sequence)
+            (name, i), (text, tokens, finish) = positions[sequence // G], pending.pop(sequence)
             keep(Answer(eval_set=name, problem=i, sample=sequence % G, value=reward.value, status=reward.status,
                         finish=finish, tokens=tokens, text=text))  # fmt: skip
 
-        with pool.begin([sets[name][i] for name, i in places for _ in range(G)], on_scored=on_scored) as scoring:
+        with pool.begin([sets[name][i] for name, i in positions for _ in range(G)], on_scored=on_scored) as scoring:
             if requests:
                 sampling = engine.stream(requests, stop_ids=tokenizer.stop_ids, config=config.rollout, progress=progress)
                 for sequences, responses in sampling:
@@ -399,7 +399,7 @@ def tables(results: Sequence[SetResult]) -> tuple[Table, Table]:
     percent = lambda x: f"{100 * x:.1f}"  # noqa: E731
     error = lambda r: "" if r.stderr is None else f" ± {percent(r.stderr)}"  # noqa: E731
     ks = list(results[0].pass_at)
-    heads = ["set", "problems", "score", f"{LEVEL:.0%} interval", "test loss", *(f"pass@{k}" for k in ks),
+    heads = ["set", "problems", "score", f"{CONFIDENCE:.0%} interval", "test loss", *(f"pass@{k}" for k in ks),
              *(f"maj@{k}" for k in ks[1:]), "tokens: mean", "median", "95 %", "cut off", "no room", "failures"]  # fmt: skip
     rows = [
         [r.eval_set, str(r.problems), percent(r.score) + error(r), f"{percent(r.low)} to {percent(r.high)}",

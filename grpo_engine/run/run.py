@@ -62,10 +62,10 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool | None = None) -> P
             that is not there, or bad input.
         RuntimeError: the run diverged, or rollout and trainer disagreed.
     """
-    return Run(config, Path(out), quiet=quiet).complete()
+    return TrainingRun(config, Path(out), quiet=quiet).complete()
 
 
-class Run:
+class TrainingRun:
     """The state of one run: model, optimizer, counters and open record files."""
 
     def __init__(self, config: RunConfig, out: Path, *, quiet: bool | None) -> None:

@@ -1,4 +1,4 @@
-"""What a study says about the claims that scaling studies are asked about: effect, interval, verdict.
+"""What a study says about the usual claims of scaling studies: effect, interval, verdict.
 
 Each comparison is of two groups of runs, on the same problems. Two things are uncertain and both are drawn anew:
   * the problems, once for both groups, because both answered the same ones (where records tell each problem's right
@@ -94,18 +94,18 @@ class _Drawer:
             draws = draws + spread * self.rng.standard_t(self.freedom, self.draws)
         return _Side(value=value, lasting=lasting, draws=draws, runs=len(runs))
 
-    def compare(self, pair: _Pair, test: Test, margin: float, level: float) -> Comparison:
+    def compare(self, pair: _Pair, test: Test, margin: float, confidence: float) -> Comparison:
         """The verdict of a difference."""
-        low, high = map(float, interval(pair.draws, level))
+        low, high = map(float, interval(pair.draws, confidence))
         verdict = _decide(low, high, test, margin)
         needed, note = None, ""
         if not self.freedom:
             note = "no group has two runs, so the spread between seeds is unknown and not in the interval"
             verdict = "undecided"
         elif verdict == "undecided":
-            needed, note = _runs_needed(pair, test, margin, level)
+            needed, note = _runs_needed(pair, test, margin, confidence)
         return Comparison(
-            label=pair.label, effect=Estimate(value=pair.effect, low=low, high=high), level=level, verdict=verdict,
+            label=pair.label, effect=Estimate(value=pair.effect, low=low, high=high), confidence=confidence, verdict=verdict,
             runs=pair.runs, runs_needed=needed, note=note,
         )  # fmt: skip
 
@@ -313,8 +313,8 @@ def _claim(name: str, statement: str, test: Test, margin: float, pairs: Sequence
     if not pairs:
         return None
     # a margin is tested from one side at a time, so its interval leaves out twice as much (Schuirmann 1987)
-    level = 1 - ALPHA / len(pairs) * (1 if test == "superiority" else 2)
-    comparisons = tuple(drawer.compare(pair, test, margin, level) for pair in pairs)
+    confidence = 1 - ALPHA / len(pairs) * (1 if test == "superiority" else 2)
+    comparisons = tuple(drawer.compare(pair, test, margin, confidence) for pair in pairs)
     answers = [c.verdict for c in comparisons]
     verdict: Answer = "undecided"
     if all(a == "supported" for a in answers):
@@ -341,9 +341,9 @@ def _decide(low: float, high: float, test: Test, margin: float) -> Answer:
     return "not supported" if low > margin or high < -margin else "undecided"
 
 
-def _runs_needed(pair: _Pair, test: Test, margin: float, level: float) -> tuple[int | None, str]:
+def _runs_needed(pair: _Pair, test: Test, margin: float, confidence: float) -> tuple[int | None, str]:
     """How many runs a side would decide it, should the effect be what it seems; or why none would."""
-    lasting, z, effect = float(np.var(pair.lasting)), float(ndtri((1 + level) / 2)), pair.effect
+    lasting, z, effect = float(np.var(pair.lasting)), float(ndtri((1 + confidence) / 2)), pair.effect
     for r in range(min(pair.runs) + 1, MOST_RUNS + 1):
         half = z * math.sqrt(lasting + pair.per_run / r)
         if _decide(effect - half, effect + half, test, margin) != "undecided":

@@ -65,7 +65,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 @dataclass(slots=True)
 class _Handle:
-    """A job on its way; its exit code is asked for until it is known."""
+    """A job on its way; its exit code is polled until it is known."""
 
     job: Job
     remote: Any  # Ray's reference, or submitit's job
@@ -87,8 +87,8 @@ class RayExecutor:
     Without an address, and with no RAY_ADDRESS in the environment, a cluster of this machine alone is started.
 
     Args:
-        threads: CPUs that a job asks for, and that it computes on.
-        gpus: GPUs that a job asks for; Ray tells it which in CUDA_VISIBLE_DEVICES.
+        threads: CPUs that a job requests, and that it computes on.
+        gpus: GPUs that a job requests; Ray tells it which in CUDA_VISIBLE_DEVICES.
         address: of a running cluster, for instance "auto".
         num_cpus: of the cluster that is started here; None: all of this machine.
     """

@@ -38,7 +38,7 @@ class SizeConfig(Config):
     instruct: str | None = None
     params_nominal: Annotated[float, Field(gt=0)] | None = None  # what the name says (0.5e9), recorded only
     run: dict[str, Any] = {}  # overrides of the run at this size, dotted ("optimizer.lr": 1e-4)
-    answer_tokens: dict[Kind, Annotated[float, Field(gt=0)]] = {}  # for the estimate, in place of its own
+    answer_tokens: dict[Kind, Annotated[float, Field(gt=0)]] = {}  # for the estimate, instead of its own
 
 
 class AxesConfig(Config):
@@ -49,7 +49,7 @@ class AxesConfig(Config):
     kinds: tuple[Kind, ...] = ("base",)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # embedded ladder: of the model too, but where model.seed is set
     tau: tuple[Annotated[float, Field(ge=1)], ...] = (1.0,)  # data reuse: prompts seen / different prompts
-    unique: tuple[Positive, ...] = ()  # or the number of different prompts, in place of tau
+    unique: tuple[Positive, ...] = ()  # or the number of different prompts, instead of tau
     order: tuple[Order, ...] = ()  # easy to hard, or each pass in an order of its own; empty: the run's own
     group_size: tuple[Annotated[int, Field(ge=2)], ...] = ()  # empty: the run's own
     variants: dict[str, dict[str, Any]] = {}  # name -> overrides, dotted; one without overrides is the plain run
@@ -134,7 +134,7 @@ class Cell:
     id: str  # 12 hexadecimal digits, of the resolved configuration (its name left out)
     name: str  # readable and unique in the study: "s-base-seed0", "m-base-tau25-seed1", "s-base-control-seed0"
     variant: str  # order and switches that differ from the study's own; "" for its plain runs
-    axes: tuple[str, ...]  # the blocks that asked for it
+    axes: tuple[str, ...]  # the blocks that contain it
     method: Literal["grpo", "pretrain"]
     size: str
     kind: Kind
@@ -239,11 +239,16 @@ def plan(study: StudyConfig) -> Plan:
             need = ModelNeed(size=cell["size"], kind=cell["kind"], seed=cell["config"].model.seed)
             needs[need.base] = None
             needs[need] = None
-        own = study.sizes[cell["size"]].answer_tokens.get(cell["kind"])
-        estimate = study.estimate.model_copy(update={"answer_tokens": own} if own else {})
-        cells.append(Cell(**cell, needs=need, cost=forecast(cell["config"], estimate)))
+        cost = forecast(cell["config"], estimate_of(study, cell["size"], cell["kind"]))
+        cells.append(Cell(**cell, needs=need, cost=cost))
     order = sorted(needs, key=lambda n: (list(study.sizes).index(n.size), n.seed, n.kind))
     return Plan(study=study, cells=tuple(cells), models=tuple((n, _model_cost(n, study)) for n in order))
+
+
+def estimate_of(study: StudyConfig, size: str, kind: Kind) -> EstimateConfig:
+    """The study's estimate, with the response length of a size and kind where that has its own."""
+    own = study.sizes[size].answer_tokens.get(kind)
+    return study.estimate.model_copy(update={"answer_tokens": own} if own else {})
 
 
 def _cells(study: StudyConfig) -> list[dict[str, Any]]:

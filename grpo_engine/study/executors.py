@@ -26,7 +26,7 @@ class Executor(Protocol):
         """Starts a job and returns at once."""
 
     def poll(self, handle: Any) -> int | None:
-        """The exit code, negative for a signal, or None while it runs; asked many times a second."""
+        """The exit code, negative for a signal, or None while it runs; polled many times a second."""
 
     def stop(self, handles: Sequence[Any]) -> None:
         """Ends jobs and everything that they started; returns when they are gone."""
@@ -40,7 +40,7 @@ class LocalExecutor:
     Args:
         threads: that each process computes on. None: the cores over the running jobs, and a job takes more or fewer as
             others end and start (`core_share.py`).
-        devices: that jobs ask for (`grpo_engine.system.device.resolve`). Where one of them is cuda each cell sees one GPU
+        devices: that jobs request (`grpo_engine.system.device.resolve`). Where one of them is cuda each cell sees one GPU
             alone.
         grace_s: seconds between SIGTERM and SIGKILL when stopping.
         run: what a job does: a function of a module, given the job's arguments, that returns the exit code.

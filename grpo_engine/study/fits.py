@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_engine.study.claims import study_claims
 from grpo_engine.study.data import StudyData, load_data, params_of
+from grpo_engine.study.design import STUDY_FILE, estimate_of, load_study, plan
+from grpo_engine.study.forecast import PlannedRun
 from grpo_engine.study.importers import write_table
 from grpo_engine.study.laws.curves import AXES, curves_by, select_curves
 from grpo_engine.study.laws.fit import fit_table, fitted_curve
 from grpo_engine.study.laws.forms import AdditiveLaw, LossDecomposition
 from grpo_engine.study.laws.holdout import other_set
 from grpo_engine.study.laws.law_fit import fit_reuse, fit_surface
-from grpo_engine.study.laws.results import Fits, ReuseFit, SetPredictions, SurfaceFit, read_fits, write_fits
+from grpo_engine.study.laws.results import AxisFit, Fits, ReuseFit, SetPredictions, SurfaceFit, read_fits, write_fits
 from grpo_engine.study.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -154,14 +156,14 @@ def _reuse(data: StudyData, table: pyarrow.Table, params: str) -> tuple[ReuseFit
 
 
 def recommendations(
-    study_dir: str | os.PathLike[str], *, kind: str | None = None, **asked: Any
+    study_dir: str | os.PathLike[str], *, kind: str | None = None, **options: Any
 ) -> dict[str, Recommendation]:
     """What `recommend` says, from the records of a study.
 
     Args:
-        study_dir: the study's folder; its laws are fitted where fits.json is missing.
+        study_dir: the study's folder; its laws are fitted where fits.json is missing or of other records.
         kind: "base" or "instruct"; None: each that was fitted.
-        asked: keywords of `recommend`.
+        options: keywords of `recommend`. The time of a run is that of the study's plan.
 
     Returns:
         Kind to recommendation: along data for a budget of prompts, else along compute, or what there is.
@@ -170,12 +172,34 @@ def recommendations(
         FileNotFoundError, ValueError: see `load_data` and `recommend`; no law of this kind.
     """
     folder = Path(study_dir)
-    fits = read_fits(folder / FITS_FILE) if (folder / FITS_FILE).is_file() else fit_study(folder)
+    fits = fits_of(folder)
     if not axes_of(fits):
         raise ValueError(f"{folder}: {NO_AXIS}")
     kinds = [k for k in dict.fromkeys(f.kind for f in fits.fits) if k in ((kind,) if kind else ("base", "instruct"))]
     if not kinds:
         raise ValueError(f"{folder}: no law was fitted to {kind or 'any'} models")
-    first = "data" if "prompts" in asked else "compute"
+    first = "data" if "prompts" in options else "compute"
     axis = first if first in axes_of(fits) else axes_of(fits)[0]
-    return {k: recommend(fits.get(axis, k), **asked) for k in kinds}
+    chosen = {k: fits.get(axis, k) for k in kinds}
+    return {k: recommend(fit, **{"runs": planned_runs(folder, fit), **options}) for k, fit in chosen.items()}
+
+
+def planned_runs(folder: Path, fit: AxisFit) -> dict[str, PlannedRun]:
+    """The runs that a law was fitted to, as they were planned; none where the logs were imported.
+
+    Args:
+        folder: of the study.
+        fit: of one kind.
+
+    Returns:
+        Size to its run: `runs` of `recommend`.
+    """
+    if not (folder / STUDY_FILE).is_file():
+        return {}
+    study = load_study(folder / STUDY_FILE)
+    wanted = ("grpo", fit.kind, "", fit.selection.tau)
+    return {
+        c.size: PlannedRun(config=c.config, estimate=estimate_of(study, c.size, c.kind))
+        for c in plan(study).cells
+        if (c.method, c.kind, c.variant, c.tau) == wanted and fit.selection.group_size in (None, c.group_size)
+    }

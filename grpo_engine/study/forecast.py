@@ -1,16 +1,16 @@
 """What a run takes, before it runs: tokens, FLOPs by phase, memory, and time on a machine.
 
 Tokens, FLOPs and memory follow from shapes and from how long prompts and answers are assumed to be (`EstimateConfig`);
-they count what `grpo_engine.records.ledger` counts. Time is FLOPs over the rate that a `Machine` is assumed to reach
-and, where its memory is the limit, bytes over its bandwidth. None of it reads weights or data.
+they count what `grpo_engine.records.ledger` counts. Time on a CPU is FLOPs over a rate, and a time for each token. Time
+on a GPU is that of `grpo_engine.study.gpus`. None of it reads weights or data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -20,12 +20,9 @@ from grpo_engine.model.config import ModelConfig
 from grpo_engine.model.flops import shape_flops
 from grpo_engine.model.hf_config import read_config
 from grpo_engine.model.hub import find_config
-from grpo_engine.study.gpus import GPUS
+from grpo_engine.study.gpus import BANDWIDTH_FRACTION, FLOPS_FRACTION, GPUS, GpuName
 from grpo_engine.train import footprint
 from grpo_engine.train.footprint import BYTES, Shapes, count_params
-
-GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "l4", "mi300x"]
-
 
 _QWEN25 = {  # of the models' config.json: layers, width, feed-forward width, heads, key/value heads, tied head
     "0.5B": (24, 896, 4864, 14, 2, True),
@@ -56,9 +53,8 @@ class EstimateConfig(Config):
     flops_per_s: Annotated[float, Field(gt=0)] = 80e9  # CPU: a process, on large matrices
     us_per_token: Annotated[float, Field(ge=0)] = 4.0  # CPU: a trained token, besides: what does not shrink with N
     gpu: GpuName | None = None  # None: the CPU at hand
-    # GPU, shares of the data sheet's FLOP/s and bandwidth in training and decoding: rounded from 0.5B and 1.5B on an H200
-    product_share: Annotated[float, Field(gt=0, le=1)] = 0.22
-    bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.12
+    flops_fraction: Annotated[float, Field(gt=0, le=1)] = FLOPS_FRACTION  # GPU: of the data sheet's FLOP/s, in matmuls
+    bandwidth_fraction: Annotated[float, Field(gt=0, le=1)] = BANDWIDTH_FRACTION  # GPU: of its bandwidth, in decoding
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device
 
 
@@ -79,6 +75,14 @@ class Cost:
     def peak_bytes(self) -> float:
         """The most memory at a time."""
         return footprint.peak_bytes(self.memory)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """A run, and what its plan assumes of it."""
+
+    config: RunConfig
+    estimate: EstimateConfig
 
 
 def architecture(source: ModelSource) -> ModelConfig | None:
@@ -147,23 +151,27 @@ class _Work(Shapes):
         return shape_flops(self.model, self.params, tokens=tokens, pairs=pairs, head_rows=head_rows)
 
 
-def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
+def forecast(config: RunConfig, estimate: EstimateConfig, *, params: int | None = None) -> Cost:
     """What a run will take.
 
     Args:
         config: of the run.
         estimate: lengths and rates.
+        params: N of a model that is not looked up, because only its size is known; None: that of `config.model`.
 
     Returns:
-        The cost. Time on a CPU is that of one process of one thread. On a GPU products run at `product_share` of the
-        data sheet, decoding at that or at `bandwidth_share` of the bandwidth, whichever is slower (weights and the keys
-        and values of all running sequences are read for every token); `devices` is the smallest power of two that
-        holds the run, and nothing is lost between them.
+        The cost. Time on a CPU is that of one process of one thread. On a GPU it is that of `grpo_engine.study.gpus`:
+        decoding reads the weights once a step, and the keys and values of all running sequences for every token.
+        `devices` is the smallest power of two that holds the run, and nothing is lost between them.
 
     Raises:
         FileNotFoundError, ValueError: see `num_params`.
     """
-    work = _Work(architecture(config.model), num_params(config.model), BYTES[config.model.dtype])
+    element = BYTES[config.model.dtype]
+    if params is None:
+        work = _Work(architecture(config.model), num_params(config.model), element)
+    else:
+        work = _Work(None, params, element)
     p, a = estimate.prompt_tokens, estimate.answer_tokens
     groups = config.steps * config.batch.prompts
     answers = groups * config.batch.group_size
@@ -174,10 +182,10 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
     shared = work.flops(groups * p + answers * (a - 1), groups * p * (p + 1) / 2 + answers * seen, answers * a)
     plain = work.flops(trained, answers * (p * (p + 1) / 2 + seen), trained)
     forward = shared if grpo else plain  # a control's documents have no prompt in common
-    asked, sampled = _evaluated(config, estimate)
+    prompts, sampled = _evaluated(config, estimate)
     prefill = work.flops(groups * p, groups * p * (p + 1) / 2, answers)
     decode = work.flops(answers * (a - 1), answers * seen, answers * (a - 1))
-    evaluation = work.flops(asked * p, asked * p * (p + 1) / 2, sampled)
+    evaluation = work.flops(prompts * p, prompts * p * (p + 1) / 2, sampled)
     evaluation += work.flops(sampled * (a - 1), sampled * seen, sampled * (a - 1))
     phases = {
         "prefill": prefill if grpo else 0.0,
@@ -188,41 +196,76 @@ def forecast(config: RunConfig, estimate: EstimateConfig) -> Cost:
         "evaluation": evaluation,
     }
     held = footprint.memory(config, work, p, a)
-    total = sum(phases.values())
+    peak = footprint.peak_bytes(held)
     if estimate.gpu is None:
         # an evaluation has no backward pass
         passed = answers * (p + a) + sampled * (p + a) / 3
-        seconds = estimate.start_s + total / estimate.flops_per_s + estimate.us_per_token * 1e-6 * passed
+        seconds = estimate.start_s + sum(phases.values()) / estimate.flops_per_s + estimate.us_per_token * 1e-6 * passed
+        devices = 1
     else:
-        gpu = GPUS[estimate.gpu]
-        rate = gpu.peak(config.model.dtype) * estimate.product_share
-        written = (answers if grpo else 0) * a + sampled * a
-        running = min(config.rollout.max_running, config.batch.prompts * config.batch.group_size)
-        read = written * (work.weight_bytes / running + (p + a / 2) * work.kv_bytes)
-        drawn = phases["decode"] + evaluation
-        drawing = max(drawn / rate, read / (gpu.bandwidth * estimate.bandwidth_share))
-        seconds = estimate.start_s + (total - drawn) / rate + drawing
-    cost = Cost(trained_tokens=trained, flops=total, seconds=seconds, phases=phases, memory=held,
-                usd=dollars(seconds, estimate))  # fmt: skip
-    devices = 1
-    while estimate.gpu and cost.peak_bytes > devices * footprint.ROOM * GPUS[estimate.gpu].memory:
-        devices *= 2
-    return replace(cost, devices=devices)
+        written = {"decode": answers * a if grpo else 0.0, "evaluation": sampled * a}
+        seconds = estimate.start_s + _gpu_seconds(config, estimate, work, phases, written)
+        devices = GPUS[estimate.gpu].devices(peak)
+    return Cost(trained_tokens=trained, flops=sum(phases.values()), seconds=seconds, phases=phases, memory=held,
+                devices=devices, usd=dollars(seconds, estimate))  # fmt: skip
 
 
-def gpu_here() -> str:
-    """The key in `GPUS` of this machine's first GPU.
+def _gpu_seconds(
+    config: RunConfig, estimate: EstimateConfig, work: _Work, phases: Mapping[str, float], written: Mapping[str, float]
+) -> float:
+    """Time of all phases on one GPU; `written` are the tokens that are sampled, by phase."""
+    gpu, dtype, shares = GPUS[estimate.gpu], config.model.dtype, {"flops_fraction": estimate.flops_fraction}
+    running = min(config.rollout.max_running, config.batch.prompts * config.batch.group_size)
+    context = estimate.prompt_tokens + estimate.answer_tokens / 2
+    read_per_token = work.weight_bytes / running + context * work.kv_bytes
+    learning = sum(flops for name, flops in phases.items() if name not in written)
+    return gpu.learning_seconds(learning, dtype=dtype, **shares) + sum(
+        gpu.sampling_seconds(phases[name], tokens * read_per_token, dtype=dtype,
+                             bandwidth_fraction=estimate.bandwidth_fraction, **shares)
+        for name, tokens in written.items()
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How long a run takes on one device as it is made longer or shorter, and what it holds."""
+
+    fixed_seconds: float  # start and evaluations, whose number does not depend on the length
+    seconds_per_flop: float  # of 6 N T
+    peak_bytes: float
+
+    def seconds(self, compute: float) -> float:
+        """Of one device, for 6 N T FLOPs."""
+        return self.fixed_seconds + self.seconds_per_flop * compute
+
+    def compute(self, seconds: float) -> float:
+        """6 N T FLOPs that so many seconds of one device buy; not positive where they are over before the first step."""
+        return (seconds - self.fixed_seconds) / self.seconds_per_flop
+
+
+def pace(config: RunConfig, estimate: EstimateConfig, *, params: int | None = None) -> Pace:
+    """`forecast` for every length of a run.
+
+    Args:
+        config: of the run; its steps do not matter.
+        estimate: see `forecast`.
+        params: see `forecast`.
+
+    Returns:
+        The pace: `forecast` is linear in the number of steps.
 
     Raises:
-        ValueError: no GPU, or one that is not listed.
+        FileNotFoundError, ValueError: see `forecast`.
     """
-    import torch
-
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    for gpu in GPUS:
-        if name is not None and gpu in name.lower().replace(" ", ""):
-            return gpu
-    raise ValueError(f"the GPU here must be one of {', '.join(GPUS)}, got {name or 'none'}")
+    short, long = (
+        forecast(config.model_copy(update={"steps": n}), estimate, params=params) for n in (config.steps, 2 * config.steps)
+    )
+    n = num_params(config.model) if params is None else params
+    step_seconds = long.seconds - short.seconds
+    compute = 6.0 * n * (long.trained_tokens - short.trained_tokens)
+    return Pace(
+        fixed_seconds=short.seconds - step_seconds, seconds_per_flop=step_seconds / compute, peak_bytes=short.peak_bytes
+    )
 
 
 def pretraining(params: int, tokens: float, estimate: EstimateConfig) -> Cost:
@@ -242,6 +285,6 @@ def _evaluated(config: RunConfig, estimate: EstimateConfig) -> tuple[float, floa
     """(prompts, answers) of all evaluations of a run."""
     count = config.evaluation.count
     others = -(-count // config.evaluation.others_every)
-    asked = (count + (estimate.eval_sets - 1) * others) * (config.task.eval_problems or 500)
+    problems = (count + (estimate.eval_sets - 1) * others) * (config.task.eval_problems or 500)
     greedy = 1 if config.evaluation.greedy else 0
-    return asked * (1.0 + greedy), asked * (config.evaluation.samples + greedy)
+    return problems * (1.0 + greedy), problems * (config.evaluation.samples + greedy)

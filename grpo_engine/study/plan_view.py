@@ -170,8 +170,8 @@ def _total(plan: Plan, jobs: int) -> str:
         rates = ", ".join(f"{facts.peak(t):.3g} FLOP/s in {t}" for t in types)
         text += f"about {total['seconds'] / 3600:,.0f} {estimate.gpu} hours"
         basis = (
-            f"Assumed: {estimate.product_share:.0%} of {rates}, decoding at no more than {estimate.bandwidth_share:.0%} of "
-            f"{facts.bandwidth:.3g} bytes/s, nothing lost between GPUs."
+            f"Assumed: {estimate.flops_fraction:.0%} of {rates}, decoding at no more than {estimate.bandwidth_fraction:.0%} "
+            f"of {facts.bandwidth:.3g} bytes/s, nothing lost between GPUs."
         )
         if any(c.cost.devices > 1 for c in plan.cells):
             basis += " A run that needs several GPUs can be planned; running it on them is not built yet."

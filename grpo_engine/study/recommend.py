@@ -4,9 +4,9 @@ A fitted law gives each candidate its loss at what the budget buys it, or the co
 smallest predicted loss (or compute) is the pick; whether it is a decision is said by the intervals, which come from the
 bootstrap draws of the fit: two candidates are compared draw by draw, because their errors are shared. What the law was
 not fitted to is named: a budget beyond the measured range (the law has no floor, so it is too hopeful there), a size
-that was not measured, a fit that data do not carry, more reuse than was tried, a held-out prediction that failed.
+that was not measured, a law that the data do not identify, more reuse than was tried, a held-out prediction that failed.
 
-A size that was not measured gets its slope from k(N). Its level, for which there is no law, is interpolated in log N
+A size that was not measured gets its slope from k(N). Its intercept, for which there is no law, is interpolated in log N
 between its neighbours, or continued from the three nearest sizes; the error that this procedure makes at the measured
 sizes, when each is left out, widens its interval.
 """
@@ -19,10 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grpo_engine.config import load_run_config
 from grpo_engine.evaluate.intervals import interval
 from grpo_engine.study import gpus
+from grpo_engine.study.forecast import EstimateConfig, Pace, PlannedRun, pace
 from grpo_engine.study.laws.holdout import prediction
-from grpo_engine.study.laws.results import AxisFit, CurveLevel, Estimate, JointFit, draws_of
+from grpo_engine.study.laws.results import AxisFit, Estimate, JointCurve, JointFit, draws_of
 
 MOST_LOG_X = 200.0  # of an x that would reach a target: beyond it, never
 
@@ -38,6 +40,7 @@ class Candidate:
     steps: float | None
     compute: float | None  # FLOPs, 6NT
     tokens: float | None  # trained on, prompts and answers
+    hours: float | None  # of the GPUs that were named; None where none was
     reuse: float | None  # prompts seen over the different prompts there are; None where that number is not given
     loss: Estimate  # of the mean over runs, not of a single run
     needs: Estimate | None  # for a target loss: compute (or prompts, along "data" without a rate) until it is reached
@@ -48,11 +51,11 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recommendation:
-    """The answer. `decided` is False when the data do not carry a choice; `why` says so in words."""
+    """The answer. `decided` is False when the data do not support a choice; `why` says so in words."""
 
     axis: str
     kind: str
-    budget: str  # "compute", "prompts" or "loss"
+    budget: str  # "compute", "prompts", "hours" or "loss"
     amount: float
     group_size: int | None  # answers to a prompt, of the runs that were fitted
     pick: str  # the smallest predicted loss
@@ -68,10 +71,10 @@ class Recommendation:
         Returns:
             Several lines without a trailing line end.
         """
-        unit = {"compute": " FLOPs", "prompts": " prompts", "loss": " loss"}[self.budget]
+        unit = {"compute": " FLOPs", "prompts": " prompts", "hours": " hours", "loss": " loss"}[self.budget]
         best = self.candidates[0]
         plan = [f"{self.amount:.3g}{unit}"]
-        if best.compute is not None and self.budget == "loss":
+        if best.compute is not None and self.budget in ("loss", "hours"):
             plan.append(f"{best.compute:.3g} FLOPs")
         if best.prompts is not None and self.budget != "prompts":
             plan.append(f"{best.prompts:,.0f} prompts")
@@ -79,12 +82,15 @@ class Recommendation:
             plan.append(f"{best.steps:,.0f} steps")
         if best.reuse is not None:
             plan.append(f"each prompt {max(best.reuse, 1.0):.3g} times")
+        timed = best.hours is not None
+        if timed and self.budget != "hours":
+            plan.append(f"{best.hours:.3g} hours")
         loss = f"{best.loss.value:.3f} ({best.loss.low:.3f} to {best.loss.high:.3f})"
         verb = "Train" if self.decided else "No size is established as the best; the law's guess is"
         lines = [f"{verb} {self.pick}: {', '.join(plan)}, predicted test loss {loss}.", self.why, ""]
         target = self.budget == "loss"
         what = ("needs", "95 % interval", "times the pick's") if target else ("loss", "95 % interval", "behind the pick")
-        head = ("size", "N", "prompts", "steps", *what, "best in", "notes")
+        head = ("size", "N", "prompts", "steps", *(["hours"] if timed else []), *what, "best in", "notes")
         rows = [head]
         for c in self.candidates:
             shown, digits = (c.needs, ".3g") if c.needs is not None else (c.loss, ".3f")
@@ -96,7 +102,8 @@ class Recommendation:
             rows.append(
                 (
                     c.label, f"{c.params:.3g}", "-" if c.prompts is None else f"{c.prompts:,.0f}",
-                    "-" if c.steps is None else f"{c.steps:,.0f}", f"{shown.value:{digits}}",
+                    "-" if c.steps is None else f"{c.steps:,.0f}", *([f"{c.hours:.3g}"] if timed else []),
+                    f"{shown.value:{digits}}",
                     f"{shown.low:{digits}} to {shown.high:{digits}}", gap, f"{100 * c.best_share:.0f} %",
                     "; ".join(c.notes),
                 )
@@ -118,7 +125,7 @@ def recommend(
     gpu: str | None = None,
     hours: float | None = None,
     num_gpus: int = 1,
-    utilisation: float = gpus.UTILISATION,
+    runs: Mapping[str, PlannedRun] | None = None,
     unique_prompts: int | None = None,
     sizes: Mapping[str, float] | None = None,
     kind: str | None = None,
@@ -132,22 +139,24 @@ def recommend(
         prompts: budget in prompts seen.
         target_loss: loss to be reached, in (0, 1); the pick needs the least compute (prompts, where the compute a prompt is
             unknown).
-        gpu: a key of `gpus.GPUS`: with `hours` the budget, with another budget only a check of the memory.
-        hours: budget in hours of `num_gpus` such GPUs; see `gpus.budget` for what is assumed.
-        num_gpus: how many.
-        utilisation: share of the peak that a whole step reaches.
+        gpu: a key of `gpus.GPUS`: each candidate gets the hours that `study plan --gpu` gives its run, and the pick's
+            memory is checked.
+        hours: budget in hours of `num_gpus` such GPUs, start and evaluations included. The compute that it buys depends
+            on the size.
+        num_gpus: how many; nothing is lost between them.
+        runs: size -> its run as it was planned. A size that is not there is timed by N alone, see `assumed_run`.
         unique_prompts: different prompts there are; tells how often each would be seen.
         sizes: candidates, label -> parameters, in the N that the fit used. A label of a measured curve must have its
             parameters; any other is interpolated or extrapolated. None takes the measured ones.
-        kind: whose levels an unmeasured size gets, where the fit holds several kinds.
+        kind: whose intercepts an unmeasured size gets, where the fit holds several kinds.
 
     Returns:
         The recommendation.
 
     Raises:
         ValueError: no law was fitted, not exactly one budget, a budget that is not positive, a label with other
-            parameters than were measured, an unknown kind, or a conversion that needs a compute a prompt that is
-            unknown.
+            parameters than were measured, an unknown kind, hours that end before a first step, or a conversion that
+            needs a compute a prompt that is unknown.
     """
     joint = fit.joint
     if joint is None:
@@ -155,18 +164,16 @@ def recommend(
     if fit.axis not in ("compute", "data"):
         raise ValueError(f"fit: its axis must be 'compute' or 'data', got {fit.axis!r}")
     given = {"compute": compute, "prompts": prompts, "target_loss": target_loss, "hours": hours}
-    asked = [name for name, value in given.items() if value is not None]
-    if len(asked) != 1:
-        raise ValueError(f"compute, prompts, target_loss, hours: exactly one must be given, got {asked or 'none'}")
-    if hours is not None:
-        if gpu is None:
-            raise ValueError(f"gpu: must be one of {list(gpus.GPUS)} with hours, got None")
-        compute = gpus.budget(gpu, hours, count=num_gpus, utilisation=utilisation)
-    if gpu is not None and gpu not in gpus.GPUS:
-        raise ValueError(f"gpu must be one of {list(gpus.GPUS)}, got {gpu!r}")
-    budget, amount = next(
-        (b, float(v)) for b, v in (("compute", compute), ("prompts", prompts), ("loss", target_loss)) if v is not None
-    )
+    budgets = {name: float(value) for name, value in given.items() if value is not None}
+    if len(budgets) != 1:
+        raise ValueError(f"compute, prompts, target_loss, hours: exactly one must be given, got {list(budgets) or 'none'}")
+    if hours is not None and gpu is None:
+        raise ValueError(f"gpu: must be one of {list(gpus.GPUS)} with hours, got None")
+    device = None if gpu is None else gpus.get_gpu(gpu)
+    if num_gpus < 1:
+        raise ValueError(f"num_gpus: must be at least 1, got {num_gpus}")
+    ((name, amount),) = budgets.items()
+    budget = "loss" if name == "target_loss" else name
     if not (amount > 0 and math.isfinite(amount)):
         raise ValueError(f"{budget}: must be positive and finite, got {amount}")
     if budget == "loss" and amount >= 1:
@@ -183,11 +190,23 @@ def recommend(
             raise ValueError(f"sizes: {label} must have a positive number of parameters, got {n}")
         if label in known and not math.isclose(n, known[label].params, rel_tol=1e-3):
             raise ValueError(f"sizes: {label} was measured with {known[label].params:.6g} parameters, got {n:.6g}")
-    rng = np.random.default_rng(joint.bootstrap.seed)  # for the level of sizes that were not measured
-    parts = [
-        _predict(fit, joint, known.get(label), label, n, budget, amount, kind, rng, unique_prompts)
-        for label, n in sizes.items()
-    ]
+    rng = np.random.default_rng(joint.bootstrap.seed)  # for the intercept of sizes that were not measured
+    paces = {} if device is None else {label: _pace(fit, label, n, device, runs or {}) for label, n in sizes.items()}
+    parts, too_short = [], []
+    for label, n in sizes.items():
+        unit, value, timing = budget, amount, paces.get(label)
+        if budget == "hours":
+            unit, value = "compute", timing.compute(3600.0 * amount * num_gpus)
+            if not value > 0:
+                too_short.append(f"{label}'s start and evaluations take {timing.fixed_seconds / 3600 / num_gpus:.3g}")
+                continue
+        part = _predict(fit, joint, known.get(label), label, n, unit, value, kind, rng, unique_prompts)
+        flops = part.fields["compute"]
+        timed = timing is not None and flops is not None
+        part.fields["hours"] = timing.seconds(flops) / 3600.0 / num_gpus if timed else None
+        parts.append(part)
+    if not parts:
+        raise ValueError(f"hours: too few for a first step, got {amount:g}: {', '.join(too_short)}")
     order = sorted(range(len(parts)), key=lambda i: (parts[i].score, parts[i].fields["params"]))
     scores = np.stack([parts[i].draws for i in order])  # [S, draws]
     share = np.bincount(scores.argmin(axis=0), minlength=len(order)) / scores.shape[1]
@@ -200,8 +219,15 @@ def recommend(
                 tied.append(p.fields["label"])
         candidates.append(Candidate(**p.fields, behind=gap, best_share=float(share[rank])))
     pick = candidates[0]
-    distrust = _distrust(fit, joint, pick, gpu, num_gpus)
-    reasons = [r for r in distrust if r.startswith("The data do not carry")]
+    distrust = _distrust(fit, joint, pick)
+    if too_short:
+        distrust += (f"Left out, because the hours end before a first step: {', '.join(too_short)}.",)
+    if device is not None and (need := paces[pick.label].peak_bytes) > (room := device.room(num_gpus)):
+        distrust += (
+            f"{pick.label} needs {need / 1e9:.0f} GB to train, and a run may fill {room / 1e9:.0f} GB of {num_gpus} x "
+            f"{gpu}.",
+        )
+    reasons = [r for r in distrust if r.startswith("The data do not identify")]
     if tied:
         cheapest = min([pick, *(c for c in candidates if c.label in tied)], key=lambda c: c.params)
         reasons.append(
@@ -272,10 +298,38 @@ def frontier(
     return tuple(out)
 
 
-def _distrust(fit: AxisFit, joint: JointFit, pick: Candidate, gpu: str | None, num_gpus: int) -> tuple[str, ...]:
+def assumed_run(fit: AxisFit, label: str, n: float) -> PlannedRun:
+    """A run instead of one whose plan is not known, as of an imported log, to time it by N.
+
+    Args:
+        fit: has the group size, and the tokens and prompts of a step.
+        label: of the size.
+        n: its parameters.
+
+    Returns:
+        A bfloat16 run without evaluations. The whole sequence counts as sampled, because the length of its prompt is not
+        known.
+    """
+    per_prompt, per_step = _rates(fit, label, n)
+    group = fit.selection.group_size
+    settings = [f"model={{path: {label}, dtype: bfloat16}}", "evaluation.count=0"]
+    settings += [] if per_step is None else [f"batch.prompts={max(1, round(per_step))}"]
+    settings += [] if group is None else [f"batch.group_size={group}"]
+    config = load_run_config(None, settings)
+    length = 1000.0 if per_prompt is None else per_prompt / (6.0 * n * config.batch.group_size)
+    return PlannedRun(config=config, estimate=EstimateConfig(prompt_tokens=1.0, answer_tokens=max(length, 1.0), start_s=0.0))
+
+
+def _pace(fit: AxisFit, label: str, n: float, device: gpus.Gpu, runs: Mapping[str, PlannedRun]) -> Pace:
+    run = runs.get(label) or assumed_run(fit, label, n)
+    estimate = run.estimate.model_copy(update={"gpu": device.name})
+    return pace(run.config, estimate, params=None if label in runs else round(n))
+
+
+def _distrust(fit: AxisFit, joint: JointFit, pick: Candidate) -> tuple[str, ...]:
     out = []
     if not joint.verdict.ok:
-        out.append(f"The data do not carry the law: {joint.verdict.why}.")
+        out.append(f"The data do not identify the law: {joint.verdict.why}.")
     if pick.notes:
         out.append(f"For {pick.label} the law is stretched: {'; '.join(pick.notes)}.")
     if pick.reuse is not None and pick.reuse > 1:
@@ -295,14 +349,6 @@ def _distrust(fit: AxisFit, joint: JointFit, pick: Candidate, gpu: str | None, n
     curve = next((c for c in joint.curves if c.label == pick.label), None)
     if curve is not None and curve.r2 is not None and curve.r2 < 0.5:
         out.append(f"The law explains {100 * max(curve.r2, 0):.0f} % of the variance of {pick.label}'s own curve.")
-    if gpu is not None:
-        need = gpus.BYTES_PER_PARAMETER * pick.params
-        have = gpus.GPUS[gpu].memory * num_gpus
-        if need > have:
-            out.append(
-                f"{pick.label} needs at least {need / 1e9:.0f} GB to train ({gpus.BYTES_PER_PARAMETER} bytes a parameter), "
-                f"and {num_gpus} x {gpu} have {have / 1e9:.0f}."
-            )
     return tuple(out)
 
 
@@ -313,27 +359,27 @@ def _estimate(value: float, draws: np.ndarray) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Line:
-    """The law of one size: log L = level - k (log x - middle), and its draws [draws]."""
+    """The law of one size: log L = intercept - k (log x - middle), and its draws [draws]."""
 
     k: float
-    level: float
+    intercept: float
     k_draws: np.ndarray
-    level_draws: np.ndarray
+    intercept_draws: np.ndarray
     middle: float
 
     def loss(self, x: float) -> tuple[float, np.ndarray]:
         """Loss at x, and its draws."""
         u = math.log(x) - self.middle
-        return math.exp(self.level - self.k * u), np.exp(self.level_draws - self.k_draws * u)
+        return math.exp(self.intercept - self.k * u), np.exp(self.intercept_draws - self.k_draws * u)
 
     def log_x(self, loss: float) -> tuple[float, np.ndarray]:
         """Log of the x at which the loss is reached, and its draws; infinite where the loss does not fall."""
 
-        def solve(k: np.ndarray, level: np.ndarray) -> np.ndarray:
-            out = self.middle + (level - math.log(loss)) / np.where(k > 0, k, 1.0)
+        def solve(k: np.ndarray, intercept: np.ndarray) -> np.ndarray:
+            out = self.middle + (intercept - math.log(loss)) / np.where(k > 0, k, 1.0)
             return np.where(k > 0, np.minimum(out, MOST_LOG_X), MOST_LOG_X)
 
-        return float(solve(np.array(self.k), np.array(self.level))), solve(self.k_draws, self.level_draws)
+        return float(solve(np.array(self.k), np.array(self.intercept))), solve(self.k_draws, self.intercept_draws)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,7 +392,7 @@ class _Part:
 
 
 def _predict(
-    fit: AxisFit, joint: JointFit, curve: CurveLevel | None, label: str, n: float, budget: str, amount: float,
+    fit: AxisFit, joint: JointFit, curve: JointCurve | None, label: str, n: float, budget: str, amount: float,
     kind: str | None, rng: np.random.Generator, unique_prompts: int | None,
 ) -> _Part:  # fmt: skip
     per_prompt, per_step = _rates(fit, label, n)
@@ -364,8 +410,8 @@ def _predict(
         k_draws, e_draws = draws_of(joint, np.array([n]))
         middle = curve.log_x_mean
         line = _Line(
-            k=curve.k.value, level=curve.E.value - curve.k.value * middle, k_draws=k_draws[:, 0],
-            level_draws=e_draws[:, i] - k_draws[:, 0] * middle, middle=middle,
+            k=curve.k.value, intercept=curve.E.value - curve.k.value * middle, k_draws=k_draws[:, 0],
+            intercept_draws=e_draws[:, i] - k_draws[:, 0] * middle, middle=middle,
         )  # fmt: skip
         low, high = curve.x_min, curve.x_max
     else:
@@ -419,7 +465,7 @@ def _rates(fit: AxisFit, label: str, n: float) -> tuple[float | None, float | No
     )
 
 
-def _curves_of(joint: JointFit, kind: str | None) -> list[CurveLevel]:
+def _curves_of(joint: JointFit, kind: str | None) -> list[JointCurve]:
     kinds = sorted({c.kind for c in joint.curves})
     if kind is None and len(kinds) > 1:
         raise ValueError(f"kind: must be one of {kinds} for a size that was not measured, got None")
@@ -428,7 +474,7 @@ def _curves_of(joint: JointFit, kind: str | None) -> list[CurveLevel]:
     return sorted((c for c in joint.curves if kind in (None, c.kind)), key=lambda c: c.params)
 
 
-def _level(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _intercept(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Values [..., S] at log N `known` [S], interpolated at log_n, or continued from the three nearest sizes."""
     if known[0] <= log_n <= known[-1]:
         right = min(max(int(np.searchsorted(known, log_n)), 1), len(known) - 1)
@@ -440,30 +486,33 @@ def _level(log_n: float, known: np.ndarray, values: np.ndarray) -> np.ndarray:
     return v.mean(axis=-1) + slope * (log_n - u.mean())
 
 
-def _unmeasured(joint: JointFit, same: Sequence[CurveLevel], n: float, rng: np.random.Generator) -> tuple[_Line, str]:
+def _unmeasured(joint: JointFit, same: Sequence[JointCurve], n: float, rng: np.random.Generator) -> tuple[_Line, str]:
     """The law of a size without a curve, and a note."""
     if len(same) < 2:
-        raise ValueError(f"sizes: the level of a size that was not measured needs two measured ones, got {len(same)}")
+        raise ValueError(f"sizes: the intercept of a size that was not measured needs two measured ones, got {len(same)}")
     known = np.log([c.params for c in same])
     columns = [joint.index(c.label) for c in same]
     k_draws, e_draws = draws_of(joint, np.array([*(c.params for c in same), n]))
     k_value = np.append([c.k.value for c in same], joint.slope.k(n))
-    middle = float(np.mean([c.log_x_mean for c in same]))  # levels are told apart from slopes there
-    levels = np.array([c.E.value for c in same]) - k_value[:-1] * middle
-    level_draws = e_draws[:, columns] - k_draws[:, :-1] * middle
+    middle = float(np.mean([c.log_x_mean for c in same]))  # intercepts are told apart from slopes there
+    intercepts = np.array([c.E.value for c in same]) - k_value[:-1] * middle
+    intercept_draws = e_draws[:, columns] - k_draws[:, :-1] * middle
     log_n = math.log(n)
     inside = known[0] <= log_n <= known[-1]
     # what the procedure gets wrong where the answer is known: interior sizes for interpolation, the ends otherwise
-    places = range(1, len(same) - 1) if inside else (0, len(same) - 1)
+    left_out = range(1, len(same) - 1) if inside else (0, len(same) - 1)
     errors = [
-        float(_level(known[i], np.delete(known, i), np.delete(levels, i))) - levels[i] for i in places if len(same) > 2
+        float(_intercept(known[i], np.delete(known, i), np.delete(intercepts, i))) - intercepts[i]
+        for i in left_out
+        if len(same) > 2
     ]
     scatter = float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0
     line = _Line(
-        k=float(k_value[-1]), level=float(_level(log_n, known, levels)), k_draws=k_draws[:, -1],
-        level_draws=_level(log_n, known, level_draws) + scatter * rng.standard_normal(len(k_draws)), middle=middle,
+        k=float(k_value[-1]), intercept=float(_intercept(log_n, known, intercepts)), k_draws=k_draws[:, -1],
+        intercept_draws=_intercept(log_n, known, intercept_draws) + scatter * rng.standard_normal(len(k_draws)),
+        middle=middle,
     )  # fmt: skip
-    how = "not measured: its level is that between its neighbours" if inside else "not measured, beyond the measured N"
+    how = "not measured: its intercept is that between its neighbours" if inside else "not measured, beyond the measured N"
     if not errors:
         how += ", with an error that two sizes cannot tell"
     return line, how

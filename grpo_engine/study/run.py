@@ -241,7 +241,7 @@ def _loop(
         busy = [t.handle for t in tracked.values() if t.state == "running"]
         until = time.monotonic() + poll_s
         while interrupt.signal is None and time.monotonic() < until and all(executor.poll(h) is None for h in busy):
-            interrupt.wait(_LOOK_S)  # a place that falls free is taken at once
+            interrupt.wait(_LOOK_S)  # a free slot is taken at once
 
 
 class _Interrupt:

@@ -10,8 +10,8 @@ each that there is); and, if need be, data_source and pass_rate. A solution may 
 A prompt is text or a list of messages, {role, content}; the list may be written out as text. A true answer is text or a
 number.
 
-data_source decides the family and the scorer (`FAMILIES`); a plain row that has none is mathematics. A source that the table
-does not have needs a scorer by name, or a function.
+data_source decides the domain and the scorer (`DATA_SOURCES`); a plain row that has none is mathematics. A source that
+the table does not have needs a scorer by name, or a function.
 
 With scoring "paper" the scorers are those of `rewards.paper`, which keep the paper's errors.
 """
@@ -53,7 +53,7 @@ Scorer = str | Mapping[str, str] | None  # of all sources, or by pattern of data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
+class DataSource:
     """How the problems of a source are called and scored."""
 
     domain: str
@@ -61,17 +61,17 @@ class Family:
     paper: str  # the scorer that does as the paper's
 
 
-MATH = Family(domain="math", reward="math", paper="paper_math")
-AIME = Family(domain="math", reward="math", paper="paper_aime")
-GSM8K = Family(domain="math", reward="math", paper="paper_gsm8k")
+MATH = DataSource(domain="math", reward="math", paper="paper_math")
+AIME = DataSource(domain="math", reward="math", paper="paper_aime")
+GSM8K = DataSource(domain="math", reward="math", paper="paper_gsm8k")
 
-FAMILIES: dict[str, Family] = {  # by pattern of data_source, in any case; the first that fits
+DATA_SOURCES: dict[str, DataSource] = {  # by pattern of data_source, in any case; the first that fits
     "math__*": MATH,  # Guru's
     "aime*": AIME,
     "amc*": MATH,
-    "codegen__humaneval*": Family(domain="code", reward="code", paper="paper_code"),
-    "logic__zebra_puzzle*": Family(domain="logic", reward="logic", paper="paper_logic"),
-    "stem__supergpqa*": Family(domain="stem", reward="choice", paper="paper_choice"),
+    "codegen__humaneval*": DataSource(domain="code", reward="code", paper="paper_code"),
+    "logic__zebra_puzzle*": DataSource(domain="logic", reward="logic", paper="paper_logic"),
+    "stem__supergpqa*": DataSource(domain="stem", reward="choice", paper="paper_choice"),
     "openai/gsm8k*": GSM8K,
     "gsm8k*": GSM8K,
     "madrylab/gsm8k*": GSM8K,
@@ -97,7 +97,7 @@ FAMILIES: dict[str, Family] = {  # by pattern of data_source, in any case; the f
     "minerva*": MATH,
     "olympiad*": MATH,
 }
-DOMAINS = {name: family.domain for family in FAMILIES.values() for name in (family.reward, family.paper)} | {
+DOMAINS = {name: family.domain for family in DATA_SOURCES.values() for name in (family.reward, family.paper)} | {
     "logic_strict": "logic"
 }
 TEXT_SCORERS = {*DOMAINS, "exact"}  # whose true answers are text, but for grids
@@ -198,7 +198,7 @@ def files_task(
     )
 
 
-def family_of(data_source: str) -> Family:
+def data_source_of(data_source: str) -> DataSource:
     """The family that a data_source belongs to.
 
     Args:
@@ -208,16 +208,16 @@ def family_of(data_source: str) -> Family:
         Domain and scorer.
 
     Raises:
-        ValueError: `FAMILIES` does not have it; the message says how to choose a scorer.
+        ValueError: `DATA_SOURCES` does not have it; the message says how to choose a scorer.
     """
-    name = _first_fit(FAMILIES, data_source)
+    name = _first_fit(DATA_SOURCES, data_source)
     if name is None:
         raise ValueError(
             f"unknown data_source {data_source!r}: choose its scorer ({', '.join(SCORERS)}) by reward.scorer=math for all "
             f"problems or 'reward.scorer={{{data_source}: math}}' for this source, or give a function of your own by "
-            f"reward.function=module:function; known are {', '.join(FAMILIES)}"
+            f"reward.function=module:function; known are {', '.join(DATA_SOURCES)}"
         )
-    return FAMILIES[name]
+    return DATA_SOURCES[name]
 
 
 def _first_fit(patterns: Mapping[str, object], data_source: str) -> str | None:
@@ -279,10 +279,10 @@ def _scored(source: str, scoring: Scoring, scorer: Scorer) -> tuple[str, str]:
         pattern = _first_fit(scorer, source)
         name = None if pattern is None else scorer[pattern]
     if name is None:
-        family = family_of(source)
+        family = data_source_of(source)
         return family.domain, family.paper if scoring == "paper" else family.reward
-    known = _first_fit(FAMILIES, source)
-    return DOMAINS.get(name, source) if known is None else FAMILIES[known].domain, name
+    known = _first_fit(DATA_SOURCES, source)
+    return DOMAINS.get(name, source) if known is None else DATA_SOURCES[known].domain, name
 
 
 Parts = tuple[str, str, object, str]  # data_source, the field of the prompt, true answer, the field that it is from

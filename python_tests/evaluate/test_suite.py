@@ -88,9 +88,9 @@ def test_a_suite_that_was_killed_goes_on_and_gives_the_same_table(config, tmp_pa
     before = answers.read_text()
     assert 0 < before.count("\n") < 48
     answers.write_text(before + '{"eval_set": "wor')  # a line that the kill cut short
-    asked = []
-    suite.evaluate_suite(config, tmp_path / "killed", progress=lambda finished, total: asked.append(total))
-    assert 0 < asked[-1] < 44  # what was answered is not answered again
+    totals = []
+    suite.evaluate_suite(config, tmp_path / "killed", progress=lambda finished, total: totals.append(total))
+    assert 0 < totals[-1] < 44  # what was answered is not answered again
     for name in ("table.json", "table.md", suite.PROBLEMS_FILE):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     suite.evaluate_suite(config, tmp_path / "killed", progress=lambda *_: pytest.fail("nothing is left to answer"))
@@ -104,9 +104,9 @@ def test_a_problem_with_some_of_its_answers_gets_all_of_them(config, tmp_path):
     (last,) = [line for line in lines if all(json.loads(line)[k] == v for k, v in (("eval_set", "words"), ("problem", 3),
                                                                                   ("sample", 3)))]  # fmt: skip
     answers.write_text("".join(line for line in lines if line != last))
-    asked = []
-    suite.evaluate_suite(config, tmp_path, progress=lambda finished, total: asked.append(total))
-    assert asked[-1] == 4 and (tmp_path / "table.json").read_bytes() == table
+    totals = []
+    suite.evaluate_suite(config, tmp_path, progress=lambda finished, total: totals.append(total))
+    assert totals[-1] == 4 and (tmp_path / "table.json").read_bytes() == table
 
 
 def test_the_table_is_what_the_problems_say(config, tmp_path):

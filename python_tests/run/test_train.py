@@ -24,7 +24,7 @@ from grpo_engine.model import weights
 from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.rollout.engine import Rollout
-from grpo_engine.run.run import Run, train
+from grpo_engine.run.run import TrainingRun, train
 from grpo_engine.system import device
 from grpo_engine.system.threads import count_threads, num_threads
 from grpo_engine.tasks.order import problems_from
@@ -256,7 +256,8 @@ def test_a_bfloat16_run_repeats_itself_resumed_and_with_checkpointed_activations
     # a run that was cut short after its first checkpoint: everything later is thrown away
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Run, "_grpo_step", lambda run, step, real=Run._grpo_step: real(run, step) if step < 3 else 1 / 0)
+        real = TrainingRun._grpo_step
+        patched.setattr(TrainingRun, "_grpo_step", lambda run, step: real(run, step) if step < 3 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config(4), cut)
     assert deterministic_bytes(train(config(4), cut)) == deterministic_bytes(one) and same_weights(one, cut)
@@ -284,7 +285,7 @@ def test_a_run_stays_on_the_device_where_it_was_begun(folder, tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"holds another run .*device \('cpu' there, 'cuda' here\)"):
         train(config.model_copy(update={"device": "cuda"}), out)
     (out / records.SUMMARY_FILE).unlink()
-    assert Run(config, out, quiet=True).config.device == "cpu"
+    assert TrainingRun(config, out, quiet=True).config.device == "cpu"
 
     machine(gpus=0)
     changed(out, device="cuda")  # and the other way round: begun on a GPU that this machine lacks

@@ -28,8 +28,8 @@ def law_table(*, sizes=SIZES, steps=STEPS, runs=1, noise=0.0, drift=0.0, seed=0,
                 slow = rng.normal(0, drift) if drift else 0.0
                 for step in (0, *steps):
                     seen = BATCH * step
-                    level = start - 0.1 * i - (0.05 if kind == "instruct" else 0.0)
-                    loss = level * float(max(step, 1)) ** -k(n)
+                    initial = start - 0.1 * i - (0.05 if kind == "instruct" else 0.0)
+                    loss = initial * float(max(step, 1)) ** -k(n)
                     loss += slow * np.log(max(step, 1)) / np.log(steps[-1]) + (rng.normal(0, noise) if noise else 0.0)
                     row = dict.fromkeys(table.TABLE_COLUMNS) | {
                         "run_id": f"{size}-{kind}-{run}", "method": "grpo", "kind": kind, "size": size, "tau": 1.0,

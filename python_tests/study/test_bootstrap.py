@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtri, stdtrit
 
-from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.evaluate.intervals import CONFIDENCE, interval
 from grpo_engine.study.laws import bootstrap
 from grpo_engine.study.laws import forms as laws
 from grpo_engine.study.laws.bootstrap import resample
@@ -12,7 +12,7 @@ from grpo_engine.study.laws.curves import Curve
 from grpo_engine.study.laws.law_fit import fit_curve
 
 X = np.geomspace(64, 6400, 60)
-UPPER = (1 + LEVEL) / 2
+UPPER = (1 + CONFIDENCE) / 2
 
 
 def curve(by_run):
@@ -25,7 +25,7 @@ def test_an_interval_leaves_the_same_share_out_on_either_side():
     low, high = interval(draws, 0.9)
     assert low == pytest.approx([50, -950]) and high == pytest.approx([950, -50])
     low, high = interval(draws)
-    assert (high - low) / 1000 == pytest.approx([LEVEL, LEVEL])
+    assert (high - low) / 1000 == pytest.approx([CONFIDENCE, CONFIDENCE])
 
 
 @pytest.mark.parametrize("runs", [2, 3, 6])

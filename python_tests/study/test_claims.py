@@ -37,7 +37,7 @@ def test_what_there_is_to_compare(whole):
         assert c.verdict in ("supported", "not supported", "undecided")
         for one in c.comparisons:
             assert one.effect.low <= one.effect.value <= one.effect.high
-            assert one.level == pytest.approx(1 - 0.05 / len(c.comparisons) * (1 if c.test == "superiority" else 2))
+            assert one.confidence == pytest.approx(1 - 0.05 / len(c.comparisons) * (1 if c.test == "superiority" else 2))
 
 
 def test_larger_models_are_better_at_fixed_data(whole):

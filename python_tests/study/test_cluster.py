@@ -231,10 +231,10 @@ def test_a_submitted_job_that_is_still_there_is_found_again(tmp_path, submitit, 
 
     executor = cluster.SlurmExecutor(tmp_path, cluster="local")
     (tmp_path / "job.id").write_text("17")
-    asked = []
-    monkeypatch.setattr(cluster.SlurmExecutor, "find", lambda self, job_id: asked.append(job_id) or Earlier())
+    found = []
+    monkeypatch.setattr(cluster.SlurmExecutor, "find", lambda self, job_id: found.append(job_id) or Earlier())
     handle = executor.start(job(tmp_path, "dance"))
-    assert asked == ["17"] and handle.remote.job_id == "17" and executor.poll(handle) == 0
+    assert found == ["17"] and handle.remote.job_id == "17" and executor.poll(handle) == 0
     monkeypatch.setattr(Earlier, "state", "CANCELLED")
     again = executor.start(job(tmp_path, "dance"))
     assert again.remote.job_id != "17" and (tmp_path / "job.id").read_text() == again.remote.job_id

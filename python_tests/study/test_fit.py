@@ -1,4 +1,4 @@
-"""Fits against planted laws, published figures and data that carry nothing."""
+"""Fits against planted laws, published figures and data that identify nothing."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import pytest
 from law_tables import BATCH, K_MAX, N0, SIZES, STEPS, TOKENS, k_saturating, law_table
 from scipy.optimize import least_squares
 
+from grpo_engine.records import jsonl
 from grpo_engine.study import importers
 from grpo_engine.study.laws import fit
 from grpo_engine.study.laws import forms as laws
@@ -216,7 +217,7 @@ def test_band_holds_the_curve():
         joint.loss("q", x)
 
 
-# --------------------------------------------------------------------- data that do not carry a fit
+# --------------------------------------------------------------------- data that do not identify a fit
 
 
 @pytest.mark.parametrize("num", [1, 2])
@@ -225,7 +226,7 @@ def test_too_few_sizes(num):
     assert not got.verdict.ok
     assert f"{num} size" in got.verdict.why and "at least 3" in got.verdict.why
     assert (got.joint is None) == (num == 1)
-    assert got.levels == () and got.held_out == ()
+    assert got.intercepts == () and got.held_out == ()
     assert len(got.sizes) == num
 
 
@@ -406,7 +407,7 @@ def test_fits_json_round_trip(tmp_path):
     assert obj["fits"][0]["verdict"].keys() == {"ok", "why", "cautions"}
 
 
-def test_fits_json_of_data_that_carry_nothing(tmp_path):
+def test_fits_json_of_data_that_identify_nothing(tmp_path):
     fits = fit.fit_table(law_table(sizes={"m": 2e6}), axes=["data"], n_boot=20)
     fit.write_fits(tmp_path / "fits.json", fits)
     again = fit.read_fits(tmp_path / "fits.json")
@@ -422,10 +423,28 @@ def test_fits_json_of_a_former_schema(tmp_path, schema):
     former = {"schema": schema, "objective": obj["objective"], "fits": obj["fits"]}
     for f in former["fits"]:
         del f["curves"], f["at_one_x"]
-    path.write_text(json.dumps(former))
+    path.write_text(json.dumps(former).replace('"confidence":', '"level":').replace('"intercepts":', '"levels":'))
     read = fit.read_fits(path)
     assert read.fits[0] == dataclasses.replace(fits.fits[0], curves=(), at_one_x=None)
     assert (read.records, read.claims, read.surfaces, read.reuse, read.other_sets) == ("", (), (), (), ())
+
+
+def test_fits_json_of_earlier_versions(tmp_path):
+    """They say level for a confidence and for an intercept."""
+    table = law_table(noise=0.01)
+    fits = fit.fit_table(table, axes=["data"], n_boot=20)
+    path = tmp_path / "fits.json"
+    fit.write_fits(path, fits)
+    assert fits.fits[0].intercepts and any(h.tests_only_slope for h in fits.fits[0].held_out)
+    text = path.read_text()
+    text = text.replace(f'"schema": {jsonl.SCHEMA}', '"schema": 2')
+    old = text.replace('"confidence":', '"level":').replace('"intercepts":', '"levels":').replace("intercept", "level")
+    assert old.count("level") == text.count("intercept") + text.count('"confidence":') > 10
+    path.write_text(old)
+    again = fit.read_fits(path)
+    assert again.fits[0].intercepts == fits.fits[0].intercepts and again.fits[0].joint == fits.fits[0].joint
+    tested = [[h.tests_only_slope for h in f.fits[0].held_out] for f in (again, fits)]
+    assert tested[0] == tested[1]
 
 
 def test_fits_json_that_is_not_ours(tmp_path):

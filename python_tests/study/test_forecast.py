@@ -9,8 +9,8 @@ from grpo_engine.model.weights import save_checkpoint
 from grpo_engine.records import records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.run.run import train
-from grpo_engine.study.forecast import EstimateConfig, architecture, forecast, gpu_here, num_params
-from grpo_engine.study.gpus import GPUS
+from grpo_engine.study.forecast import EstimateConfig, architecture, forecast, num_params, pace
+from grpo_engine.study.gpus import GPUS, gpu_here
 from grpo_engine.train.footprint import count_params
 
 
@@ -88,25 +88,57 @@ def _untrained(config, _folder, _task):
     return tokenizer, PromptTokens(tokenizer, chat=False), model, True
 
 
-def test_a_gpu_is_bounded_by_products_or_by_bandwidth():
+def test_a_gpu_is_bounded_by_matmuls_or_by_bandwidth():
     config = load_run_config(None, ["model={path: models/Qwen2.5-7B, dtype: bfloat16}", "steps=1", "evaluation.count=0",
                                     "batch={prompts: 64, group_size: 8}", "loss.kl_coef=0"])  # fmt: skip
     estimate = EstimateConfig(prompt_tokens=100, answer_tokens=1000, gpu="h200", start_s=0, usd_per_hour=4,
-                              product_share=0.4, bandwidth_share=0.6)  # fmt: skip
+                              flops_fraction=0.4, bandwidth_fraction=0.6)  # fmt: skip
     many = forecast(config, estimate)
     few = forecast(config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_running": 8})}), estimate)
     rate, gpu = 0.4 * GPUS["h200"].flops, GPUS["h200"]
-    products = (many.flops - many.phases["decode"]) / rate
+    matmuls = (many.flops - many.phases["decode"]) / rate
     kv = 2 * 2 * 28 * 4 * 128
     assert few.flops == many.flops
     tokens = 512 * 1000
     read = tokens * (2 * 7.6156e9 / 8 + 600 * kv) / (0.6 * gpu.bandwidth)
-    assert few.seconds == pytest.approx(products + read, rel=1e-3)
-    assert many.seconds == pytest.approx(products + many.phases["decode"] / rate, rel=1e-3)
+    assert few.seconds == pytest.approx(matmuls + read, rel=1e-3)
+    assert many.seconds == pytest.approx(matmuls + many.phases["decode"] / rate, rel=1e-3)
     assert few.usd == pytest.approx(few.seconds * 4 / 3600)
     assert many.devices == 2 and many.memory["weights"] == pytest.approx(2 * 7.6156e9, rel=1e-3)
     assert many.memory["gradients"] == 2 * many.memory["weights"] and many.memory["optimizer"] == 5 * many.memory["weights"]
     assert "reference" not in many.memory
+
+
+@pytest.mark.parametrize("size, rollout_s, training_s", [("0.5B", 0.298, 0.0937), ("1.5B", 0.571, 0.175)])
+def test_a_gpu_is_as_fast_as_one_h200_was(size, rollout_s, training_s):
+    """benchmarks/results/h200/results.md: 16 x 16 responses of 64 tokens to prompts of 256; training on 4,096 tokens."""
+    config = load_run_config(None, [f"model={{path: models/Qwen2.5-{size}, dtype: bfloat16}}", "evaluation.count=0",
+                                    "batch={prompts: 16, group_size: 16}", "loss.kl_coef=0", "steps=1"])  # fmt: skip
+    estimate = EstimateConfig(prompt_tokens=256, answer_tokens=64, gpu="h200", start_s=0)
+    run = forecast(config, estimate)
+    phases = run.phases
+    gpu = GPUS["h200"]
+    learning = gpu.learning_seconds(phases["forward"] + phases["backward"], dtype="bfloat16")
+    prefill = gpu.learning_seconds(phases["prefill"], dtype="bfloat16")
+    assert (run.seconds - learning) / rollout_s == pytest.approx(1.0, abs=0.3)
+    assert prefill < 0.1 * run.seconds
+    model = architecture(config.model)
+    inside, whole = count_params(model)
+    flops = 6.0 * (inside + model.vocab_size * model.hidden_size) * 4096
+    assert 0.5 < gpu.learning_seconds(flops, dtype="bfloat16") / training_s < 1.1 and whole > inside
+
+
+@pytest.mark.parametrize("settings", [["model.size=s"], ["model={path: models/Qwen2.5-7B, dtype: bfloat16}"]])
+def test_a_run_of_any_length_has_the_pace_of_its_forecast(settings):
+    """Evaluations are bound by one limit and training's decoding by the other, so that the time is linear in the steps."""
+    config = load_run_config(None, [*settings, "steps=30"])
+    estimate = EstimateConfig(prompt_tokens=100, answer_tokens=300, gpu="h200")
+    its_pace = pace(config, estimate)
+    for steps in (1, 30, 977):
+        cost = forecast(config.model_copy(update={"steps": steps}), estimate)
+        compute = 6.0 * num_params(config.model) * cost.trained_tokens
+        assert its_pace.seconds(compute) == pytest.approx(cost.seconds, rel=1e-9)
+        assert its_pace.compute(cost.seconds) == pytest.approx(compute, rel=1e-6)
 
 
 def test_memory_decides_how_many_gpus():

@@ -35,14 +35,14 @@ def test_72b_is_predicted_from_smaller_sizes(paper_curves):
     assert got.law == "saturating k, local line E"
     assert got.log_error == pytest.approx(0.059, abs=0.003)
     assert got.bias == pytest.approx(-0.022, abs=0.003)
-    assert 0.6 < got.coverage < 1.0  # the level is off by more than three sizes tell
+    assert 0.6 < got.coverage < 1.0  # the intercept is off by more than three sizes tell
     assert all(s > 0.4 for s in got.skill.values())
     # which pair is best on 72B is known only afterwards, and seven sizes do not tell
     best = min((r for r in rows if r.target == "72B" and r.used == "nothing"), key=lambda r: r.log_error)
     assert best.law == "log k, saturating E" and best.log_error == pytest.approx(0.027, abs=0.003)
     assert holdout.choose(rows).best == ""
-    # the slope that the smaller sizes say is too steep, as the published test also finds with the level calibrated
-    own = next(r for r in rows if r.target == "72B" and r.law == "saturating k, own level")
+    # the slope that the smaller sizes say is too steep, as the published test also finds with the intercept calibrated
+    own = next(r for r in rows if r.target == "72B" and r.law == "saturating k, own intercept")
     assert own.r2 == pytest.approx(0.915, abs=0.005) and own.used != "nothing"
 
 
@@ -65,7 +65,7 @@ def test_a_law_that_holds_beats_the_naive_rules():
     assert [r.target for r in rows if r.law == "saturating k, line E"] == ["z3", "z4", "z5", "z6"]
     best = holdout.prediction(rows, "z6")
     assert best.log_error < 0.1 and best.skill["next smaller size"] > 0.5
-    assert 0 <= best.coverage <= 1 and best.level == 0.9
+    assert 0 <= best.coverage <= 1 and best.confidence == 0.9
 
 
 def test_few_sizes_are_not_predicted():

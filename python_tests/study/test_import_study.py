@@ -122,7 +122,11 @@ def test_a_recommendation_comes_from_the_command(study):
     text = command("study", "recommend", study, "--data", 20_000)
     assert "base models" in text and "predicted test loss" in text
     hours = json.loads(command("study", "recommend", study, "--gpu", "h200", "--hours", 100, "--json"))
-    assert hours["base"]["amount"] == pytest.approx(100 * 3600 * 989e12 * 0.15 / 2)
+    assert (hours["base"]["budget"], hours["base"]["amount"]) == ("hours", 100)
+    assert all(c["hours"] == pytest.approx(100) for c in hours["base"]["candidates"])
+    flops = hours["base"]["candidates"][0]["compute"]
+    again = json.loads(command("study", "recommend", study, "--gpu", "h200", "--compute", flops, "--json"))
+    assert {c["label"]: c["hours"] for c in again["base"]["candidates"]}[hours["base"]["pick"]] == pytest.approx(100)
     (reached,) = json.loads(command("study", "recommend", study, "--target-loss", 0.6, "--json")).values()
     assert reached["budget"] == "loss" and reached["candidates"][0]["needs"]["value"] > 0
     for wrong, message in (

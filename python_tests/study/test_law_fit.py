@@ -10,7 +10,7 @@ from law_tables import SIZES, law_table
 from grpo_engine.study.laws import fit
 from grpo_engine.study.laws import forms as laws
 from grpo_engine.study.laws.curves import Curve, curves_by, select_curves
-from grpo_engine.study.laws.law_fit import fit_curve, fit_levels, fit_reuse, fit_surface
+from grpo_engine.study.laws.law_fit import fit_curve, fit_intercepts, fit_reuse, fit_surface
 
 
 def make_curve(law, x, noise=0.0, before=None, seed=0):
@@ -66,19 +66,19 @@ def test_floor_is_seen_or_not():
     assert line.parameters["L_inf"].low is None and not line.verdict.ok
 
 
-def test_levels_of_a_joint_law():
-    """law_table's levels fall evenly in log N: 0.9, 0.8, ... 0.5."""
+def test_intercepts_of_a_joint_law():
+    """law_table's intercepts fall evenly in log N: 0.9, 0.8, ... 0.5."""
     curves, _, _ = select_curves(law_table(noise=0.003, runs=2), axis="data")
     joint = fit.fit_joint(curves, axis="data", n_boot=60)
-    fits = fit_levels(joint, x=64.0)
-    assert {f.law for f in fits} == set(laws.LEVELS)
+    fits = fit_intercepts(joint, x=64.0)
+    assert {f.law for f in fits} == set(laws.INTERCEPTS)
     assert [f.misfit for f in fits] == sorted(f.misfit for f in fits)
     for i, size in enumerate(SIZES):
-        e = fits[0].levels[size]
+        e = fits[0].intercepts[size]
         assert e.value == pytest.approx(np.log(0.9 - 0.1 * i), abs=0.01)
         assert 0 < e.high - e.low < 0.1
     two = fit.fit_joint(curves[:2], axis="data", n_boot=20)
-    assert fit_levels(two) == []
+    assert fit_intercepts(two) == []
 
 
 def surface(law, noise=0.003):

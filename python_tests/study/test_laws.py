@@ -28,11 +28,11 @@ def test_unbounded_slopes():
     assert laws.LogSlope(a=0.05, b=0.02, n_ref=1e6).k(1.0) < 0
 
 
-def test_levels():
-    assert laws.LineLevel(a=-0.5, b=-0.1, n_ref=1e6).level(math.e * 1e6) == pytest.approx(-0.6)
-    half = laws.LogisticLevel(N_half=1e6, g=0.5)
-    assert np.exp(half.level(np.array([1e6, 4e6, 1e-9]))) == pytest.approx([0.5, 1 / 3, 1.0], rel=1e-6)
-    assert laws.SaturatingLevel(a=-0.1, b=1.0, N1=1e6).level(1e6) == pytest.approx(-0.6)
+def test_intercepts():
+    assert laws.LineIntercept(a=-0.5, b=-0.1, n_ref=1e6).intercept(math.e * 1e6) == pytest.approx(-0.6)
+    half = laws.LogisticIntercept(N_half=1e6, g=0.5)
+    assert np.exp(half.intercept(np.array([1e6, 4e6, 1e-9]))) == pytest.approx([0.5, 1 / 3, 1.0], rel=1e-6)
+    assert laws.SaturatingIntercept(a=-0.1, b=1.0, N1=1e6).intercept(1e6) == pytest.approx(-0.6)
 
 
 def test_joint_law_is_the_formula_in_natural_logs():
@@ -46,7 +46,7 @@ def test_joint_law_is_the_formula_in_natural_logs():
     assert law.loss(64.0, 0) == pytest.approx(10 ** (-0.1 * math.log10(64) + laws.e_log10(0.1)))
 
 
-def test_joint_law_needs_a_level_for_each_curve():
+def test_joint_law_needs_an_intercept_for_each_curve():
     with pytest.raises(ValueError, match="n and E must have one entry a curve, got 2 and 1"):
         laws.JointLaw(slope=laws.SaturatingSlope(K_max=0.2, N0=1e6), n=(1e6, 3e6), E=(0.1,))
 
@@ -127,7 +127,7 @@ def test_effective_data():
     assert often == pytest.approx(math.exp(0.2) * (100 + 400 * (1 - math.exp(-7 / 4))) ** -0.1)
 
 
-@pytest.mark.parametrize("form", [*laws.SLOPES.values(), *laws.LEVELS.values(), *laws.CURVES.values(), laws.AdditiveLaw,
+@pytest.mark.parametrize("form", [*laws.SLOPES.values(), *laws.INTERCEPTS.values(), *laws.CURVES.values(), laws.AdditiveLaw,
                                   laws.LossDecomposition, laws.ReuseLaw], ids=lambda c: c.__name__)  # fmt: skip
 def test_a_law_says_what_fits_need(form):
     n, d, which = np.array([1e6, 4e6, 9e6]), np.array([64.0, 640.0, 6400.0]), np.array([0, 0, 1])

@@ -7,7 +7,7 @@ from scipy.optimize import least_squares, minimize
 
 from grpo_engine.study.laws import forms as laws
 from grpo_engine.study.laws.curves import select_curves
-from grpo_engine.study.laws.least_squares import Data, Joint, Problem, Space
+from grpo_engine.study.laws.least_squares import Data, FitProblem, Joint, Space
 
 X = np.geomspace(64, 6400, 30)
 N = np.repeat([2e5, 2e6, 2e7], 10)
@@ -32,7 +32,7 @@ def problem_of(name, noise=0.0, objective="linear", **data):
     loss = getattr(law, law.GIVES)(*coordinates)
     loss = loss + (np.random.default_rng(1).normal(0, noise, len(loss)) if noise else 0.0)
     weight = np.full(len(loss), 1.0 / len(loss))
-    return law, Problem.of(type(law), coordinates, Data.of(loss, weight, objective, **data))
+    return law, FitProblem.of(type(law), coordinates, Data.of(loss, weight, objective, **data))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,7 +93,7 @@ def test_huber_is_not_moved_by_one_wild_point():
     weight = clean.data.weight
     k = {}
     for objective in ("log", "huber"):
-        problem = Problem.of(laws.LogLinear, (X,), Data.of(np.exp(wild), weight, objective))
+        problem = FitProblem.of(laws.LogLinear, (X,), Data.of(np.exp(wild), weight, objective))
         k[objective] = problem.space.law(problem.best()).k
     assert abs(k["huber"] - 0.1) < 0.005 < abs(k["log"] - 0.1)
 
@@ -110,7 +110,7 @@ def test_binomial_is_the_maximum_of_the_likelihood():
     rng = np.random.default_rng(2)
     law, answers = laws.LogLinear(k=0.3, E=1.0), rng.integers(20, 400, len(X)).astype(float)
     wrong = rng.binomial(answers.astype(int), law.loss(X))
-    problem = Problem.of(laws.LogLinear, (X,), Data.of(wrong / answers, np.ones(len(X)), "binomial", answers=answers))
+    problem = FitProblem.of(laws.LogLinear, (X,), Data.of(wrong / answers, np.ones(len(X)), "binomial", answers=answers))
 
     def negative(t):
         p = np.clip(np.exp(t[1] - t[0] * np.log(X)), 1e-9, 1 - 1e-9)

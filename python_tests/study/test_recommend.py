@@ -5,8 +5,11 @@ import pyarrow as pa
 import pytest
 from law_tables import BATCH, SIZES, TOKENS, k_saturating, law_table
 
+from grpo_engine.study.design import load_study, plan, save_study
+from grpo_engine.study.forecast import num_params, pace
 from grpo_engine.study.laws import fit
-from grpo_engine.study.recommend import frontier, recommend
+from grpo_engine.study.recommend import assumed_run, frontier, recommend
+from grpo_engine.study.report.fits import planned_runs
 
 LAST = 6400.0  # prompts at the last step
 
@@ -46,7 +49,7 @@ def test_picks_the_smallest_loss_for_a_number_of_prompts(data_fit):
 
 
 def test_compute_budget_buys_different_data_for_each_size():
-    """With levels that hardly differ, a small model that sees a hundred times the data wins."""
+    """With intercepts that hardly differ, a small model that sees a hundred times the data wins."""
     table = law_table(noise=0.002, runs=2, k=lambda n: 0.1)
     rows = [r | {"loss": 0.9 * max(r["step"], 1) ** -0.1} for r in table.to_pylist()]
     got = fit.fit_axis(pa.Table.from_pylist(rows, schema=table.schema), axis="compute", n_boot=20, shapes=False)
@@ -56,7 +59,7 @@ def test_compute_budget_buys_different_data_for_each_size():
     small, big = r.candidates[0], next(c for c in r.candidates if c.label == "xl")
     assert small.prompts == pytest.approx(LAST) and small.steps == pytest.approx(LAST / BATCH)
     assert big.prompts == pytest.approx(LAST / 100)
-    assert not r.decided and "do not carry the law" in r.why  # one slope for all sizes does not tell N0
+    assert not r.decided and "do not identify the law" in r.why  # one slope for all sizes does not tell N0
 
 
 def test_budget_in_the_unit_of_the_other_axis():
@@ -103,7 +106,7 @@ def test_size_that_was_not_measured(data_fit):
     n = float(np.sqrt(2e6 * 6e6))
     r = recommend(data_fit, prompts=3000, sizes={"between": n, "m": 2e6, "l": 6e6})
     c = next(c for c in r.candidates if c.label == "between")
-    truth = (0.9 - 0.25) * (3000 / BATCH) ** -k_saturating(n)  # levels are equally far apart in log N here
+    truth = (0.9 - 0.25) * (3000 / BATCH) ** -k_saturating(n)  # intercepts are equally far apart in log N here
     assert not c.measured and c.loss.low < truth < c.loss.high
     assert c.loss.value == pytest.approx(truth, abs=0.02)
     assert c.compute == pytest.approx(6 * n * TOKENS * 3000)
@@ -127,11 +130,11 @@ def test_unmeasured_size_of_a_kind():
     assert recommend(got, prompts=3000).pick == "xl instruct"
 
 
-def test_law_that_the_data_do_not_carry():
+def test_law_that_the_data_do_not_identify():
     got = fitted(sizes={"s": 6e5, "m": 2e6})
     r = recommend(got, prompts=3000)
     assert r.pick == "m" and not r.decided
-    assert "The data do not carry the law: 2 sizes" in r.why
+    assert "The data do not identify the law: 2 sizes" in r.why
     with pytest.raises(ValueError, match="no joint law to recommend from: 1 size"):
         recommend(fitted(sizes={"m": 2e6}), prompts=3000)
 
@@ -142,7 +145,8 @@ def test_wrong_arguments_are_named(data_fit):
         ({"compute": 1e12, "prompts": 10}, "exactly one"),
         ({"hours": 3}, "gpu: must be one of .* with hours, got None"),
         ({"hours": 3, "gpu": "abacus"}, "gpu must be one of .* got 'abacus'"),
-        ({"hours": -3, "gpu": "h100"}, "hours: out of range, got -3"),
+        ({"hours": -3, "gpu": "h100"}, "hours: must be positive and finite, got -3"),
+        ({"hours": 3, "gpu": "h100", "num_gpus": 0}, "num_gpus: must be at least 1, got 0"),
         ({"target_loss": 1.0}, "target_loss: must be below 1, got 1.0"),
         ({"prompts": 10, "unique_prompts": 0}, "unique_prompts: must be at least 1, got 0"),
         ({"prompts": 0}, "prompts: must be positive and finite, got 0"),
@@ -185,14 +189,70 @@ def test_target_loss_takes_the_least_compute(data_fit):
     assert not never.decided and any("beyond the last measured point" in w for w in never.distrust)
 
 
-def test_gpu_hours_are_a_compute_budget(data_fit):
-    flops = 989e12 * 0.15 * 3600 * 1e-6 * 2 / 2
-    a, b = recommend(data_fit, gpu="h200", hours=1e-6, num_gpus=2), recommend(data_fit, compute=flops)
-    assert a.amount == pytest.approx(flops)
-    assert a.candidates == b.candidates
-    assert not any("GB" in w for w in a.distrust)
+@pytest.fixture(scope="module")
+def paper_study(tmp_path_factory):
+    """The paper's plan on an H200, its folder, and a law over its sizes."""
+    study = load_study("paper", ["estimate.gpu=h200"])
+    folder = tmp_path_factory.mktemp("paper")
+    save_study(study, folder / "study.yaml")
+    the_plan = plan(study)
+    cells = [c for c in the_plan.cells if (c.kind, c.tau, c.variant, c.seed) == ("base", 1, "", 0)]
+    sizes = {c.size: num_params(c.config.model) for c in cells}
+    table = law_table(sizes=sizes, noise=0.004, runs=2, group_size=cells[0].group_size)
+    return cells, folder, fit.fit_axis(table, axis="compute", kind="base", n_boot=20, shapes=False)
+
+
+def test_plan_and_recommendation_give_one_run_the_same_time(paper_study):
+    """`study plan --gpu h200` and `recommend --gpu h200` on each cell of the ladder, in both directions."""
+    cells, folder, law = paper_study
+    runs = planned_runs(folder, law)
+    assert len(cells) == len(runs) >= 4
+    for cell in cells:
+        compute = 6.0 * num_params(cell.config.model) * cell.cost.trained_tokens
+        hours = cell.cost.seconds / 3600
+        for budget in ({"compute": compute}, {"hours": hours}, {"hours": hours / 8, "num_gpus": 8}):
+            answer = recommend(law, gpu="h200", runs=runs, **budget)
+            (c,) = [c for c in answer.candidates if c.label == cell.size]
+            assert c.hours * budget.get("num_gpus", 1) == pytest.approx(hours, rel=1e-9), cell.name
+            assert c.compute == pytest.approx(compute, rel=1e-9), cell.name
+
+
+def test_the_memory_of_the_pick_is_that_of_the_plan(paper_study):
+    cells, folder, law = paper_study
+    runs = planned_runs(folder, law)
+    for cell in cells:
+        small = {cell.size: num_params(cell.config.model)}
+        for count, fits in ((cell.cost.devices, True), (cell.cost.devices // 2, False)):
+            if count:
+                found = recommend(law, compute=1e20, gpu="h200", num_gpus=count, runs=runs, sizes=small)
+                assert any("GB to train" in why for why in found.distrust) is not fits, (cell.name, count)
+
+
+def test_hours_without_a_plan_are_those_of_a_run_that_is_assumed(data_fit):
+    r = recommend(data_fit, gpu="h200", hours=1e-6, num_gpus=2)
+    run = assumed_run(data_fit, "m", 2e6)
+    assert (run.config.batch.prompts, run.config.batch.group_size) == (BATCH, 8)
+    assert run.estimate.prompt_tokens + run.estimate.answer_tokens - 1 == pytest.approx(TOKENS / 8)
+    timing = pace(run.config, run.estimate.model_copy(update={"gpu": "h200"}), params=2_000_000)
+    (m,) = [c for c in r.candidates if c.label == "m"]
+    assert m.compute == pytest.approx(timing.compute(2 * 3600e-6)) and m.hours == pytest.approx(1e-6)
+    assert (r.budget, r.amount) == ("hours", 1e-6) and not any("GB" in w for w in r.distrust)
+    text = r.render_text()
+    assert "1e-06 hours" in text and " FLOPs, " in text.splitlines()[0] and "hours  loss" in text
+    assert recommend(data_fit, prompts=3000).candidates[0].hours is None
     huge = recommend(data_fit, prompts=3000, sizes={"70b": 70e9}, gpu="h200")
-    assert any("needs at least 1260 GB to train" in w for w in huge.distrust)
+    assert any("needs 1260 GB to train, and a run may fill 127 GB of 1 x h200" in w for w in huge.distrust)
+
+
+def test_hours_that_end_before_a_first_step_are_said(paper_study):
+    cells, folder, law = paper_study
+    runs = planned_runs(folder, law)
+    fixed = [pace(r.config, r.estimate).fixed_seconds / 3600 for r in (runs[c.size] for c in cells)]
+    r = recommend(law, gpu="h200", hours=(fixed[0] + fixed[-1]) / 2, runs=runs)
+    assert cells[-1].size not in [c.label for c in r.candidates]
+    assert any(f"before a first step: {cells[-1].size}'s" in why or f", {cells[-1].size}'s" in why for why in r.distrust)
+    with pytest.raises(ValueError, match="hours: too few for a first step, got 1e-06"):
+        recommend(law, gpu="h200", hours=1e-6, runs=runs)
 
 
 def test_frontier_moves_to_larger_models():

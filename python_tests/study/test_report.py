@@ -118,7 +118,7 @@ def test_every_panel_of_the_page_has_its_drawing_and_its_file(study, page):
     assert set(re.findall(r'<div class="panel" id="([^"]+)"', page)) == set(panels)
     names = {i.rsplit("-", 1)[0] for i in panels}
     assert names == {
-        "claims", "loss_compute", "loss_data", "slopes", "levels", "residuals", "frontier", "base_instruct",
+        "claims", "loss_compute", "loss_data", "slopes", "intercepts", "residuals", "frontier", "base_instruct",
         "learning_curves", "control", "tau", "group_size", "training", "response_length", "transfer", "transfer_grid",
         "cost",
     }  # fmt: skip
@@ -272,7 +272,7 @@ def test_the_terminal_says_why_a_law_is_not_carried(tmp_path):
     console = Console(width=80, file=io.StringIO())
     console.print(law_table(fit_study(tmp_path / "s", n_boot=20)))
     text = " ".join(console.file.getvalue().split())
-    assert "base (X: 6NT, prompts and ledger): not carried: 2 sizes" in text
+    assert "base (X: 6NT, prompts and ledger): not identifiable: 2 sizes" in text
     assert "\u2026" not in text
 
 
@@ -339,7 +339,7 @@ def test_a_report_can_be_made_of_a_part(tmp_path):
     text = text_of(render_page(data, sections, words.findings(data, laws)))
     assert "2 of 4 cells are not finished and not in this report: m-base-seed0, s-base-tau5-seed0" in text
     assert "There is no control" in text and "With one run at some or all sizes" in text
-    assert "for base models the data do not carry it (2 sizes" in text
+    assert "for base models the data do not identify it (2 sizes" in text
     assert re.search(r"Which base model to train for .*: s \(not decided", text)
     assert not fits.get("data", "base").verdict.ok
     assert "problems are not drawn anew" in text and "No law could be tested on what it had not seen" in text
@@ -425,8 +425,8 @@ def test_end_labels_keep_apart_and_stay_at_their_series():
     spec = plotly_spec(Panel(title="", x_label="", y_label="", series=series), height=300)
     labels = {a["text"]: a for a in spec["layout"]["annotations"]}
     low, high = spec["layout"]["yaxis"]["range"]
-    places = [(labels[f"l{i}"]["y"] - low) / (high - low) for i in range(3)]
-    assert all(b - a > 0.05 for a, b in zip(places, places[1:], strict=False))
+    positions = [(labels[f"l{i}"]["y"] - low) / (high - low) for i in range(3)]
+    assert all(b - a > 0.05 for a, b in zip(positions, positions[1:], strict=False))
     assert {a["x"] for a in labels.values()} == {2}
 
 

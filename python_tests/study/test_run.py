@@ -59,7 +59,7 @@ def finish(cell, folder):
 
 
 class FakeExecutor:
-    """Does a job's work the second time it is asked about it; fails those whose name is in `fails`, or `once`."""
+    """Does a job's work the second time it is polled; fails those whose name is in `fails`, or `once`."""
 
     slots = 2
 
@@ -369,7 +369,7 @@ def test_the_log_and_the_threads_of_a_process(tmp_path, executor):
 
 
 def test_each_cell_has_a_gpu_of_its_own(tmp_path, executor, monkeypatch):
-    monkeypatch.setattr("grpo_engine.system.device.resolve", lambda asked: "cuda" if asked == "auto" else asked)
+    monkeypatch.setattr("grpo_engine.system.device.resolve", lambda device: "cuda" if device == "auto" else device)
     monkeypatch.setattr("grpo_engine.system.device.visible_gpus", lambda: ["5", "GPU-8f6d"])
     assert [c.id for c in plan(STUDY).cells] == IDS  # not the planning machine's business
     assert executor(devices=["cpu"], threads=num_cores()).slots == 1

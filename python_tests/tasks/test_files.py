@@ -13,7 +13,7 @@ import pytest
 from grpo_engine.config import TaskConfig
 from grpo_engine.load import load_task
 from grpo_engine.rewards import SCORERS
-from grpo_engine.tasks.files import FAMILIES, family_of, files_task, read_problems
+from grpo_engine.tasks.files import DATA_SOURCES, data_source_of, files_task, read_problems
 
 EVALS = {  # file below guru_verl/online_eval: rows, domain, scorer
     "aime2024": (30, "math", "math"),
@@ -253,8 +253,8 @@ def test_rows_without_a_true_answer_are_left_out(written, caplog):
 
 
 def test_families_name_scorers_that_exist():
-    assert {f.reward for f in FAMILIES.values()} <= SCORERS.keys()
-    assert family_of("aimeamc2023").domain == "math"
+    assert {f.reward for f in DATA_SOURCES.values()} <= SCORERS.keys()
+    assert data_source_of("aimeamc2023").domain == "math"
 
 
 # ------------------------------------------------------------------ tasks

@@ -92,12 +92,12 @@ def test_no_settings_help_where_the_weights_alone_are_too_large(folder, monkeypa
 
 def test_pages_that_do_not_fit_beside_training_are_given_back_and_change_no_bit(folder, tmp_path, monkeypatch):
     from grpo_engine.records import records
-    from grpo_engine.run.run import Run
+    from grpo_engine.run.run import TrainingRun
 
     found = []
     for name, stay in (("stay", True), ("turns", False)):
         monkeypatch.setattr(footprint, "require_room", lambda *_, stay=stay: stay)
-        run = Run(config_of(folder, "steps=2", "task.eval_problems=2"), tmp_path / name, quiet=True)
+        run = TrainingRun(config_of(folder, "steps=2", "task.eval_problems=2"), tmp_path / name, quiet=True)
         run.complete()
         assert (run.engine.runner.cache is not None) == stay
         found.append((tmp_path / name / records.STEPS_FILE).read_bytes())

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from grpo_engine.evaluate.intervals import LEVEL
+from grpo_engine.evaluate.intervals import CONFIDENCE
 from grpo_engine.study.laws.curves import Curve
-from grpo_engine.study.laws.least_squares import Problem
+from grpo_engine.study.laws.least_squares import FitProblem
 from grpo_engine.study.laws.noise import inflation, noise_of
 
 
@@ -38,7 +38,7 @@ def resample(
     rng: np.random.Generator,
     design: np.ndarray | None = None,
     alone: bool = False,
-    level: float = LEVEL,
+    confidence: float = CONFIDENCE,
 ) -> np.ndarray:
     """Data sets around fitted values.
 
@@ -52,9 +52,9 @@ def resample(
         log: whether y are log losses.
         draws: how many data sets.
         rng: of the draws.
-        design: [n, q], derivative of the fitted values by the parameters; None takes a level and a slope for each curve.
+        design: [n, q], derivative of the fitted values by the parameters; None takes an intercept and a slope a curve.
         alone: whether each curve is fitted by itself, and so is widened at its own degrees of freedom.
-        level: of the intervals that will be taken: the widening is exact there.
+        confidence: of the intervals that will be taken: the widening is exact there.
 
     Returns:
         [draws, n] float64.
@@ -85,10 +85,10 @@ def resample(
         if deviation is not None and explained + rest > 0:
             freedom = (explained + rest) ** 2 / (explained**2 / (len(c.by_run) - 1) + rest**2 / pieces)
             if alone:
-                out = out * _wider(freedom, level)
+                out = out * _wider(freedom, confidence)
         freedoms.append(freedom)
         parts.append((out, drawn * math.sqrt(rest / total) if total > 0 else 0.0 * drawn))
-    wider = 1.0 if alone else _wider(sum(freedoms), level)
+    wider = 1.0 if alone else _wider(sum(freedoms), confidence)
     return fitted + np.concatenate([wider * runs + scatter for runs, scatter in parts], axis=1)
 
 
@@ -104,13 +104,13 @@ def _deviation(c: Curve, log: bool) -> np.ndarray | None:
     return np.where(there, deviation, 0.0) / np.sqrt(np.maximum(runs * (runs - 1), 1))
 
 
-def _wider(freedom: float, level: float) -> float:
-    q = (1 + level) / 2
+def _wider(freedom: float, confidence: float) -> float:
+    q = (1 + confidence) / 2
     return float(stdtrit(freedom, q) / ndtri(q)) if freedom > 0 else 1.0
 
 
 def profile_limits(
-    residual: np.ndarray, design: np.ndarray, curves: Sequence[Curve], *, log: bool, level: float = LEVEL
+    residual: np.ndarray, design: np.ndarray, curves: Sequence[Curve], *, log: bool, confidence: float = CONFIDENCE
 ) -> np.ndarray:
     """How far the square root of (objective / its minimum - 1) rises by chance along each parameter's profile.
 
@@ -122,7 +122,7 @@ def profile_limits(
         design: [n, q], derivative of the weighted residuals by the parameters.
         curves: that the points are of.
         log: whether residuals are those of log L.
-        level: of the intervals.
+        confidence: of the intervals.
 
     Returns:
         [q] float64.
@@ -131,11 +131,11 @@ def profile_limits(
     deviations = [d for c in curves if (d := _deviation(c, log)) is not None]
     noise = noise_of(np.split(residual, ends), np.split(design, ends), deviations)
     factor, freedom = inflation(residual, design, noise, ends)
-    return factor * float(stdtrit(freedom, (1 + level) / 2)) / math.sqrt(max(len(residual) - design.shape[1], 1))
+    return factor * float(stdtrit(freedom, (1 + confidence) / 2)) / math.sqrt(max(len(residual) - design.shape[1], 1))
 
 
 def profile_interval(
-    problem: Problem, theta: np.ndarray, limits: np.ndarray, names: Sequence[str]
+    problem: FitProblem, theta: np.ndarray, limits: np.ndarray, names: Sequence[str]
 ) -> dict[str, tuple[float | None, float | None]]:
     """Profile intervals of parameters, all searched at once.
 

@@ -64,10 +64,10 @@ class Curve:
 
 
 Row = TypeVar("Row")
-Place = tuple[int, float | None]  # step, prompts seen
+Position = tuple[int, float | None]  # step, prompts seen
 
 
-def points_of(rows: Iterable[Row], place: Callable[[Row], Place]) -> dict[Place, list[Row]]:
+def points_of(rows: Iterable[Row], position: Callable[[Row], Position]) -> dict[Position, list[Row]]:
     """The evaluations of several runs by the point of their mean curve that they belong to.
 
     Laws, claims and figures take their points from here. The same step of two runs is the same point, unless their batches
@@ -75,14 +75,14 @@ def points_of(rows: Iterable[Row], place: Callable[[Row], Place]) -> dict[Place,
 
     Args:
         rows: evaluations of one test set in one mode.
-        place: a row's step and the prompts that its run had seen, None where they are not known.
+        position: a row's step and the prompts that its run had seen, None where they are not known.
 
     Returns:
         (step, prompts seen) to the rows of the runs there, rising.
     """
-    points: dict[Place, list[Row]] = {}
+    points: dict[Position, list[Row]] = {}
     for row in rows:
-        points.setdefault(place(row), []).append(row)
+        points.setdefault(position(row), []).append(row)
     return dict(sorted(points.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
 
 
@@ -253,13 +253,13 @@ def _curve(
         return None
     keys = [key for _, key in means]
     runs = sorted({str(r["run_id"]) for r in good})
-    place = {run: i for i, run in enumerate(runs)}
+    row_of = {run: i for i, run in enumerate(runs)}
     by_run = np.full((len(runs), len(keys)), np.nan)
     for j, key in enumerate(keys):
         for r in points[key]:
-            if not math.isnan(by_run[place[str(r["run_id"])], j]):
+            if not math.isnan(by_run[row_of[str(r["run_id"])], j]):
                 raise ValueError(f"run_id {r['run_id']!r} has two rows at step {r['step']} of size {size!r}")
-            by_run[place[str(r["run_id"])], j] = r["loss"]
+            by_run[row_of[str(r["run_id"])], j] = r["loss"]
     loss = np.nanmean(by_run, axis=0)
     if not np.all(np.isfinite(loss)) or not np.mean(loss) > 0:
         left_out.append(f"{label}: its mean loss is {float(np.mean(loss)):g}, and the law needs one above 0")

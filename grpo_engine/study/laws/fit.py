@@ -1,4 +1,4 @@
-"""From a long table of evaluations to fitted laws with honest intervals, and a verdict on whether the data carry them.
+"""From a long table of evaluations to fitted laws with honest intervals, and a verdict on whether the data identify them.
 
     table -> curves (runs averaged per size and step) -> a law for each size, one for all -> intervals -> verdict
              `curves`                                    `least_squares`                      `bootstrap`
@@ -21,22 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.evaluate.intervals import CONFIDENCE, interval
 from grpo_engine.study.laws.bootstrap import profile_limits, resample
 from grpo_engine.study.laws.curves import Curve, keep, select_curves
 from grpo_engine.study.laws.forms import CURVES, SLOPES, JointLaw, LogLinear, Slope
 from grpo_engine.study.laws.holdout import choose, growing_sizes, late_steps
-from grpo_engine.study.laws.law_fit import fit_curve, fit_levels
+from grpo_engine.study.laws.law_fit import fit_curve, fit_intercepts
 from grpo_engine.study.laws.least_squares import Joint, Space
 from grpo_engine.study.laws.results import (
     AxisFit,
     Bootstrap,
-    CurveLevel,
     Estimate,
     Fits,
     FittedCurve,
+    InterceptsAtX,
+    JointCurve,
     JointFit,
-    LevelsAtX,
     Profile,
     SizeFit,
     Verdict,
@@ -71,7 +71,7 @@ MIN_SIZES = 3  # of a joint law: its two slope parameters pass through any two s
 
 
 def fit_sizes(
-    curves: Sequence[Curve], *, objective: str = "linear", n_boot: int = 200, seed: int = 0, level: float = LEVEL
+    curves: Sequence[Curve], *, objective: str = "linear", n_boot: int = 200, seed: int = 0, confidence: float = CONFIDENCE
 ) -> list[SizeFit]:
     """The log-linear law of each curve by itself.
 
@@ -80,7 +80,7 @@ def fit_sizes(
         objective: one of `least_squares.OBJECTIVES`.
         n_boot: bootstrap draws.
         seed: of the draws.
-        level: of the intervals.
+        confidence: of the intervals.
 
     Returns:
         The fits, in order.
@@ -91,13 +91,13 @@ def fit_sizes(
     p = Joint.of(curves, objective)
     y = p.data.y
     k = p.own_slopes(y[None])[0]
-    residual, at_center = p.best_levels(k, y)
+    residual, at_center = p.best_intercepts(k, y)
     data_sets = resample(
         curves, y, y + residual, log=p.data.log, draws=n_boot, rng=np.random.default_rng([seed, 1]), alone=True,
-        level=level,
+        confidence=confidence,
     )  # fmt: skip
     k_draws = p.own_slopes(data_sets)
-    level_draws = p.best_levels(k_draws, data_sets)[1]
+    intercept_draws = p.best_intercepts(k_draws, data_sets)[1]
     out = []
     for m, c in enumerate(curves):
         e = at_center[m] + k[m] * p.center[m]
@@ -105,7 +105,7 @@ def fit_sizes(
         fitted = law.loss(c.x)
         noise = math.sqrt(float(np.sum((c.loss - fitted) ** 2)) / (len(c.x) - 2))
         end = "low" if k[m] < -2 + 1e-6 else ("high" if k[m] > 2 - 1e-6 else "")
-        k_est = Estimate.of(k[m], k_draws[:, m], end, level)
+        k_est = Estimate.of(k[m], k_draws[:, m], end, confidence)
         change = abs(float(fitted[0] - fitted[-1]))
         why = []
         if k_est.at_bound:
@@ -119,7 +119,8 @@ def fit_sizes(
         out.append(
             SizeFit(
                 label=c.label, size=c.size, kind=c.kind, params=c.params, k=k_est,
-                E=Estimate.of(e, level_draws[:, m] + k_draws[:, m] * p.center[m], level=level), r2=r_squared(c.loss, fitted),
+                E=Estimate.of(e, intercept_draws[:, m] + k_draws[:, m] * p.center[m], confidence=confidence),
+                r2=r_squared(c.loss, fitted),
                 rmse=float(np.sqrt(np.mean((c.loss - fitted) ** 2))), noise=noise, num_points=len(c.x),
                 num_runs=len(c.by_run), x_min=float(c.x[0]), x_max=float(c.x[-1]), loss_before=c.loss_before,
                 loss_first=float(fitted[0]), loss_last=float(fitted[-1]), compute_per_prompt=c.compute_per_prompt,
@@ -142,7 +143,7 @@ def fit_joint(
     n_boot: int = 200,
     seed: int = 0,
     sizes: Sequence[SizeFit] | None = None,
-    level: float = LEVEL,
+    confidence: float = CONFIDENCE,
     leave_out: bool = True,
 ) -> JointFit:
     """Fits log L = -k(N) log X + E(N) to all curves at once, E being free for each.
@@ -156,7 +157,7 @@ def fit_joint(
         n_boot: bootstrap draws, at least 20.
         seed: of the draws; the same seed gives the same intervals.
         sizes: fits of the single curves, for the verdict; None makes them.
-        level: of the intervals.
+        confidence: of the intervals.
         leave_out: whether the fit is made again without each size, where there are enough (`JointFit.without_one`).
 
     Returns:
@@ -179,29 +180,30 @@ def fit_joint(
     space, theta = p.fit(cls, own)
     slope: Slope = space.law(theta)
     k = slope.k(p.n)
-    residual, at_center = p.best_levels(k, y)
+    residual, at_center = p.best_intercepts(k, y)
     e = at_center + k * p.center
     data_sets = resample(
         curves, y, y + residual, log=p.data.log, draws=n_boot, rng=np.random.default_rng([seed, 2]),
-        level=level,
+        confidence=confidence,
     )  # fmt: skip
     thetas = p.fit_many(space, data_sets, np.repeat(theta[None], n_boot, axis=0))
     k_draws = space.evaluate(thetas, (p.n,))
-    level_draws = p.best_levels(k_draws, data_sets)[1] + k_draws * p.center
-    drawn = np.concatenate([*space.values(thetas).values(), level_draws], axis=1)
+    intercept_draws = p.best_intercepts(k_draws, data_sets)[1] + k_draws * p.center
+    drawn = np.concatenate([*space.values(thetas).values(), intercept_draws], axis=1)
     draws = np.array([[float(f"{v:.9g}") for v in row] for row in drawn])  # so that fits.json stays small
     parameters = {
-        q: Estimate.of(getattr(slope, q), draws[:, i], space.end_of(i, theta), level) for i, q in enumerate(space.names)
+        q: Estimate.of(getattr(slope, q), draws[:, i], space.end_of(i, theta), confidence) for i, q in enumerate(space.names)
     }
     law = JointLaw(slope=slope, n=tuple(map(float, p.n)), E=tuple(map(float, e)))
-    levels, fitted_all = [], []
+    joint_curves, fitted_all = [], []
     for m, c in enumerate(curves):
         fitted = law.loss(c.x, m)
         fitted_all.append(fitted)
-        levels.append(
-            CurveLevel(
-                label=c.label, size=c.size, kind=c.kind, params=c.params, k=Estimate.of(k[m], k_draws[:, m], level=level),
-                E=Estimate.of(e[m], draws[:, len(theta) + m], level=level), r2=r_squared(c.loss, fitted),
+        joint_curves.append(
+            JointCurve(
+                label=c.label, size=c.size, kind=c.kind, params=c.params,
+                k=Estimate.of(k[m], k_draws[:, m], confidence=confidence),
+                E=Estimate.of(e[m], draws[:, len(theta) + m], confidence=confidence), r2=r_squared(c.loss, fitted),
                 rmse=float(np.sqrt(np.mean((c.loss - fitted) ** 2))), num_points=len(c.x), num_runs=len(c.by_run),
                 x_min=float(c.x[0]), x_max=float(c.x[-1]), log_x_mean=float(p.center[m]),
             )
@@ -216,15 +218,15 @@ def fit_joint(
             without.append(WithoutOne(size=name, parameters={q: float(v[0]) for q, v in part.values(one).items()}))
     resampled = tuple(c.label for c in curves if len(c.by_run) > 1)
     boot = Bootstrap(
-        draws=n_boot, level=level, seed=seed, method=_method(resampled, len(curves)), runs_resampled=resampled,
+        draws=n_boot, confidence=confidence, seed=seed, method=_method(resampled, len(curves)), runs_resampled=resampled,
     )  # fmt: skip
     return JointFit(
         axis=axis, kind=kind, form=form, formula=cls.FORMULA, objective=objective, parameters=parameters,
-        fixed=space.fixed, curves=tuple(levels),
+        fixed=space.fixed, curves=tuple(joint_curves),
         r2=r_squared(np.concatenate([c.loss for c in curves]), np.concatenate(fitted_all)),
         objective_value=float(p.data.cost(residual, y)), num_points=len(y), bootstrap=boot,
         draws=tuple(tuple(map(float, row)) for row in draws), profile=profile, without_one=tuple(without),
-        verdict=_joint_verdict(cls, parameters, levels, sizes, profile, without, resampled),
+        verdict=_joint_verdict(cls, parameters, joint_curves, sizes, profile, without, resampled),
     )  # fmt: skip
 
 
@@ -234,7 +236,7 @@ def fitted_curve(curve: Curve) -> FittedCurve:
     return FittedCurve(label=curve.label, x=tuple(curve.x.tolist()), loss=tuple(curve.loss.tolist()), unique=unique)
 
 
-def levels_at_x(joint: JointFit, x: float | None = None) -> LevelsAtX:
+def intercepts_at_x(joint: JointFit, x: float | None = None) -> InterceptsAtX:
     """The log of the loss of each curve at one X, by a joint law.
 
     Args:
@@ -242,19 +244,19 @@ def levels_at_x(joint: JointFit, x: float | None = None) -> LevelsAtX:
         x: where; None takes the geometric mean of the curves' centers.
 
     Returns:
-        The levels with their intervals.
+        The intercepts with their intervals.
     """
     if x is None:
         x = math.exp(sum(c.log_x_mean for c in joint.curves) / len(joint.curves))
-    levels = {
+    intercepts = {
         c.label: Estimate.of(c.E.value - c.k.value * math.log(x), np.log(joint.loss_draws(c.label, x))) for c in joint.curves
     }
-    return LevelsAtX(x=x, levels=levels)
+    return InterceptsAtX(x=x, intercepts=intercepts)
 
 
 def _profile(p: Joint, curves: Sequence[Curve], space: Space, theta: np.ndarray) -> Profile:
     """The objective along N0 of the saturating form, K_max being fitted again at each: all at once."""
-    residual = p.best_levels(space.evaluate(theta, (p.n,)), p.data.y)[0]
+    residual = p.best_intercepts(space.evaluate(theta, (p.n,)), p.data.y)[0]
     grid = np.linspace(space.low[1], space.high[1], 81)
     low, high = (np.repeat(b[None], len(grid), axis=0) for b in (space.low, space.high))
     start = np.repeat(theta[None], len(grid), axis=0)
@@ -264,8 +266,8 @@ def _profile(p: Joint, curves: Sequence[Curve], space: Space, theta: np.ndarray)
     start[:, 0] = theta[0] * (1 + np.exp(grid) / p.n.max()) / (1 + math.exp(theta[1]) / p.n.max())
     y = np.broadcast_to(p.data.y, (len(grid), len(p.data.y)))
     found = p.fit_many(space, y, start, low, high)
-    values = p.data.cost(p.best_levels(space.evaluate(found, (p.n,)), y)[0], y)
-    # levels are parameters too, though they are projected out
+    values = p.data.cost(p.best_intercepts(space.evaluate(found, (p.n,)), y)[0], y)
+    # intercepts are parameters too, though they are projected out
     by_theta = space.jacobian(theta[None], (p.n,))[1]
     scale = 1.0 if p.data.log else p.data.y + residual  # d loss = loss d log loss
     design = np.concatenate([-by_theta[0][:, p.curve] * p.u, np.eye(len(p.n))[:, p.curve]]) * scale
@@ -306,11 +308,11 @@ def _spread(e: Estimate) -> float | None:
 
 
 def _joint_verdict(
-    cls: type[Slope], parameters: dict[str, Estimate], levels: Sequence[CurveLevel], sizes: Sequence[SizeFit],
+    cls: type[Slope], parameters: dict[str, Estimate], joint_curves: Sequence[JointCurve], sizes: Sequence[SizeFit],
     profile: Profile | None, without: Sequence[WithoutOne], resampled: Sequence[str],
 ) -> Verdict:  # fmt: skip
     why, cautions = [], []
-    num_sizes = len({c.params for c in levels})
+    num_sizes = len({c.params for c in joint_curves})
     if num_sizes < MIN_SIZES:
         why.append(f"{num_sizes} sizes, and a law of two parameters needs at least {MIN_SIZES}")
     falling = {s.params for s in sizes if s.verdict.ok}
@@ -335,7 +337,7 @@ def _joint_verdict(
         if values and min(*values, parameters[name].value) > 0 and max(values) / min(values) >= 3:
             worst = max(without, key=lambda w: abs(math.log(w.parameters[name] / parameters[name].value)))
             cautions.append(f"{name} moves to {worst.parameters[name]:.3g} without size {worst.size}: it hangs on that size")
-    for c in levels:
+    for c in joint_curves:
         if c.r2 is not None and c.r2 < 0:
             cautions.append(f"the law describes {c.label} worse than a constant would (R2 {c.r2:.2f})")
     for s in sizes:
@@ -343,7 +345,7 @@ def _joint_verdict(
             cautions.append(f"{s.label}: {s.verdict.why}")
     if not resampled:
         cautions.append("one run a size: the intervals do not cover the spread between runs")
-    elif len(resampled) < len(levels):
+    elif len(resampled) < len(joint_curves):
         cautions.append("some sizes have a single run: their spread between runs is not covered")
     return Verdict.of(why, cautions)
 
@@ -367,7 +369,7 @@ def fit_axis(
     Args:
         table: see `select_curves`.
         axis: a key of `AXES`.
-        kind: the kind of model, or "all" for all kinds together: one k(N), a level for each kind and size.
+        kind: the kind of model, or "all" for all kinds together: one k(N), an intercept for each kind and size.
         objective: one of `least_squares.OBJECTIVES`; "linear" is that of Tan et al.
         n_boot: bootstrap draws.
         seed: of the draws.
@@ -382,7 +384,7 @@ def fit_axis(
     """
     curves, chosen, left_out = select_curves(table, axis=axis, kind=kind, **selection)
     empty = AxisFit(
-        axis=axis, kind=kind, selection=chosen, left_out=tuple(left_out), sizes=(), joint=None, laws=(), levels=(),
+        axis=axis, kind=kind, selection=chosen, left_out=tuple(left_out), sizes=(), joint=None, laws=(), intercepts=(),
         held_out=(), choices=(), verdict=Verdict.of(["no size can be fitted: " + "; ".join(left_out)]),
     )  # fmt: skip
     if not curves:
@@ -406,12 +408,12 @@ def fit_axis(
         )
     joint = fit_joint(curves, axis=axis, kind=kind, objective=objective, n_boot=n_boot, seed=seed, sizes=sizes)
     held = growing_sizes(curves, objective=objective, seed=seed) if shapes else []
-    levels = fit_levels(joint) if num_sizes > MIN_SIZES else []
+    intercepts = fit_intercepts(joint) if num_sizes > MIN_SIZES else []
     return dataclasses.replace(
         out,
         joint=joint,
-        levels=tuple(levels),
-        at_one_x=levels_at_x(joint, levels[0].x if levels else None),
+        intercepts=tuple(intercepts),
+        at_one_x=intercepts_at_x(joint, intercepts[0].x if intercepts else None),
         held_out=(*held, *out.held_out),
         choices=((choose(held),) if held else ()) + out.choices,
         verdict=joint.verdict,

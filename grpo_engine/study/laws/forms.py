@@ -9,7 +9,7 @@ written with log10 is E / ln 10 (`e_log10`). Source of the law: Tan et al. 2025,
 | family | what it says | laws |
 |---|---|---|
 | slope | k(N) | `SaturatingSlope`, `PowerSlope`, `LogSlope` |
-| level | log of the loss at a reference X, for any N | `LineLevel`, `LogisticLevel`, `SaturatingLevel` |
+| intercept | log of the loss at a reference X, for any N | `LineIntercept`, `LogisticIntercept`, `SaturatingIntercept` |
 | curve | L(X) of one size | `LogLinear`, `FloorPower`, `ScaleRLSigmoid`, `ExponentialSaturation` |
 | surface | L(N, D) | `AdditiveLaw`, `LossDecomposition`; `JointLaw`: a slope law and a free E for each curve |
 | reuse | L(D, U), U different prompts | `ReuseLaw` |
@@ -226,11 +226,11 @@ Slope = SaturatingSlope | PowerSlope | LogSlope
 SLOPES: dict[str, type[Slope]] = {c.NAME: c for c in (SaturatingSlope, PowerSlope, LogSlope)}
 
 
-# --------------------------------------------------------------------------------------- level laws
+# --------------------------------------------------------------------------------------- intercept laws
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LineLevel(Law):
+class LineIntercept(Law):
     """log L = a + b log(N / n_ref) at a reference X: a power law of the loss in N. Above L = 1 it does not hold."""
 
     a: float  # log of the loss at n_ref
@@ -239,11 +239,11 @@ class LineLevel(Law):
 
     NAME: ClassVar[str] = "line"
     FORMULA: ClassVar[str] = "E(N) = a + b log(N / n_ref)"
-    GIVES: ClassVar[str] = "level"
+    GIVES: ClassVar[str] = "intercept"
     PARAMETERS: ClassVar[tuple[str, ...]] = ("a", "b")
     LINEAR: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    def level(self, n: Array) -> np.ndarray:
+    def intercept(self, n: Array) -> np.ndarray:
         """Log of the loss at the reference X.
 
         Args:
@@ -269,7 +269,7 @@ class LineLevel(Law):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LogisticLevel(Law):
+class LogisticIntercept(Law):
     """L = 1 / (1 + (N / N_half)^g) at a reference X: 1 for small models, a power law of exponent -g for large ones."""
 
     N_half: float  # parameters at which half of the problems are solved
@@ -277,12 +277,12 @@ class LogisticLevel(Law):
 
     NAME: ClassVar[str] = "logistic"
     FORMULA: ClassVar[str] = "E(N) = -log(1 + (N / N_half)^g)"
-    GIVES: ClassVar[str] = "level"
+    GIVES: ClassVar[str] = "intercept"
     PARAMETERS: ClassVar[tuple[str, ...]] = ("N_half", "g")
     LOG: ClassVar[tuple[str, ...]] = ("N_half",)
 
-    def level(self, n: Array) -> np.ndarray:
-        """Log of the loss at the reference X; see `LineLevel.level`."""
+    def intercept(self, n: Array) -> np.ndarray:
+        """Log of the loss at the reference X; see `LineIntercept.intercept`."""
         return -np.log1p((_float(n) / self.N_half) ** self.g)
 
     @classmethod
@@ -296,7 +296,7 @@ class LogisticLevel(Law):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SaturatingLevel(Law):
+class SaturatingIntercept(Law):
     """log L = a - b N / (N + N1) at a reference X: falls from a for small models to a - b for large ones.
 
     The code of Tan et al. has E(N) = E_max N / (N + N1) among its forms; a is added here, because at a reference X
@@ -309,13 +309,13 @@ class SaturatingLevel(Law):
 
     NAME: ClassVar[str] = "saturating"
     FORMULA: ClassVar[str] = "E(N) = a - b N / (N + N1)"
-    GIVES: ClassVar[str] = "level"
+    GIVES: ClassVar[str] = "intercept"
     PARAMETERS: ClassVar[tuple[str, ...]] = ("a", "b", "N1")
     LOG: ClassVar[tuple[str, ...]] = ("N1",)
     LINEAR: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    def level(self, n: Array) -> np.ndarray:
-        """Log of the loss at the reference X; see `LineLevel.level`."""
+    def intercept(self, n: Array) -> np.ndarray:
+        """Log of the loss at the reference X; see `LineIntercept.intercept`."""
         n = _float(n)
         return self.a - self.b * n / (n + self.N1)
 
@@ -329,8 +329,8 @@ class SaturatingLevel(Law):
         }
 
 
-Level = LineLevel | LogisticLevel | SaturatingLevel
-LEVELS: dict[str, type[Level]] = {c.NAME: c for c in (LineLevel, LogisticLevel, SaturatingLevel)}
+Intercept = LineIntercept | LogisticIntercept | SaturatingIntercept
+INTERCEPTS: dict[str, type[Intercept]] = {c.NAME: c for c in (LineIntercept, LogisticIntercept, SaturatingIntercept)}
 
 
 # --------------------------------------------------------------------------------------- curve laws
@@ -507,7 +507,7 @@ class JointLaw:
     """log L = -k(N) log X + E, one slope law for all curves and one free E for each.
 
     Tan et al. 2025, equations 6 and 8. A curve is one size of one kind of model (base or instruct). Tan et al. offer
-    no law for E(N), so a size that was not measured has no E; the level laws are ours.
+    no law for E(N), so a size that was not measured has no E; the intercept laws are ours.
     """
 
     slope: Slope

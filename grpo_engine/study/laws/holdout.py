@@ -2,7 +2,7 @@
 
 Three tests. In each the law sees nothing of the target, and neither does the rule it is compared with:
   * *largest size*: k and E of the largest size, both from the smaller ones. One row more is not a prediction and says
-    so: the level taken from the target itself, as Tan et al. 2025 do it ("only the slope is tested").
+    so: the intercept taken from the target itself, as Tan et al. 2025 do it ("only the slope is tested").
   * *late steps*: a curve's own law, from the first part of its points.
   * *other set*: how far the loss of one test set falls, from how far those of the other sets fall.
 
@@ -21,26 +21,26 @@ from scipy.special import stdtrit
 from grpo_engine.evaluate.intervals import interval
 from grpo_engine.study.laws.bootstrap import resample
 from grpo_engine.study.laws.curves import Curve, keep
-from grpo_engine.study.laws.forms import CURVES, LEVELS, SLOPES, LineLevel
+from grpo_engine.study.laws.forms import CURVES, INTERCEPTS, SLOPES, LineIntercept
 from grpo_engine.study.laws.law_fit import curve_problem
-from grpo_engine.study.laws.least_squares import Data, Joint, Problem
+from grpo_engine.study.laws.least_squares import Data, FitProblem, Joint
 from grpo_engine.study.laws.results import HeldOut, LawChoice, r_squared
 
-LEVEL = 0.9  # of prediction intervals
+CONFIDENCE = 0.9  # of prediction intervals
 FIRST = 0.4  # share of a curve from which its late steps are predicted
 LAST = 0.2  # share of a curve that counts as late
-LAST_SIZES = 3  # that a local line of levels goes through
+LAST_SIZES = 3  # that a local line of intercepts goes through
 FEWEST = 5  # points that a curve law may be fitted to
 DRAWS = 100
 
 
 def largest_size(curves: Sequence[Curve], *, objective: str = "linear", draws: int = DRAWS, seed: int = 0) -> list[HeldOut]:
-    """Predicts every curve of the largest size from the smaller ones, by each pair of a slope law and a level law.
+    """Predicts every curve of the largest size from the smaller ones, by each pair of a slope law and an intercept law.
 
-    A joint law is fitted to the smaller sizes, its levels are taken at the target's middle X (the X that was planned,
-    which is no result), and a level law of `laws.LEVELS`, or a line through the last three of them, continues them. The
-    interval holds the draws of the joint fit, the scatter of the smaller sizes about the level law, and the scatter of
-    points about a curve.
+    A joint law is fitted to the smaller sizes, its intercepts are taken at the target's middle X (the X that was planned,
+    which is no result), and an intercept law of `laws.INTERCEPTS`, or a line through the last three of them, continues
+    them. The interval holds the draws of the joint fit, the scatter of the smaller sizes about the intercept law, and
+    the scatter of points about a curve.
 
     Args:
         curves: of `select_curves`; at least three sizes below the largest of the target's kind, otherwise nothing is
@@ -50,7 +50,7 @@ def largest_size(curves: Sequence[Curve], *, objective: str = "linear", draws: i
         seed: of the draws.
 
     Returns:
-        One row for each curve of the largest size and each pair of laws; then one for each slope law with the level
+        One row for each curve of the largest size and each pair of laws; then one for each slope law with the intercept
         calibrated on the target.
 
     Raises:
@@ -115,21 +115,21 @@ def _predict_size(target: Curve, below: Sequence[Curve], objective: str, draws: 
     rng = np.random.default_rng([seed, 3])
     for slope in SLOPES.values():
         space, theta = p.fit(slope, own)
-        residual, at_center = p.best_levels(space.evaluate(theta, (p.n,)), y)
+        residual, at_center = p.best_intercepts(space.evaluate(theta, (p.n,)), y)
         sets = resample(below, y, y + residual, log=p.data.log, draws=draws, rng=rng)
         thetas = np.concatenate([theta[None], p.fit_many(space, sets, np.repeat(theta[None], draws, axis=0))])
         k = space.evaluate(thetas, (p.n,))
-        level = np.concatenate([at_center[None], p.best_levels(k[1:], sets)[1]]) - k * (center - p.center)
+        intercept = np.concatenate([at_center[None], p.best_intercepts(k[1:], sets)[1]]) - k * (center - p.center)
         k_target = space.evaluate(thetas, (np.array([target.params]),))[:, 0]
         noise = _point_scatter(residual, y, p.data.log, len(below) + len(theta))
         name = f"{slope.NAME} k"
         near = p.n >= np.sort(p.n)[-LAST_SIZES]
-        levels = [(law, form, np.full(len(below), True)) for law, form in LEVELS.items()]
-        for law, form, those in [*levels, ("local line", LineLevel, near)]:
+        intercepts = [(law, form, np.full(len(below), True)) for law, form in INTERCEPTS.items()]
+        for law, form, those in [*intercepts, ("local line", LineIntercept, near)]:
             spare = int(those.sum()) - len(form.PARAMETERS)
             if spare < 1 or (law == "local line" and those.all()):
                 continue
-            e, e_draws = _continue_level(p.n[those], level[:, those], form, target.params, spare, rng)
+            e, e_draws = _continue_intercept(p.n[those], intercept[:, those], form, target.params, spare, rng)
             fitted = np.exp(e - k_target[0] * u)
             many = np.exp(e_draws[:, None] - k_target[1:, None] * u)
             band = _band(many, noise, rng)
@@ -137,21 +137,21 @@ def _predict_size(target: Curve, below: Sequence[Curve], objective: str, draws: 
         z = np.exp(-k_target[0] * u)
         fitted = z * float(z @ target.loss) / float(z @ z)
         calibrated.append(
-            _score("largest size", f"{name}, own level", target, fitted, None, naive, "its level: only k is tested")
+            _score("largest size", f"{name}, own intercept", target, fitted, None, naive, "its intercept: only k is tested")
         )
     return out + calibrated
 
 
-def _continue_level(
-    n: np.ndarray, level: np.ndarray, form: type, target: float, spare: int, rng: np.random.Generator
+def _continue_intercept(
+    n: np.ndarray, intercept: np.ndarray, form: type, target: float, spare: int, rng: np.random.Generator
 ) -> tuple[float, np.ndarray]:
-    """The level at another size by a level law: of the first row of `level` [1 + draws, M], and of each draw."""
-    problem = Problem.of(form, (n,), Data.of(level[0], np.full(len(n), 1.0 / len(n)), "linear"))
+    """The intercept at another size by an intercept law: of the first row of `intercept` [1 + draws, M], and of each."""
+    problem = FitProblem.of(form, (n,), Data.of(intercept[0], np.full(len(n), 1.0 / len(n)), "linear"))
     theta = problem.best()
-    error = problem.error(theta, level[0])
+    error = problem.error(theta, intercept[0])
     scatter = math.sqrt(float(error @ error) / spare)
     # every size is off the law by as much as those that were seen, the target too
-    sets = level[1:] + scatter * rng.standard_normal(level[1:].shape)
+    sets = intercept[1:] + scatter * rng.standard_normal(intercept[1:].shape)
     found = problem.solve(sets, np.repeat(theta[None], len(sets), axis=0))
     at = (np.array([target]),)
     off = scatter * rng.standard_t(spare, len(sets))
@@ -215,7 +215,7 @@ def late_steps(curve: Curve, *, first: float = FIRST, last: float = LAST, object
             rng=rng,
             design=problem.design(theta),
             alone=True,
-            level=LEVEL,
+            confidence=CONFIDENCE,
         )
         found = problem.solve(sets, np.repeat(theta[None], DRAWS, axis=0))
         fitted = problem.space.evaluate(theta, (target.x,))
@@ -258,7 +258,7 @@ def other_set(curves_by_set: dict[str, Sequence[Curve]], target: str) -> list[He
             continue
         fall = np.array([np.interp(np.log(c.x), np.log(o.x), np.log(o.loss) - math.log(o.loss_before)) for o in others])
         middle, m = fall.mean(axis=0), len(others)
-        wide = fall.std(axis=0, ddof=1) * math.sqrt(1 + 1 / m) * float(stdtrit(m - 1, (1 + LEVEL) / 2))
+        wide = fall.std(axis=0, ddof=1) * math.sqrt(1 + 1 / m) * float(stdtrit(m - 1, (1 + CONFIDENCE) / 2))
         fitted = c.loss_before * np.exp(middle)
         band = (fitted * np.exp(-wide), fitted * np.exp(wide))
         rules = {"no change": np.full(len(c.x), c.loss_before)}
@@ -287,7 +287,7 @@ def choose(rows: Sequence[HeldOut]) -> LawChoice:
     """
     if not rows:
         raise ValueError("rows: must hold at least one prediction, got none")
-    rows = [r for r in rows if not r.used.startswith("its level")] or list(rows)
+    rows = [r for r in rows if not r.tests_only_slope] or list(rows)
     test = rows[0].test
     squares: dict[str, dict[str, float]] = {}
     for r in rows:
@@ -336,7 +336,7 @@ def _point_scatter(residual: np.ndarray, y: np.ndarray, log: bool, spent: int) -
 
 def _band(draws: np.ndarray, noise: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Where points [n] will lie, given draws [draws, n] of their curve."""
-    low, high = interval(draws * np.exp(noise * rng.standard_normal(draws.shape)), LEVEL)
+    low, high = interval(draws * np.exp(noise * rng.standard_normal(draws.shape)), CONFIDENCE)
     return low, high
 
 
@@ -357,6 +357,6 @@ def _score(
         skill[rule] = 1 - error / wrong if wrong > 0 else None
     return HeldOut(
         test=test, law=law, target=label or target.label, used=used, num_points=len(loss), log_error=math.sqrt(error),
-        bias=float(np.mean(fitted - target.loss)), r2=r_squared(target.loss, fitted), coverage=inside, level=LEVEL,
+        bias=float(np.mean(fitted - target.loss)), r2=r_squared(target.loss, fitted), coverage=inside, confidence=CONFIDENCE,
         skill=skill,
     )  # fmt: skip

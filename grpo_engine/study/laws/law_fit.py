@@ -1,4 +1,4 @@
-"""Fits of single laws: of one curve, of a surface over sizes and data, of reuse, of the levels of a joint law."""
+"""Fits of single laws: of one curve, of a surface over sizes and data, of reuse, of the intercepts of a joint law."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_engine.evaluate.intervals import LEVEL
+from grpo_engine.evaluate.intervals import CONFIDENCE
 from grpo_engine.study.laws.bootstrap import profile_interval, profile_limits
 from grpo_engine.study.laws.curves import Curve
-from grpo_engine.study.laws.forms import LEVELS, AdditiveLaw, CurveLaw, LossDecomposition, ReuseLaw
-from grpo_engine.study.laws.least_squares import Data, Problem
-from grpo_engine.study.laws.results import CurveScore, Estimate, JointFit, LawFit, LevelFit, Verdict, draws_of, r_squared
+from grpo_engine.study.laws.forms import INTERCEPTS, AdditiveLaw, CurveLaw, LossDecomposition, ReuseLaw
+from grpo_engine.study.laws.least_squares import Data, FitProblem
+from grpo_engine.study.laws.results import CurveScore, Estimate, InterceptFit, JointFit, LawFit, Verdict, draws_of, r_squared
 
 
-def curve_problem(curve: Curve, form: type[CurveLaw], objective: str) -> Problem:
+def curve_problem(curve: Curve, form: type[CurveLaw], objective: str) -> FitProblem:
     """The problem of fitting a law to one curve; a loss that was measured at step 0 fixes R0.
 
     Args:
@@ -35,17 +35,17 @@ def curve_problem(curve: Curve, form: type[CurveLaw], objective: str) -> Problem
     known = {}
     if "R0" in form.PARAMETERS and curve.loss_before is not None:
         known["R0"] = 1.0 - curve.loss_before
-    return Problem.of(form, (curve.x,), _data([curve], objective), known)
+    return FitProblem.of(form, (curve.x,), _data([curve], objective), known)
 
 
-def fit_curve(curve: Curve, form: type[CurveLaw], *, objective: str = "linear", level: float = LEVEL) -> LawFit:
+def fit_curve(curve: Curve, form: type[CurveLaw], *, objective: str = "linear", confidence: float = CONFIDENCE) -> LawFit:
     """Fits a law to one curve, and says whether its asymptote can be seen.
 
     Args:
         curve: at least one point more than the law has parameters.
         form: a law of `laws.CURVES`.
         objective: one of `least_squares.OBJECTIVES`.
-        level: of the profile intervals. An end of None is open: up to the bound, every value describes the points.
+        confidence: of the profile intervals. An end of None is open: up to the bound, every value describes the points.
 
     Returns:
         The fit.
@@ -53,7 +53,7 @@ def fit_curve(curve: Curve, form: type[CurveLaw], *, objective: str = "linear", 
     Raises:
         ValueError: see `curve_problem`.
     """
-    return _law_fit(curve_problem(curve, form, objective), [curve], curve.label, level)
+    return _law_fit(curve_problem(curve, form, objective), [curve], curve.label, confidence)
 
 
 def fit_surface(
@@ -61,7 +61,7 @@ def fit_surface(
     form: type[AdditiveLaw] | type[LossDecomposition],
     *,
     objective: str = "linear",
-    level: float = LEVEL,
+    confidence: float = CONFIDENCE,
 ) -> LawFit:
     """Fits a law of N and D to all curves at once, every curve having the same total weight.
 
@@ -69,7 +69,7 @@ def fit_surface(
         curves: of `select_curves`; more points than the law has parameters.
         form: `AdditiveLaw` or `LossDecomposition`.
         objective: one of `least_squares.OBJECTIVES`.
-        level: of the profile intervals; per-curve parameters get none.
+        confidence: of the profile intervals; per-curve parameters get none.
 
     Returns:
         The fit, with the R2 of every curve.
@@ -85,17 +85,17 @@ def fit_surface(
     coordinates = [np.array([c.params for c in curves])[which], np.concatenate([c.x for c in curves])]
     if form.PER_CURVE:
         coordinates.append(which)
-    return _law_fit(Problem.of(form, coordinates, _data(curves, objective)), curves, "all", level)
+    return _law_fit(FitProblem.of(form, coordinates, _data(curves, objective)), curves, "all", confidence)
 
 
-def fit_reuse(curves: Sequence[Curve], *, objective: str = "linear", level: float = LEVEL) -> LawFit:
+def fit_reuse(curves: Sequence[Curve], *, objective: str = "linear", confidence: float = CONFIDENCE) -> LawFit:
     """What a repeated prompt is worth, from runs of one size that differ in how often they repeat.
 
     Args:
         curves: along the axis "data", of one size and kind, each with its count of different prompts: at least one
             that repeats and one that does not. `curves.curves_by(table, "tau")` gives them.
         objective: one of `least_squares.OBJECTIVES`.
-        level: of the profile intervals.
+        confidence: of the profile intervals.
 
     Returns:
         The fit of `ReuseLaw`. An open upper end of `worth` says that the data show no loss from repeating; an open
@@ -112,20 +112,20 @@ def fit_reuse(curves: Sequence[Curve], *, objective: str = "linear", level: floa
     coordinates = (np.concatenate([c.x for c in curves]), np.concatenate(unique))
     if not np.any(coordinates[0] > 1.5 * coordinates[1]):
         raise ValueError(f"curves: no curve of {curves[0].label} repeats its prompts, so nothing tells what that is worth")
-    return _law_fit(Problem.of(ReuseLaw, coordinates, _data(curves, objective)), curves, curves[0].label, level)
+    return _law_fit(FitProblem.of(ReuseLaw, coordinates, _data(curves, objective)), curves, curves[0].label, confidence)
 
 
-def fit_levels(joint: JointFit, *, x: float | None = None, level: float = LEVEL) -> list[LevelFit]:
-    """Laws of E(N): each of `laws.LEVELS`, fitted to the levels of a joint law.
+def fit_intercepts(joint: JointFit, *, x: float | None = None, confidence: float = CONFIDENCE) -> list[InterceptFit]:
+    """Laws of E(N): each of `laws.INTERCEPTS`, fitted to the intercepts of a joint law.
 
     Every size counts the same. The interval of a parameter combines the draws of the joint fit with the scatter of the
     sizes about the law; with as many sizes as parameters there is no scatter to be seen, and no fit.
 
     Args:
         joint: the joint law.
-        x: where the levels are taken; None takes the geometric mean of the curves' centers. Slopes and levels are least
-            correlated there.
-        level: of the intervals.
+        x: where the intercepts are taken; None takes the geometric mean of the curves' centers. Slopes and intercepts are
+            least correlated there.
+        confidence: of the intervals.
 
     Returns:
         The fits that the number of sizes allows, the smallest misfit first.
@@ -137,28 +137,28 @@ def fit_levels(joint: JointFit, *, x: float | None = None, level: float = LEVEL)
     drawn = e_draws - k_draws * math.log(x)
     rng = np.random.default_rng([joint.bootstrap.seed, 4])
     out = []
-    for form in LEVELS.values():
+    for form in INTERCEPTS.values():
         spare = len(n) - len(form.PARAMETERS)
         if spare < 1:
             continue
-        problem = Problem.of(form, (n,), Data.of(values, np.full(len(n), 1.0 / len(n)), "linear"))
+        problem = FitProblem.of(form, (n,), Data.of(values, np.full(len(n), 1.0 / len(n)), "linear"))
         theta = problem.best()
         error = problem.error(theta, values)
         misfit = math.sqrt(float(error @ error) / spare)
-        # the levels' own noise is in the misfit already
+        # the intercepts' own noise is in the misfit already
         beyond = math.sqrt(max(0.0, misfit**2 - float(np.mean(drawn.var(axis=0)))))
         scattered = drawn + beyond * rng.standard_t(spare, drawn.shape)
         found = problem.solve(scattered, np.repeat(theta[None], len(drawn), axis=0))
         law, parts = problem.space.law(theta), problem.space.values(found)
         parameters = {
-            q: Estimate.of(getattr(law, q), parts[q][:, 0], problem.space.end_of(i, theta), level)
+            q: Estimate.of(getattr(law, q), parts[q][:, 0], problem.space.end_of(i, theta), confidence)
             for i, q in enumerate(parts)
         }
         out.append(
-            LevelFit(
+            InterceptFit(
                 law=form.NAME, formula=form.FORMULA, x=x, parameters=parameters, fixed=problem.space.fixed,
-                levels={
-                    c.label: Estimate.of(v, d, level=level)
+                intercepts={
+                    c.label: Estimate.of(v, d, confidence=confidence)
                     for c, v, d in zip(joint.curves, values, drawn.T, strict=True)
                 },
                 misfit=misfit, verdict=Verdict.of(_at_bounds(parameters)),
@@ -176,7 +176,7 @@ def _data(curves: Sequence[Curve], objective: str) -> Data:
     )  # fmt: skip
 
 
-def _law_fit(problem: Problem, curves: Sequence[Curve], label: str, level: float) -> LawFit:
+def _law_fit(problem: FitProblem, curves: Sequence[Curve], label: str, confidence: float) -> LawFit:
     space, form = problem.space, problem.space.form
     theta = problem.best()
     fitted = space.evaluate(theta, problem.coordinates)
@@ -184,7 +184,7 @@ def _law_fit(problem: Problem, curves: Sequence[Curve], label: str, level: float
     ends = np.cumsum([len(c.x) for c in curves])[:-1]
     names = [q for q in space.names if q not in form.PER_CURVE]
     residual, design = problem.weighted(theta)
-    limits = profile_limits(residual, design, curves, log=problem.data.log, level=level)
+    limits = profile_limits(residual, design, curves, log=problem.data.log, confidence=confidence)
     profile = profile_interval(problem, theta, limits, names)
     values, parameters = space.values(theta), {}
     for q in space.names:

@@ -9,7 +9,7 @@ of near numbers is taken, so it is exact to rounding, and a law need only be wri
 
 Two ways keep the searches small. *Starts*: over a grid of the parameters that are not linear, the linear ones are
 solved for, and the best corners of the grid begin a search (`starts`). *Projection*: in a joint law every curve has a
-free level; given the slopes, the best levels have a closed form, so that only the parameters of k(N) are searched,
+free intercept; given the slopes, the best intercepts have a closed form, so that only the parameters of k(N) are searched,
 however many sizes there are (`Joint`; variable projection, Golub and Pereyra 1973).
 
 | objective | what is minimised |
@@ -221,7 +221,7 @@ def solve(residual: Residual, data: Data, y: np.ndarray, theta: np.ndarray, low:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Problem:
+class FitProblem:
     """A law and the data that it is fitted to."""
 
     space: Space
@@ -270,7 +270,7 @@ class Problem:
     @classmethod
     def of(
         cls, form: type[Law], coordinates: Sequence[np.ndarray], data: Data, known: Mapping[str, float] | None = None
-    ) -> Problem:
+    ) -> FitProblem:
         """The problem of fitting a law.
 
         Args:
@@ -362,7 +362,7 @@ def starts(space: Space, coordinates: Sequence[np.ndarray], data: Data, count: i
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Joint:
-    """All points of several curves end to end, the level of each curve being projected out: M curves, n points."""
+    """All points of several curves end to end, the intercept of each curve being projected out: M curves, n points."""
 
     n: np.ndarray  # [M] parameters
     center: np.ndarray  # [M] mean of log x
@@ -419,7 +419,7 @@ class Joint:
     def project(
         self, k: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Residuals for given slopes, the levels being the best.
+        """Residuals for given slopes, the intercepts being the best.
 
         Args:
             k: [..., M], slope of each curve.
@@ -427,7 +427,7 @@ class Joint:
             weight: [..., n]; None takes those of the data.
 
         Returns:
-            residual [..., n], its derivative by the slope of its curve [..., n], log of the level at the curve's
+            residual [..., n], its derivative by the slope of its curve [..., n], log of the intercept at the curve's
             center [..., M].
         """
         weight = self.data.weight if weight is None else weight
@@ -437,29 +437,29 @@ class Joint:
 
         if self.data.log:
             all_of = total(weight)
-            level = total(weight * (y + k[..., self.curve] * self.u)) / all_of
-            residual = level[..., self.curve] - k[..., self.curve] * self.u - y
+            intercept = total(weight * (y + k[..., self.curve] * self.u)) / all_of
+            residual = intercept[..., self.curve] - k[..., self.curve] * self.u - y
             slope = (total(weight * self.u) / all_of)[..., self.curve] - self.u
-            return residual, np.broadcast_to(slope, residual.shape), level
+            return residual, np.broadcast_to(slope, residual.shape), intercept
         z = np.exp(-k[..., self.curve] * self.u)
         wz = weight * z
         zz = total(wz * z)
-        level = total(wz * y) / zz
-        d_level = (-total(self.u * wz * y) + 2.0 * level * total(self.u * wz * z)) / zz
-        residual = level[..., self.curve] * z - y
-        slope = (d_level[..., self.curve] - level[..., self.curve] * self.u) * z
-        return residual, slope, np.log(np.maximum(level, 1e-300))
+        intercept = total(wz * y) / zz
+        d_intercept = (-total(self.u * wz * y) + 2.0 * intercept * total(self.u * wz * z)) / zz
+        residual = intercept[..., self.curve] * z - y
+        slope = (d_intercept[..., self.curve] - intercept[..., self.curve] * self.u) * z
+        return residual, slope, np.log(np.maximum(intercept, 1e-300))
 
-    def best_levels(self, k: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(residual [..., n], log level [..., M]) under the objective itself, weights that depend on the fit included."""
-        residual, _, level = self.project(k, y)
+    def best_intercepts(self, k: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(residual [..., n], log intercept [..., M]) under the objective itself, with weights that depend on the fit."""
+        residual, _, intercept = self.project(k, y)
         if self.data.objective in ("huber", "binomial"):
             for _ in range(40):
-                before = level
-                residual, _, level = self.project(k, y, self.data.reweighted(residual, y))
-                if np.max(np.abs(level - before)) < 1e-9:
+                before = intercept
+                residual, _, intercept = self.project(k, y, self.data.reweighted(residual, y))
+                if np.max(np.abs(intercept - before)) < 1e-9:
                     break
-        return residual, level
+        return residual, intercept
 
     def own_slopes(self, y: np.ndarray) -> np.ndarray:
         """The best slope of each curve by itself: y [B, n] -> k [B, M]."""
@@ -493,7 +493,7 @@ class Joint:
         self, space: Space, y: np.ndarray, theta: np.ndarray, low: np.ndarray | None = None,
         high: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """Parameters of k(N) for data sets y [B, n] from theta [B, q]; low and high as in `Problem.solve`."""
+        """Parameters of k(N) for data sets y [B, n] from theta [B, q]; low and high as in `FitProblem.solve`."""
 
         def residual(t: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             k, by_theta = space.jacobian(t, (self.n,))
@@ -519,5 +519,5 @@ class Joint:
         theta = starts(space, (self.n,), rough, 8)
         y = np.broadcast_to(self.data.y, (len(theta), len(self.data.y)))
         found = self.fit_many(space, y, theta)
-        cost = self.data.cost(self.best_levels(space.evaluate(found, (self.n,)), y)[0], y)
+        cost = self.data.cost(self.best_intercepts(space.evaluate(found, (self.n,)), y)[0], y)
         return space, found[int(np.argmax(cost <= cost.min() * (1 + 1e-9) + 1e-300))]

@@ -41,13 +41,13 @@ def levenberg_marquardt(
         new_cost, new_gradient, new_normal = at(there, live)
         better = new_cost <= cost
         moved = np.max(np.abs(there - t) / (1e-3 + np.abs(t)), axis=1)
-        settled = better & (cost - new_cost <= 1e-11 * cost) & (damping < 1.0)
+        converged = better & (cost - new_cost <= 1e-11 * cost) & (damping < 1.0)
         theta[live] = np.where(better[:, None], there, t)
         cost = np.where(better, new_cost, cost)
         gradient = np.where(better[:, None], new_gradient, gradient)
         normal = np.where(better[:, None, None], new_normal, normal)
         damping = np.clip(np.where(better, damping / 5, damping * 8), 1e-12, 1e12)
-        going = (moved >= 1e-9) & (damping < 1e12) & ~settled
+        going = (moved >= 1e-9) & (damping < 1e12) & ~converged
         if not going.any():
             break
         live, cost, gradient, normal, damping = (v[going] for v in (live, cost, gradient, normal, damping))

@@ -5,7 +5,7 @@
 A simulated study has the noise of a real one. A test set of 500 problems is answered 4 times each: the problems are the
 same throughout, so what remains is the drawing of answers, with a share of the binomial variance that problems of
 unequal difficulty leave. A run drifts: its deviation from the law is a stationary chain along the evaluations
-(correlation 0.7 from one to the next), which the mean over runs does not remove. Intervals have level 0.9.
+(correlation 0.7 from one to the next), which the mean over runs does not remove. Intervals have a confidence of 0.9.
 
 docs/laws.md holds the table of the full run.
 """
@@ -26,21 +26,21 @@ from grpo_engine.study.laws.forms import (
     AdditiveLaw,
     ExponentialSaturation,
     FloorPower,
-    LineLevel,
-    LogisticLevel,
+    LineIntercept,
+    LogisticIntercept,
     LogLinear,
     LogSlope,
     LossDecomposition,
     PowerSlope,
     ReuseLaw,
-    SaturatingLevel,
+    SaturatingIntercept,
     SaturatingSlope,
     ScaleRLSigmoid,
 )
-from grpo_engine.study.laws.law_fit import fit_curve, fit_levels, fit_reuse, fit_surface
+from grpo_engine.study.laws.law_fit import fit_curve, fit_intercepts, fit_reuse, fit_surface
 from grpo_engine.study.laws.results import Estimate
 
-LEVEL = 0.9
+CONFIDENCE = 0.9
 ANSWERS = 500 * 4
 WITHIN = 0.6  # share of L (1 - L) that answers to problems of unequal difficulty have among themselves
 POINTS, STEPS, BATCH = 24, 100, 64
@@ -124,44 +124,51 @@ def _single(loss: np.ndarray, before: float | None = None) -> Simulate:
 
 def _joint(slope: Any) -> Plant:
     middle = math.log(BATCH * math.sqrt(STEPS))
-    level = LogisticLevel(N_half=6e6, g=0.6)
+    intercept = LogisticIntercept(N_half=6e6, g=0.6)
 
     def loss(n: float, d: np.ndarray, i: int) -> np.ndarray:
-        return np.exp(float(level.level(n)) - float(slope.k(n)) * (np.log(d) - middle))
+        return np.exp(float(intercept.intercept(n)) - float(slope.k(n)) * (np.log(d) - middle))
 
     k = float(slope.k(SIZES[3]))
     truth = {q: getattr(slope, q) for q in slope.PARAMETERS}
-    truth |= {"k of s3": k, "E of s3": float(level.level(SIZES[3])) + k * middle}
+    truth |= {"k of s3": k, "E of s3": float(intercept.intercept(SIZES[3])) + k * middle}
 
     def fit(curves: list[Curve], seed: int) -> dict[str, Estimate]:
         sizes = fit_sizes(curves, n_boot=20, seed=seed)  # their intervals are not looked at
         joint = fit_joint(
-            curves, axis="data", form=slope.NAME, n_boot=DRAWS, seed=seed, level=LEVEL, sizes=sizes, leave_out=False
+            curves,
+            axis="data",
+            form=slope.NAME,
+            n_boot=DRAWS,
+            seed=seed,
+            confidence=CONFIDENCE,
+            sizes=sizes,
+            leave_out=False,
         )
         return joint.parameters | {"k of s3": joint.curves[3].k, "E of s3": joint.curves[3].E}
 
     return Plant(truth=truth, simulate=_ladder(loss), fit=fit)
 
 
-def _level(level: Any) -> Plant:
+def _intercept(intercept: Any) -> Plant:
     x, slope = BATCH * math.sqrt(STEPS), SaturatingSlope(K_max=0.15, N0=2e6)
 
     def loss(n: float, d: np.ndarray, i: int) -> np.ndarray:
-        return np.exp(float(level.level(n)) - float(slope.k(n)) * np.log(d / x))
+        return np.exp(float(intercept.intercept(n)) - float(slope.k(n)) * np.log(d / x))
 
     def fit(curves: list[Curve], seed: int) -> dict[str, Estimate]:
         sizes = fit_sizes(curves, n_boot=20, seed=seed)
-        joint = fit_joint(curves, axis="data", n_boot=DRAWS, seed=seed, level=LEVEL, sizes=sizes, leave_out=False)
-        return next(f for f in fit_levels(joint, x=x, level=LEVEL) if f.law == level.NAME).parameters
+        joint = fit_joint(curves, axis="data", n_boot=DRAWS, seed=seed, confidence=CONFIDENCE, sizes=sizes, leave_out=False)
+        return next(f for f in fit_intercepts(joint, x=x, confidence=CONFIDENCE) if f.law == intercept.NAME).parameters
 
-    return Plant(truth={q: getattr(level, q) for q in level.PARAMETERS}, simulate=_ladder(loss), fit=fit)
+    return Plant(truth={q: getattr(intercept, q) for q in intercept.PARAMETERS}, simulate=_ladder(loss), fit=fit)
 
 
 def _curve(law: Any, *, measured_start: bool = False) -> Plant:
     before = 1 - law.R0 if measured_start else None
 
     def fit(curves: list[Curve], seed: int) -> Mapping[str, Estimate]:
-        return fit_curve(curves[0], type(law), level=LEVEL).parameters
+        return fit_curve(curves[0], type(law), confidence=CONFIDENCE).parameters
 
     known = {"R0"} if measured_start else set()
     return Plant(
@@ -172,7 +179,7 @@ def _curve(law: Any, *, measured_start: bool = False) -> Plant:
 
 def _own_slope(law: LogLinear) -> Plant:
     def fit(curves: list[Curve], seed: int) -> dict[str, Estimate]:
-        (size,) = fit_sizes(curves, n_boot=DRAWS, seed=seed, level=LEVEL)
+        (size,) = fit_sizes(curves, n_boot=DRAWS, seed=seed, confidence=CONFIDENCE)
         return {"k": size.k, "E": size.E}
 
     return Plant(truth={"k": law.k, "E": law.E}, simulate=_single(law.loss(steps() * float(BATCH))), fit=fit)
@@ -182,7 +189,7 @@ def _additive() -> Plant:
     law = AdditiveLaw(A=0.25, a=0.25, B=0.06, b=0.4, L_inf=0.2, n_ref=2e6, d_ref=640.0)
 
     def fit(curves: list[Curve], seed: int) -> dict[str, Estimate]:
-        found = fit_surface(curves, AdditiveLaw, level=LEVEL).parameters
+        found = fit_surface(curves, AdditiveLaw, confidence=CONFIDENCE).parameters
         return {q: found[q] for q in ("a", "b", "L_inf")}  # A and B are told at other references
 
     truth = {q: getattr(law, q) for q in ("a", "b", "L_inf")}
@@ -196,7 +203,7 @@ def _decomposition() -> Plant:
     )  # fmt: skip
 
     def fit(curves: list[Curve], seed: int) -> dict[str, Estimate]:
-        found = fit_surface(curves, LossDecomposition, level=LEVEL).parameters
+        found = fit_surface(curves, LossDecomposition, confidence=CONFIDENCE).parameters
         return {q: found[q] for q in ("L_inf", "alpha", "beta")}
 
     truth = {q: getattr(law, q) for q in ("L_inf", "alpha", "beta")}
@@ -215,7 +222,7 @@ def _reuse() -> Plant:
         ]  # fmt: skip
 
     def fit(curves: list[Curve], seed: int) -> Mapping[str, Estimate]:
-        return fit_reuse(curves, level=LEVEL).parameters
+        return fit_reuse(curves, confidence=CONFIDENCE).parameters
 
     return Plant(truth={q: getattr(law, q) for q in law.PARAMETERS}, simulate=simulate, fit=fit)
 
@@ -225,9 +232,9 @@ PLANTS: dict[str, Callable[[], Plant]] = {
     "saturating k": lambda: _joint(SaturatingSlope(K_max=0.15, N0=2e6)),
     "power k": lambda: _joint(PowerSlope(a=0.07, gamma=0.35, n_ref=float(np.exp(np.mean(np.log(SIZES)))))),
     "log k": lambda: _joint(LogSlope(a=0.08, b=0.025, n_ref=float(np.exp(np.mean(np.log(SIZES)))))),
-    "line E": lambda: _level(LineLevel(a=-0.5, b=-0.15, n_ref=float(np.exp(np.mean(np.log(SIZES)))))),
-    "logistic E": lambda: _level(LogisticLevel(N_half=6e6, g=0.6)),
-    "saturating E": lambda: _level(SaturatingLevel(a=-0.05, b=1.0, N1=4e6)),
+    "line E": lambda: _intercept(LineIntercept(a=-0.5, b=-0.15, n_ref=float(np.exp(np.mean(np.log(SIZES)))))),
+    "logistic E": lambda: _intercept(LogisticIntercept(N_half=6e6, g=0.6)),
+    "saturating E": lambda: _intercept(SaturatingIntercept(a=-0.05, b=1.0, N1=4e6)),
     "floor": lambda: _curve(FloorPower(A=0.5, alpha=0.5, L_inf=0.3, x_ref=float(BATCH))),
     "sigmoid": lambda: _curve(ScaleRLSigmoid(A=0.6, B=1.5, X_mid=600.0, R0=0.2)),
     "sigmoid, R0 measured": lambda: _curve(ScaleRLSigmoid(A=0.6, B=1.5, X_mid=600.0, R0=0.2), measured_start=True),

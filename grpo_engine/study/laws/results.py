@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from grpo_engine.evaluate.intervals import LEVEL, interval
+from grpo_engine.evaluate.intervals import CONFIDENCE, interval
 from grpo_engine.records import jsonl
 from grpo_engine.study.laws.curves import Curve, Selection
 from grpo_engine.study.laws.forms import SLOPES, JointLaw, Slope
@@ -17,7 +17,7 @@ from grpo_engine.study.laws.forms import SLOPES, JointLaw, Slope
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Whether the data carry a fit. `why` is empty when they do; `cautions` are true either way."""
+    """Whether the data identify a fit. `why` is empty when they do; `cautions` are true either way."""
 
     ok: bool
     why: str = ""
@@ -39,9 +39,9 @@ class Estimate:
     at_bound: str = ""  # "low" or "high" when the search ended at a bound: then it is not an estimate
 
     @classmethod
-    def of(cls, value: float, draws: np.ndarray, at_bound: str = "", level: float = LEVEL) -> Estimate:
+    def of(cls, value: float, draws: np.ndarray, at_bound: str = "", confidence: float = CONFIDENCE) -> Estimate:
         """A value with the percentile interval of draws [draws]."""
-        low, high = interval(draws, level)
+        low, high = interval(draws, confidence)
         return cls(value=float(value), low=float(low), high=float(high), at_bound=at_bound)
 
 
@@ -57,7 +57,7 @@ class Bootstrap:
     """How the intervals were made."""
 
     draws: int
-    level: float
+    confidence: float
     seed: int
     method: str  # a sentence: what was drawn anew
     runs_resampled: tuple[str, ...]  # labels of the curves with at least two runs
@@ -89,7 +89,7 @@ class SizeFit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CurveLevel:
+class JointCurve:
     """One curve under the joint law."""
 
     label: str
@@ -104,7 +104,7 @@ class CurveLevel:
     num_runs: int
     x_min: float
     x_max: float
-    log_x_mean: float  # where the level of this curve is least correlated with its slope
+    log_x_mean: float  # where the intercept of this curve is least correlated with its slope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,16 +157,16 @@ class LawFit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LevelFit:
+class InterceptFit:
     """A law of E(N): the log of the loss at one X, over the sizes of a joint law."""
 
-    law: str  # a key of laws.LEVELS
+    law: str  # a key of laws.INTERCEPTS
     formula: str
-    x: float  # where the levels are taken
+    x: float  # where the intercepts are taken
     parameters: dict[str, Estimate]
     fixed: dict[str, float]
-    levels: dict[str, Estimate]  # of each curve, by the joint law
-    misfit: float  # standard deviation of the levels about the law, over sizes less parameters
+    intercepts: dict[str, Estimate]  # of each curve, by the joint law
+    misfit: float  # standard deviation of the intercepts about the law, over sizes less parameters
     verdict: Verdict
 
 
@@ -188,8 +188,13 @@ class HeldOut:
     bias: float
     r2: float | None
     coverage: float | None  # None: no interval was made
-    level: float  # of the prediction interval
+    confidence: float  # of the prediction interval
     skill: dict[str, float | None]  # by naive rule; None where the rule makes no error
+
+    @property
+    def tests_only_slope(self) -> bool:
+        """Whether the intercept was the target's own; fits.json of earlier versions calls it a level."""
+        return self.used.startswith(("its intercept", "its level"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +220,7 @@ class JointFit:
     objective: str
     parameters: dict[str, Estimate]
     fixed: dict[str, float]  # constants of the form
-    curves: tuple[CurveLevel, ...]
+    curves: tuple[JointCurve, ...]
     r2: float | None  # pooled over all points, linear space: mostly variance *between* sizes
     objective_value: float  # mean over curves of the mean squared error
     num_points: int
@@ -239,7 +244,7 @@ class JointFit:
         """Place of a curve in `curves`.
 
         Args:
-            label: as in `CurveLevel.label`.
+            label: as in `JointCurve.label`.
 
         Returns:
             Its index.
@@ -281,9 +286,9 @@ class JointFit:
             ValueError: no such curve.
         """
         i, log_x = self.index(label), np.log(np.asarray(x, dtype=np.float64))
-        k, levels = draws_of(self, np.array([self.curves[i].params]))
+        k, intercepts = draws_of(self, np.array([self.curves[i].params]))
         wide = (slice(None), *([None] * log_x.ndim))
-        return np.exp(levels[:, i][wide] - k[:, 0][wide] * log_x)
+        return np.exp(intercepts[:, i][wide] - k[:, 0][wide] * log_x)
 
     def band(self, label: str, x: np.ndarray | Sequence[float] | float) -> tuple[np.ndarray, np.ndarray]:
         """95 % band of the fitted curve: where the law is, not where a single run would be.
@@ -313,11 +318,11 @@ class FittedCurve:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LevelsAtX:
+class InterceptsAtX:
     """The log of the loss of each curve at one X, by the joint law."""
 
     x: float
-    levels: dict[str, Estimate]  # by label of the curve
+    intercepts: dict[str, Estimate]  # by label of the curve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,12 +336,12 @@ class AxisFit:
     sizes: tuple[SizeFit, ...]
     joint: JointFit | None  # None when there is only one size
     laws: tuple[LawFit, ...]  # of each curve by itself
-    levels: tuple[LevelFit, ...]  # laws of E(N)
+    intercepts: tuple[InterceptFit, ...]  # laws of E(N)
     held_out: tuple[HeldOut, ...]
     choices: tuple[LawChoice, ...]
     verdict: Verdict  # of the joint law, or why there is none
     curves: tuple[FittedCurve, ...] = ()  # that was fitted
-    at_one_x: LevelsAtX | None = None  # where the joint law has the loss of each curve
+    at_one_x: InterceptsAtX | None = None  # where the joint law has the loss of each curve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -457,14 +462,24 @@ def read_fits(path: str | os.PathLike[str]) -> Fits:
     return jsonl.from_json(Fits, _former(obj) if obj["schema"] < 3 else obj, where=os.fspath(path))
 
 
+FORMER_NAMES = {"level": "confidence", "levels": "intercepts"}  # of fields, in schemas 1 and 2
+
+
 def _former(obj: dict[str, Any]) -> dict[str, Any]:
-    """What schemas 1 and 2 hold, which are the joint laws alone, with the fields that they did not have."""
+    """What schemas 1 and 2 hold, which are the joint laws alone: under today's names, with the fields that they had not."""
+    obj = _renamed(obj)
     fits = [{"curves": [], "at_one_x": None} | f for f in obj.get("fits", [])]
     return {"records": "", "surfaces": [], "reuse": [], "other_sets": [], "claims": []} | obj | {"fits": fits}
 
 
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {FORMER_NAMES.get(k, k): _renamed(v) for k, v in value.items()}
+    return [_renamed(v) for v in value] if isinstance(value, list) else value
+
+
 def draws_of(fit: JointFit, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each bootstrap draw of a joint fit says about slopes and levels.
+    """What each bootstrap draw of a joint fit says about slopes and intercepts.
 
     Args:
         fit: the fit.

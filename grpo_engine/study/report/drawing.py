@@ -38,10 +38,10 @@ def size_colors(sizes: Sequence[str]) -> dict[str, str]:
         {size: "#rrggbb"}.
     """
 
-    def mix(place: float) -> str:
-        low = min(int(place), len(_RAMP) - 2)
+    def mix(position: float) -> str:
+        low = min(int(position), len(_RAMP) - 2)
         a, b = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in _RAMP[low : low + 2])
-        return "#" + "".join(f"{round(u + (v - u) * (place - low)):02x}" for u, v in zip(a, b, strict=True))
+        return "#" + "".join(f"{round(u + (v - u) * (position - low)):02x}" for u, v in zip(a, b, strict=True))
 
     last = len(_RAMP) - 1
     step = last / max(len(sizes) - 1, 1)
@@ -215,17 +215,17 @@ class _Axis:
         """Whether the axis has a place for a value: a logarithmic one has none for 0."""
         return value > 0 or not self.log
 
-    def place(self, value: float) -> float:
+    def fraction(self, value: float) -> float:
         """Where a value lies, 0 at the low end and 1 at the high one."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
-    def value(self, place: float) -> float:
-        """The value at a place; undoes `place`."""
+    def value(self, fraction: float) -> float:
+        """The value at a fraction of the axis; undoes `fraction`."""
         if self.log:
-            return self.low * (self.high / self.low) ** place
-        return self.low + place * (self.high - self.low)
+            return self.low * (self.high / self.low) ** fraction
+        return self.low + fraction * (self.high - self.low)
 
 
 def _axis(
@@ -272,8 +272,8 @@ def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
     if panel.ticks_x is not None:
         x = replace(x, ticks=list(panel.ticks_x), names=_names(x, panel.ticks_x))
     if panel.ticks_y is not None:
-        places = [p for p, _ in panel.ticks_y]
-        y = _Axis(low=min(places) - 0.6, high=max(places) + 0.6, log=False, ticks=places,
+        positions = [p for p, _ in panel.ticks_y]
+        y = _Axis(low=min(positions) - 0.6, high=max(positions) + 0.6, log=False, ticks=positions,
                   names=[n for _, n in panel.ticks_y])  # fmt: skip
     else:
         y = _axis(panel.y_range or ys, log=panel.y_log, before=0.06, after=0.06)
@@ -286,7 +286,7 @@ def _names(axis: _Axis, ticks: Sequence[float]) -> list[str]:
     shown = None
     for tick in ticks:
         name = tick_text(tick)
-        if shown is not None and axis.place(tick) - axis.place(shown) < 0.013 * (len(name) + len(tick_text(shown))):
+        if shown is not None and axis.fraction(tick) - axis.fraction(shown) < 0.013 * (len(name) + len(tick_text(shown))):
             name = ""
         else:
             shown = tick
@@ -297,7 +297,7 @@ def _names(axis: _Axis, ticks: Sequence[float]) -> list[str]:
 def _labels(panel: Panel, x: _Axis, y: _Axis) -> list[tuple[float, float, Series]]:
     """End labels as (x, y, series); those beside each other are moved up or down as little as keeps them apart."""
     found = [
-        [x.place(s.x[-1]), y.place(s.y[-1]), s] for s in panel.series
+        [x.fraction(s.x[-1]), y.fraction(s.y[-1]), s] for s in panel.series
         if s.end_label and len(s.x) and x.shows(s.x[-1]) and y.shows(s.y[-1])
     ]  # fmt: skip
     found.sort(key=lambda f: f[1])

@@ -13,7 +13,7 @@ from grpo_engine.records.cost import OTHER
 from grpo_engine.records.records import PHASES
 from grpo_engine.study.data import Point, StudyData, costs_of, mean_steps, transfer_rows
 from grpo_engine.study.fits import axes_of
-from grpo_engine.study.laws.forms import LEVELS, ReuseLaw
+from grpo_engine.study.laws.forms import INTERCEPTS, ReuseLaw
 from grpo_engine.study.laws.results import Claim, Fits, draws_of, residuals
 from grpo_engine.study.plan_view import duration, human
 from grpo_engine.study.report.drawing import (
@@ -56,11 +56,11 @@ def _grid(low: float, high: float, count: int = 60) -> list[float]:
 def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
     colors, panels = size_colors(data.sizes), []
     points: list[float] = []
-    carried = []
+    identified = []
     for kind in data.kinds:
         fit = fits.get(axis, kind)
         joint = fit.joint if fit.verdict.ok else None
-        carried.append(joint is not None)
+        identified.append(joint is not None)
         series = []
         for size in data.sizes:
             x_of = (lambda p: p.compute) if axis == "compute" else (lambda p: p.prompts)
@@ -101,16 +101,16 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
     lines = {
         (True,): "Lines: the law fitted to all sizes together, with its 95 % band; dashed, continued beyond the last "
         "point, where nothing was measured. ",
-        (False,): "The data do not carry one law for all sizes; the thin lines are fitted to each size by itself. ",
+        (False,): "The data do not identify one law for all sizes; the thin lines are fitted to each size by itself. ",
     }.get(
-        tuple(sorted(set(carried))),
+        tuple(sorted(set(identified))),
         "Lines with a band: the law fitted to all sizes of a kind together, with its 95 % band; dashed, continued "
-        "beyond the last point. Thin lines, where the data do not carry that law: each size by itself. ",
+        "beyond the last point. Thin lines, where the data do not identify that law: each size by itself. ",
     )
     return Figure(
         name=f"loss_{axis}",
         title={"compute": "Test loss against compute", "data": "Test loss against data"}[axis],
-        caption=f"{lines}Points: mean over runs, bars one standard error. Step 0 has no place on a logarithmic axis.",
+        caption=f"{lines}Points: mean over runs, bars one standard error. Step 0 has no position on a logarithmic axis.",
         panels=[
             Panel(title=f"{kind} models", x_label=LOSS_AXES[axis], y_label=f"test loss ({data.headline})", series=series,
                   x_log=True, y_log=True, y_range=(min(points), max(points)))
@@ -122,12 +122,12 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
 
 
 def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
-    """k of each size by itself, and k(N) of the joint law where the data carry it."""
+    """k of each size by itself, and k(N) of the joint law where the data identify it."""
     if len(data.sizes) < 2:
         return None
     panels = []
     for axis in axes_of(fits):
-        series, carried = [], []
+        series, identified = [], []
         for kind in data.kinds:
             fit = fits.get(axis, kind)
             if not fit.sizes:
@@ -140,12 +140,12 @@ def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
                     Series(label=f"{kind}, law", x=n, y=fit.joint.slope.k(np.array(n)).tolist(), low=low.tolist(),
                            high=high.tolist(), color=KIND_COLOR[kind], markers=False, end_label=kind, group=kind)
                 )  # fmt: skip
-                carried.append(kind)
+                identified.append(kind)
             series.append(
                 Series(
                     label=f"{kind}, each size", x=[s.params for s in fit.sizes], y=[s.k.value for s in fit.sizes],
                     y_span=[(s.k.low, s.k.high) for s in fit.sizes], color=KIND_COLOR[kind], line=False,
-                    end_label=None if kind in carried else kind, group=kind,
+                    end_label=None if kind in identified else kind, group=kind,
                 )
             )  # fmt: skip
         panels.append(
@@ -157,14 +157,14 @@ def slope_figure(data: StudyData, fits: Fits) -> Figure | None:
     return Figure(
         name="slopes",
         title="How fast the loss falls, by size",
-        caption="Points: the slope of each size by itself, with its 95 % interval. Lines, where the data carry the "
+        caption="Points: the slope of each size by itself, with its 95 % interval. Lines, where the data identify the "
         "law: k(N) = K_max N / (N + N0) with its 95 % band.",
         panels=panels,
         height=360,
     )
 
 
-def level_figure(data: StudyData, fits: Fits) -> Figure | None:
+def intercept_figure(data: StudyData, fits: Fits) -> Figure | None:
     """E(N): the log of the loss of each size at one X, by the joint law, and the law of E(N) that misses it least."""
     panels, where = [], []
     for axis in axes_of(fits):
@@ -173,42 +173,41 @@ def level_figure(data: StudyData, fits: Fits) -> Figure | None:
             fit = fits.get(axis, kind)
             if fit.joint is None or fit.at_one_x is None:
                 continue
-            levels, x = fit.at_one_x.levels, fit.at_one_x.x
+            intercepts, x = fit.at_one_x.intercepts, fit.at_one_x.x
             curves = fit.joint.curves
             where.append(f"{tick_text(float(f'{x:.2g}'))} {'FLOPs' if axis == 'compute' else 'prompts'} ({kind})")
-            law = fit.levels[0] if fit.levels and fit.levels[0].verdict.ok else None
+            law = fit.intercepts[0] if fit.intercepts and fit.intercepts[0].verdict.ok else None
             if law is not None:
                 n = _grid(curves[0].params, curves[-1].params)
-                form = LEVELS[law.law](**{q: e.value for q, e in law.parameters.items()}, **law.fixed)
+                form = INTERCEPTS[law.law](**{q: e.value for q, e in law.parameters.items()}, **law.fixed)
                 series.append(
-                    Series(label=f"{kind}, {law.law} law", x=n, y=form.level(np.array(n)).tolist(), markers=False,
+                    Series(label=f"{kind}, {law.law} law", x=n, y=form.intercept(np.array(n)).tolist(), markers=False,
                            color=KIND_COLOR[kind], dashed=True, thin=True, group=kind)
                 )  # fmt: skip
             series.append(
                 Series(
-                    label=kind, x=[c.params for c in curves], y=[levels[c.label].value for c in curves],
-                    y_span=[(levels[c.label].low, levels[c.label].high) for c in curves], color=KIND_COLOR[kind],
+                    label=kind, x=[c.params for c in curves], y=[intercepts[c.label].value for c in curves],
+                    y_span=[(intercepts[c.label].low, intercepts[c.label].high) for c in curves], color=KIND_COLOR[kind],
                     line=False, end_label=kind, group=kind,
                 )
             )  # fmt: skip
         if series:
-            # the interval of a law that is not carried may have no end: it leaves the panel
-            levels = [y for s in series for y in s.y]
+            # the interval of a law that is not identifiable may have no end: it leaves the panel
+            drawn = [y for s in series for y in s.y]
             ends = [end for s in series for span in s.y_span or () for end in span if end is not None]
-            far = max(1.0, max(levels) - min(levels))
-            span = (max(min(levels + ends), min(levels) - far), min(max(levels + ends), max(levels) + far))
+            far = max(1.0, max(drawn) - min(drawn))
+            span = (max(min(drawn + ends), min(drawn) - far), min(max(drawn + ends), max(drawn) + far))
             panels.append(
-                Panel(title=f"against {axis}", x_label="non-embedding parameters N", y_label="level E, log of the loss",
+                Panel(title=f"against {axis}", x_label="non-embedding parameters N", y_label="intercept E, log of the loss",
                       series=series, x_log=True, y_range=span)
             )  # fmt: skip
     if not panels:
         return None
     return Figure(
-        name="levels",
+        name="intercepts",
         title="Where the loss stands, by size",
-        caption=f"The level E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals; one that "
-        "leaves its panel goes on. Dashed, "
-        "with four sizes or more: the law of E(N) that misses them least.",
+        caption=f"The intercept E(N) of the joint law, as the log of the loss at {listed(where)}, with 95 % intervals; "
+        "one that leaves its panel goes on. Dashed, with four sizes or more: the law of E(N) that misses them least.",
         panels=panels,
         legend=_kinds_legend(data),
         height=360,
@@ -369,11 +368,11 @@ def _before_after(data: StudyData, eval_set: str, *, ends: bool) -> list[Series]
     series = []
     for kind in data.kinds:
         curves = [(data.params[s], c) for s in data.sizes if len(c := data.curve(data.main(s, kind), eval_set)) > 1]
-        for place, label, hollow in ((0, "before", True), (-1, "after", False)):
+        for index, label, hollow in ((0, "before", True), (-1, "after", False)):
             series.append(
                 Series(
-                    label=f"{kind} {label}", x=[n for n, _ in curves], y=[c[place].loss for _, c in curves],
-                    y_error=[c[place].error for _, c in curves], color=KIND_COLOR[kind], hollow=hollow, dashed=hollow,
+                    label=f"{kind} {label}", x=[n for n, _ in curves], y=[c[index].loss for _, c in curves],
+                    y_error=[c[index].error for _, c in curves], color=KIND_COLOR[kind], hollow=hollow, dashed=hollow,
                     end_label=f"{kind} {label}" if ends else None, group=kind,
                 )
             )  # fmt: skip

@@ -27,10 +27,10 @@ from grpo_engine.study.report.figures import (
     cost_figure,
     frontier_figure,
     group_figure,
+    intercept_figure,
     kinds_figure,
     learning_figure,
     length_figure,
-    level_figure,
     loss_figure,
     residual_figure,
     reuse_figure,
@@ -90,13 +90,13 @@ def sections_of(data: StudyData, laws: Laws) -> list[Section]:
             id="losses", title="Where the runs begin and end",
             figures=_some(kinds_figure(data), learning_figure(data)), tables=[loss_table(data)],
         ),
-        *_asked(data, "control", "RL against plain pretraining", control_figure(data), "controls of plain pretraining",
+        *_planned(data, "control", "RL against plain pretraining", control_figure(data), "controls of plain pretraining",
                 lambda c: c.method == "pretrain"),
-        *_asked(data, "tau", "Data reuse", reuse_figure(data, fits), "runs with data reuse", lambda c: c.tau != 1),
-        *_asked(data, "group_size", "Group size", group_figure(data), "runs with other group sizes",
+        *_planned(data, "tau", "Data reuse", reuse_figure(data, fits), "runs with data reuse", lambda c: c.tau != 1),
+        *_planned(data, "group_size", "Group size", group_figure(data), "runs with other group sizes",
                 lambda c: c.method == "grpo" and c.group_size != data.group_size),
-        *_asked(data, "training", "Training", training_figure(data), "GRPO runs", lambda c: c.method == "grpo"),
-        *_asked(data, "response_length", "Response length", length_figure(data), "GRPO runs",
+        *_planned(data, "training", "Training", training_figure(data), "GRPO runs", lambda c: c.method == "grpo"),
+        *_planned(data, "response_length", "Response length", length_figure(data), "GRPO runs",
                 lambda c: c.method == "grpo"),
         *_transfer(data),
         *_cost(data),
@@ -120,7 +120,7 @@ def _claims(claims: Sequence[Claim]) -> Section:
     if figure is None:
         return Section(id="claims", title=title, text=["Nothing here can be compared: a claim needs two groups of runs."])
     text = (
-        "What scaling studies are asked, as tests with a margin that was set beforehand. A claim makes several "
+        "Questions of scaling studies, as tests with a margin that was set beforehand. A claim makes several "
         "comparisons, on the same problems; its verdict needs them all."
     )
     tables = [claims_table(claims), comparisons_table(claims)]
@@ -133,7 +133,7 @@ def _law(data: StudyData, laws: Laws) -> Section:
         return Section(id="law", title=title, text=[f"{NO_AXIS[0].upper()}{NO_AXIS[1:]}."])
     return Section(
         id="law", title=title,
-        figures=_some(slope_figure(data, fits), level_figure(data, fits), residual_figure(data, laws)),
+        figures=_some(slope_figure(data, fits), intercept_figure(data, fits), residual_figure(data, laws)),
         tables=[joint_table(fits), size_table(fits)], points=[*verdicts(fits), *cautions(fits)],
     )  # fmt: skip
 
@@ -188,10 +188,10 @@ def _recommendation(data: StudyData, laws: Laws) -> Section:
     )  # fmt: skip
 
 
-def _asked(
+def _planned(
     data: StudyData, id: str, title: str, figure: Figure | None, what: str, wanted: Callable[[Cell], bool]
 ) -> list[Section]:
-    """The figure's section; without a figure, a sentence where the plan asked for one, and nothing where it did not."""
+    """The figure's section; without a figure, a sentence where one was planned, and nothing where none was."""
     if figure is not None:
         return [Section(id=id, title=title, figures=[figure])]
     planned = [c.name for c in data.plan.cells if wanted(c) and not c.variant] if data.plan else []
@@ -199,7 +199,7 @@ def _asked(
         return []
     missing = [name for name in planned if name in data.missing]
     why = f"not finished: {listed(missing)}" if missing else "they recorded too little for it"
-    return [Section(id=id, title=title, text=[f"The plan asks for {what}, and there is nothing to show ({why})."])]
+    return [Section(id=id, title=title, text=[f"Planned were {what}, and there is nothing to show ({why})."])]
 
 
 def _transfer(data: StudyData) -> list[Section]:
@@ -207,14 +207,14 @@ def _transfer(data: StudyData) -> list[Section]:
     if figures:
         tables = [transfer_table(data)]
         return [Section(id="transfer", title="Transfer to other test sets", figures=figures, tables=tables)]
-    return _asked(data, "transfer", "Transfer to other test sets", None, "evaluation of several sets",
+    return _planned(data, "transfer", "Transfer to other test sets", None, "evaluation of several sets",
                   lambda c: len(c.config.task.evals or ()) > 1)  # fmt: skip
 
 
 def _cost(data: StudyData) -> list[Section]:
     figure = cost_figure(data)
     if figure is None:
-        return _asked(data, "cost", "Where the cost goes", None, "runs whose cost is booked by phase", lambda c: True)
+        return _planned(data, "cost", "Where the cost goes", None, "runs whose cost is booked by phase", lambda c: True)
     return [Section(id="cost", title=figure.title, figures=[figure], tables=[cost_table(data)])]
 
 

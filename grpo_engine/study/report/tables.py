@@ -25,7 +25,7 @@ def law_table(fits: Fits) -> Group:
         fits: of `fit_study`.
 
     Returns:
-        The joint law for each axis and kind, why the data do not carry those that they do not, and the slope of each
+        The joint law for each axis and kind, why the data do not identify those that they do not, and the slope of each
         size by itself.
     """
     from rich.console import Group
@@ -58,7 +58,7 @@ def joint_table(fits: Fits) -> Table:
     return Table(
         name="law",
         title="log L = \u2212k(N) log X + E(N), k(N) = K_max N / (N + N0)",
-        head=("X", "models", "K_max", "N0", "R\u00b2", "carried"),
+        head=("X", "models", "K_max", "N0", "R\u00b2", "identifiable"),
         rows=rows,
         text_columns=2,
         note="X: compute as 6NT, as the ledger of all phases but evaluation, or prompts seen. 95 % intervals. Carried: "
@@ -182,20 +182,20 @@ def comparisons_table(claims: Sequence[Claim]) -> Table:
             needed = "" if c.verdict != "undecided" else "none would" if c.runs_needed is None else str(c.runs_needed)
             rows.append(
                 (
-                    claim.name, c.label, interval_text(c.effect, "{:+.3f}".format), f"{100 * c.level:.1f} %",
+                    claim.name, c.label, interval_text(c.effect, "{:+.3f}".format), f"{100 * c.confidence:.1f} %",
                     f"{claim.margin:g}", c.verdict, f"{c.runs[0]}, {c.runs[1]}", needed, c.note,
                 )
             )  # fmt: skip
     return Table(
         name="comparisons",
-        head=("claim", "comparison", "effect", "level", "margin", "verdict", "runs", "runs that would decide", "why"),
+        head=("claim", "comparison", "effect", "confidence", "margin", "verdict", "runs", "runs that would decide", "why"),
         rows=rows,
         text_columns=2,
         wide=("verdict", "why"),
         summary="Every comparison: effect, interval, margin, runs",
         note="Effect: positive as the claim has it; in loss at the largest X that both sides reached. Intervals at the "
-        "level at which all comparisons of a claim hold together with 95 %. Runs: of each side; those that would decide "
-        "it are a side, if the effect is what it seems.",
+        "confidence at which all comparisons of a claim hold together with 95 %. Runs: of each side; those that would "
+        "decide it are a side, if the effect is what it seems.",
     )
 
 
@@ -206,7 +206,7 @@ def held_out_table(data: StudyData, laws: Laws, *, most: int | None = None) -> T
         if f.kind not in data.kinds:
             continue
         for choice in f.choices:
-            mine = [h for h in f.held_out if h.test == choice.test and not h.used.startswith("its level")]
+            mine = [h for h in f.held_out if h.test == choice.test and not h.tests_only_slope]
             for law, error in list(choice.errors.items())[:most]:
                 inside = [h.coverage for h in mine if h.law == law and h.coverage is not None]
                 covered = f"{100 * sum(inside) / len(inside):.0f} %" if inside else ""
@@ -234,9 +234,9 @@ def held_out_table(data: StudyData, laws: Laws, *, most: int | None = None) -> T
         wide=("skill against",),
         title=f"The best {most} of each test by their error on what they did not see" if most else "",
         summary="" if most else "Every law by its error on what it did not see",
-        note="Largest size: slope and level of a size from those below it. Late steps: the last fifth of a curve from its "
-        "first two fifths. Other set: one test set from the others. Error: root mean square of log(predicted / measured). "
-        "Skill: 1 - (error / error of a naive rule)\u00b2; 0 is no better than the rule, negative is worse.",
+        note="Largest size: slope and intercept of a size from those below it. Late steps: the last fifth of a curve from "
+        "its first two fifths. Other set: one test set from the others. Error: root mean square of log(predicted / "
+        "measured). Skill: 1 - (error / error of a naive rule)\u00b2; 0 is no better than the rule, negative is worse.",
     )
 
 
@@ -245,14 +245,14 @@ def _skills(skill: dict[str, float | None]) -> str:
 
 
 def other_laws_table(data: StudyData, laws: Laws) -> Table | None:
-    """The laws beside the joint one: levels E(N), surfaces L(N, D), single curves that saturate, reuse."""
+    """The laws beside the joint one: intercepts E(N), surfaces L(N, D), single curves that saturate, reuse."""
     rows = []
     for f in laws.fits.fits:
         if f.kind in data.kinds and f.axis != "ledger":
-            for v in f.levels:
+            for v in f.intercepts:
                 rows.append(
-                    (f"levels at X = {v.x:.3g}", AXIS_NAMES[f.axis], f.kind, v.law, v.formula, _parameters(v.parameters),
-                     f"misfit {v.misfit:.3f}", _carried(v.verdict))
+                    (f"intercepts at X = {v.x:.3g}", AXIS_NAMES[f.axis], f.kind, v.law, v.formula, _parameters(v.parameters),
+                     f"misfit {v.misfit:.3f}", _identifiable(v.verdict))
                 )  # fmt: skip
     found = [(s.kind, s.law, "all sizes") for s in laws.fits.surfaces]
     found += [(r.kind, r.law, f"{r.size}, reuse") for r in laws.fits.reuse]
@@ -262,17 +262,17 @@ def other_laws_table(data: StudyData, laws: Laws) -> Table | None:
     for kind, law, what in found:
         rows.append(
             (what, "prompts", kind, law.law, law.formula, _parameters(law.parameters),
-             "" if law.r2 is None else f"{law.r2:.3f}", _carried(law.verdict))
+             "" if law.r2 is None else f"{law.r2:.3f}", _identifiable(law.verdict))
         )  # fmt: skip
     if not rows:
         return None
     return Table(
         name="other_laws",
-        head=("of", "X", "models", "law", "formula", "parameters", "R\u00b2", "carried"),
+        head=("of", "X", "models", "law", "formula", "parameters", "R\u00b2", "identifiable"),
         rows=rows,
         text_columns=6,
-        wide=("formula", "parameters", "carried"),
-        summary="Other laws: levels, surfaces, reuse, curves that saturate",
+        wide=("formula", "parameters", "identifiable"),
+        summary="Other laws: intercepts, surfaces, reuse, curves that saturate",
         note="95 % intervals; an end that is missing is open: the data do not limit it. Parameters of each curve are left "
         "out. A good R\u00b2 chooses no law; the held-out errors do.",
     )
@@ -292,7 +292,7 @@ def _parameters(parameters: dict[str, Estimate]) -> str:
     return "; ".join(f"{q} = {span(e)}" for q, e in parameters.items() if "[" not in q)
 
 
-def _carried(verdict: Verdict) -> str:
+def _identifiable(verdict: Verdict) -> str:
     return "yes" if verdict.ok else f"no: {verdict.why}"
 
 
@@ -315,7 +315,7 @@ def recommendation_table(picks: Sequence[tuple[str, str, Recommendation]]) -> Ta
         text_columns=3,
         wide=("not told apart from it",),
         note="The size with the smallest loss that the fitted law predicts for a budget, with the 95 % interval of "
-        "that loss. Decided: the data carry the law, every other size is behind beyond the 95 % interval of the "
+        "that loss. Decided: the data identify the law, every other size is behind beyond the 95 % interval of the "
         "difference, and the budget lies where that size was measured.",
     )
 

@@ -1,4 +1,4 @@
-"""What the data say in sentences: findings, why a law is not carried, how it was measured, what cannot be seen."""
+"""What the data say in sentences: findings, why a law is not identifiable, how it was measured, what cannot be seen."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def findings(data: StudyData, laws: Laws) -> list[str]:
                     f"N0 = {interval_text(p['N0'], human)} parameters"
                 )
             else:
-                parts.append(f"for {f.kind} models the data do not carry it ({f.verdict.why.split('; ')[0]})")
+                parts.append(f"for {f.kind} models the data do not identify it ({f.verdict.why.split('; ')[0]})")
         out.append(f"One law for all sizes, loss against {axis} (95 % intervals): {'; '.join(parts)}.")
     largest = {kind: (budget, r) for kind, budget, r in laws.picks if r.budget == "compute"}
     for kind, (budget, r) in largest.items():
@@ -134,10 +134,10 @@ def interval_text(e: Estimate | None, show: Callable[[float], str]) -> str:
 
 
 def verdicts(fits: Fits) -> list[str]:
-    """Why the data do not carry the laws that they do not."""
+    """Why the laws that are not identifiable are not."""
     if not fits.fits:
         return [f"{NO_AXIS[0].upper()}{NO_AXIS[1:]}."]
-    return _by_reason((f, [f"not carried: {f.verdict.why}"]) for f in fits.fits if not f.verdict.ok)
+    return _by_reason((f, [f"not identifiable: {f.verdict.why}"]) for f in fits.fits if not f.verdict.ok)
 
 
 def cautions(fits: Fits) -> list[str]:
@@ -225,7 +225,7 @@ def limits(data: StudyData) -> list[str]:
         )
     if len(data.sizes) < 4:
         out.append(
-            f"{len(data.sizes)} sizes carry a law of k(N) with two parameters only barely; whether it saturates, and "
+            f"{len(data.sizes)} sizes identify a law of k(N) with two parameters only barely; whether it saturates, and "
             "where, needs more sizes and larger ones."
         )
     cells = data.plan.cells if data.plan else ()
