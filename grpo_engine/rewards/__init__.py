@@ -1,7 +1,7 @@
 """Scorers: an answer's text and its problem in, a number in [0, 1] out.
 
     exact          last word of the response equals the answer
-    math           math-verify on the last box
+    math           the last box, read for what it says (`rewards.answers`), expressions by math-verify
     choice         letter A to J in the last box
     logic          share of right cells of a zebra puzzle's grid, as in the paper
     logic_strict   1.0 for a grid that is right throughout, else 0.0

@@ -81,7 +81,7 @@ _TRAILING_UNIT = re.compile(
 _TRAILING_WORDS = re.compile(r"(?<=[\d})!%])( [A-Za-z]{2,}\.?(?:[ /][A-Za-z]+\.?)*|[a-z]{2,3})(?:\^(\d|\{-?\d\}))?$")
 _NOUN = re.compile(r"(?=.*[aeiou])[A-Za-z]{4,}\.?")  # no product of variables
 _NOTE = re.compile(r" ?\((?:\\text\{[A-Za-z ,.]*\}|[A-Za-z]{4,}[A-Za-z ,.]*)\)$")
-_SPACED_DIGITS = re.compile(r"\d \d")
+_SPACED_DIGITS = re.compile(r"(?<![_^\d])\d+ \d")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _VECTOR_MARK = re.compile(r"\^(?:T|\{(?:T|\\top)\}|\\top)$")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
@@ -499,6 +499,8 @@ def _same(gold: Answer, found: Answer) -> bool:
             return _verified(gold.text, found.text)
         return _same(gold, found.value)
     if isinstance(gold, Named):
+        if isinstance(found, Leaf) and "=" in found.text and _has_symbols(gold.text):
+            return _verified(gold.text, found.text)
         return _same(gold.value, found)
     if isinstance(gold, Region) or isinstance(found, Region):
         return _same_region(gold, found)
@@ -728,7 +730,7 @@ def verified(gold: tuple, found: tuple) -> bool:
     """
     from math_verify import verify
 
-    if not (gold and found) or not verify(list(gold), list(found), timeout_seconds=None):
+    if not (gold and found) or not verify(list(gold), list(found), timeout_seconds=None, allow_set_relation_comp=True):
         return False
     return not _differ(gold[0], found[0])
 

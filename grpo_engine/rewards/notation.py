@@ -52,7 +52,7 @@ _MARKED_WORDS = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mathrm|mathbf|m
 _RELATIONS = re.compile(r"\\(?:(leq?(?:slant|q)?)|(geq?(?:slant|q)?)|(neq?)|(lt)|(gt))(?![A-Za-z])|\\not\s*=")
 _RELATION_NAMES = (r"\le ", r"\ge ", r"\ne ", "<", ">")
 _SQRT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(?:\(([^()]*)\)|(\d+))")
-_SPACED_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d )(\d{1,3}(?: \d{3})+)(?! ?\d)")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d._^])(?<!\d )(\d{1,3}(?: \d{3})+)(?! ?\d)")
 _LONE = re.compile(r"([\^_])\s*\{\s*([A-Za-z0-9])\s*\}(?!\s*\d)")
 _LABEL = re.compile(r"[A-Za-z]=(?=[^=])")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")

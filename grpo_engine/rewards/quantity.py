@@ -23,6 +23,7 @@ _POWER = r"10\^(?:\{([-+]?\d+)\}|([-+]?\d+))"
 _MIXED = re.compile(r"(\d+)(?: (\d+) ?/ ?(\d+)| ?\\frac\{(\d+)\}\{(\d+)\})")
 _RATIO = re.compile(r"\\frac\{ ?([-+]?\d+) ?\}\{ ?([-+]?\d+) ?\}|(\d+) ?/ ?(\d+)")
 _SCIENTIFIC = re.compile(rf"({_PLAIN})(?:[eE]([-+]?\d+)| ?(?:\\times|\\cdot|\*|x|X) ?{_POWER})?|{_POWER}")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\{(\d+)\}")
 _PER_CENT = re.compile(r" ?(?:\\?%|\\text\{per ?cent(?:age)?\}|per ?cent)$")
 _BASED = re.compile(r"\(?([0-9A-Z]+)\)? ?_(?:\{ ?(?:\\text\{)?(\d+|[a-z]+)\}? ?\}|(?:\\text\{)?(\d|[a-z]+)\}?)")
 _BASE_NAMES = {
@@ -72,7 +73,7 @@ def read_number(text: str) -> Number | None:
     percent = text[-1:] in "%t}" and _PER_CENT.search(text)
     if percent:
         text = text[: percent.start()]
-    found = _scientific(text) or _ratio(text) or _mixed(text)
+    found = _scientific(text) or _ratio(text) or _mixed(text) or _repeating(text)
     return found and Number(sign * found.value, found.decimal, bool(percent))
 
 
@@ -106,6 +107,15 @@ def _mixed(text: str) -> Number | None:
         return None
     whole, above, below = (int(group) for group in match.groups() if group is not None)
     return Number(whole + Fraction(above, below), decimal=False) if above < below else None
+
+
+def _repeating(text: str) -> Number | None:
+    match = _REPEATING.fullmatch(text)
+    if match is None:
+        return None
+    whole, fixed, period = match.groups()
+    value = Fraction(int((whole + fixed) or "0")) + Fraction(int(period), 10 ** len(period) - 1)
+    return Number(value / 10 ** len(fixed), decimal=False)
 
 
 def same_number(one: Number, other: Number) -> bool:

@@ -187,6 +187,16 @@ def test_numbers_without_end_cost_one_zero(pool, found):
     assert (second.value, second.status) == (1, "ok")
 
 
+@pytest.mark.parametrize(
+    "found", ["(10^9)!", "100000000!", "2^{3^{4^{5^{6}}}}", "{" * 4000 + "1" + "}" * 4000, r"\binom{10^9}{10^8}"]
+)
+def test_nothing_hangs(pool, found):
+    p = problem(r"\frac{1}{2}")
+    p = type(p)(uid=p.uid, prompt=p.prompt, answer=p.answer, domain="math", reward="math")
+    first, second = pool.score([f"\\boxed{{{found}}}", r"\boxed{0.5}"], [p, p])
+    assert first.value == 0 and (second.value, second.status) == (1, "ok")
+
+
 @pytest.mark.parametrize(("file", "limit"), FILES)
 def test_every_true_answer_is_right_in_its_own_box(real_data, file, limit):
     for p in read_problems(real_data / file, limit=limit):
