@@ -73,7 +73,7 @@ def train(
     skip_compiler()
     _set_threads(threads)
     folder = run(load_run_config(config, overrides or []), out)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console.print(f"done: {folder} ({summary['steps']} steps, {summary['trained_tokens']:,} trained tokens)")
     _print_run(folder)
 

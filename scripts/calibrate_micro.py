@@ -99,7 +99,7 @@ def measured_bases(study: StudyConfig, out: Path, jobs: int) -> list[dict[str, A
                 f"{need.name}: greedy {record['greedy']:.3f}, sampled {record['sample']:.3f} "
                 f"({done} of {len(missing)} models, {time.monotonic() - started:.0f} s)", flush=True,
             )  # fmt: skip
-    return [json.loads(files[n].read_text()) for n in needs]
+    return [json.loads(files[n].read_text(encoding="utf-8")) for n in needs]
 
 
 def measured_base(size: str, kind: str, seed: int, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def main() -> None:
     if not arguments.page:
         os.environ["OMP_NUM_THREADS"] = "1"
         jsonl.write_json_atomic(DOCS / "calibration.json", measure(arguments.out, arguments.jobs))
-    data = json.loads((DOCS / "calibration.json").read_text())
+    data = json.loads((DOCS / "calibration.json").read_text(encoding="utf-8"))
     (DOCS / "calibration.md").write_text(page(data))
     picture(data, DOCS / "calibration.png")
     print(f"{DOCS / 'calibration.md'}; learning rates: {chosen_rates(data['sweep'])}")

@@ -495,13 +495,14 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/run/run.py",
-                old="            state.restore(self.model, self.optimizer)\n",
-                new="            state.restore(self.model, self.optimizer)\n            self.behind = 1\n",
+                old="        state.restore(policy.model, optimizer)\n",
+                new="        state.restore(policy.model, optimizer)\n        behind.append(1)\n",
             ),
             Edit(
                 file="grpo_engine/run/run.py",
-                old="self.task.train, step=step, count=c.batch.prompts,",
-                new='self.task.train, step=step - getattr(self, "behind", 0), count=c.batch.prompts,',
+                old="    def problems(step: int) -> list[Problem]:\n        return problems_of_step(task.train, step=step, ",
+                new="    behind = []\n\n    def problems(step: int) -> list[Problem]:\n"
+                "        return problems_of_step(task.train, step=step - len(behind), ",
             ),
         ),
         tests=(

@@ -422,4 +422,4 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: Path) -> None:
 
 
 def _write_object(path: Path, obj: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(obj, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(obj, indent=2, sort_keys=True) + "\n", encoding="utf-8")

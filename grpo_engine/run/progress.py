@@ -11,9 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from grpo_engine.config import RunConfig
-from grpo_engine.evaluate.evaluate import EvalResult
 from grpo_engine.records.cost import COST_HEAD, cost_rows
-from grpo_engine.records.records import PhaseCost, StepRecord
+from grpo_engine.records.records import EvalResult, PhaseCost, StepRecord
 from grpo_engine.types import EvalSet
 
 

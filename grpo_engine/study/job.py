@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_engine.study.design import Cell
-from grpo_engine.study.locks import locked
 from grpo_engine.study.plan_view import human
 
-LOCK_FILE = ".lock"
 LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
 
@@ -62,8 +60,7 @@ def main(arguments: Sequence[str]) -> int:
             from grpo_engine.run.run import train
 
             path = Path(folder)
-            with locked(path / LOCK_FILE, f"{path}: another process runs this cell", wait_s=10.0):
-                train(load_run_config(path / CONFIG_FILE), path)
+            train(load_run_config(path / CONFIG_FILE), path, wait_s=10.0)  # until its predecessor is gone
         case _:
             raise ValueError(f"expected 'model SIZE KIND SEED' or 'cell FOLDER', got {' '.join(arguments)!r}")
     return 0
