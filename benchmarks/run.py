@@ -198,7 +198,7 @@ def write(out: Path, record: dict[str, Any]) -> None:
         figure = out / f"{table.file_stem(one)}.png"
         if figure.exists():
             parts.append(f"\n![{FIGURES[one['benchmark']]}]({figure.name})")
-    (out / "results.md").write_text("\n".join(parts) + "\n")
+    (out / "results.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def summary(kept: Sequence[dict[str, Any]]) -> str:

@@ -331,7 +331,7 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         jsonl.write_json_atomic(DOCS / "calibration.json", measure(arguments.out, arguments.jobs))
     data = json.loads((DOCS / "calibration.json").read_text(encoding="utf-8"))
-    (DOCS / "calibration.md").write_text(page(data))
+    (DOCS / "calibration.md").write_text(page(data), encoding="utf-8")
     picture(data, DOCS / "calibration.png")
     print(f"{DOCS / 'calibration.md'}; learning rates: {chosen_rates(data['sweep'])}")
 

@@ -255,7 +255,7 @@ def _collect(context: Context) -> dict[str, Any]:
     found = parse_collection(run.stdout)
     if found["tests"]:  # else the extension may be what is missing
         TESTS.parent.mkdir(parents=True, exist_ok=True)
-        TESTS.write_text(json.dumps(found))
+        TESTS.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
@@ -322,7 +322,7 @@ def run_step(commands: Sequence[Command], log: Path, deadline: float) -> list[in
     try:
         for n, command in enumerate(commands):
             parts.append(log.with_suffix(f".{n}.part"))
-            with parts[-1].open("w") as out:
+            with parts[-1].open("w", encoding="utf-8") as out:
                 out.write(f"$ {command}\n")
                 out.flush()
                 running.append(subprocess.Popen(command.argv, cwd=ROOT, env=_environment(command.env), stdout=out,
@@ -502,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, start = parse(argv), time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else what a stage started would go on
     if args.table:
-        (args.out / "gpu.md").write_text(status(args.out))
+        (args.out / "gpu.md").write_text(status(args.out), encoding="utf-8")
         return 0
     stages = [STAGES[name] for name in args.stages]
     about = None if args.dry_run else device()
@@ -542,8 +542,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{stage.name}: {stage.says}", flush=True)
         outcome = run_stage(stage, context, args.within - CLOSE_S - (time.monotonic() - start))
         summary["stages"][stage.name] = outcome
-        path.write_text(json.dumps(summary, indent=1) + "\n")
-        (args.out / "gpu.md").write_text(status(args.out))
+        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (args.out / "gpu.md").write_text(status(args.out), encoding="utf-8")
         print(f"{stage.name}: {outcome['state']}" + (f" ({outcome['why']})" if outcome["why"] else "")
               + f" in {outcome['seconds']:.0f} s; {folder / outcome['log']}", flush=True)  # fmt: skip
         lines = (folder / outcome["log"]).read_text(encoding="utf-8", errors="replace").splitlines()

@@ -395,7 +395,10 @@ def write_tensors(
     if len(shards) == 1:
         files = [file]
     for name, shard in zip(files, shards, strict=True):
-        save_file({key: t.cpu() for key, t in shard.items()}, folder / name, metadata={"format": "pt"})
+        try:
+            save_file({key: t.cpu() for key, t in shard.items()}, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(f"{folder / name}: cannot be written ({error})") from error
     return {key: name for name, shard in zip(files, shards, strict=True) for key in shard}
 
 

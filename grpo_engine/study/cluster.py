@@ -200,7 +200,7 @@ class SlurmExecutor:
                 return _Handle(job, earlier)
         self._executor.update_parameters(name=job.name.replace(" ", "-"))
         submitted = self._executor.submit(run_command, job.command, os.fspath(job.log.resolve()), os.getcwd(), self.threads)
-        known.write_text(submitted.job_id)
+        known.write_text(submitted.job_id, encoding="utf-8")
         return _Handle(job, submitted)
 
     def find(self, job_id: str) -> _Submitted | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from grpo_engine.study.design import Cell
 from grpo_engine.study.plan_view import human
+from grpo_engine.system.console import allow_any_text
 
 LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     from grpo_engine.system.startup import skip_compiler
 
     skip_compiler()
+    allow_any_text()
     match list(arguments):
         case ["model", size, kind, seed]:
             from grpo_engine.micro.pretrain import ensure_model

@@ -183,7 +183,8 @@ def _write_plan(folder: Path, the_plan: Plan) -> None:
             continue
         (path / CONFIG_FILE).write_text(
             f"# {cell.name} of study {the_plan.study.name}\n"
-            + yaml.safe_dump(cell.config.model_dump(mode="json"), sort_keys=False)
+            + yaml.safe_dump(cell.config.model_dump(mode="json"), sort_keys=False),
+            encoding="utf-8",
         )
         description = {
             "study": the_plan.study.name, "cell": cell.id, "name": cell.name, "axes": cell.axes,
