@@ -14,6 +14,18 @@ LOCK_FILE = ".lock"
 FOREVER = math.inf
 
 
+_held: set[int] = set()  # descriptors
+
+
+def _let_go_in_child() -> None:
+    """A forked child would hold the lock for as long as it outlives its parent."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 class Locked(RuntimeError):
     """Another process holds the lock; the message names it."""
 
@@ -46,7 +58,11 @@ def locked(path: Path, message: str, *, wait_s: float = 0.0) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        _held.add(file.fileno())
+        try:
+            yield
+        finally:
+            _held.discard(file.fileno())
 
 
 def is_locked(path: Path) -> bool:

@@ -112,3 +112,14 @@ def test_a_lock_waits(tmp_path):
     with locked(tmp_path / LOCK_FILE, "held"), pytest.raises(Locked, match="busy"):
         with locked(tmp_path / LOCK_FILE, "busy", wait_s=0.1):
             pass
+
+
+def test_a_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
+    code = (
+        "import os, pathlib, time; from grpo_engine.system.locks import locked; "
+        f"lock = locked(pathlib.Path({str(tmp_path / LOCK_FILE)!r}), 'held'); lock.__enter__(); "
+        "os.fork() or time.sleep(5); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    with locked(tmp_path / LOCK_FILE, "busy"):
+        pass
