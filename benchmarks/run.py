@@ -129,7 +129,7 @@ def run_one(
             options = [*options, "--record", str(so_far)]
         printed, record, well = _run_one(name, options, progress, task, limit_s)
         if record is None and so_far.exists():
-            record = json.loads(so_far.read_text())
+            record = json.loads(so_far.read_text(encoding="utf-8"))
             printed = f"{table.text(record)}\n\n{printed}"
         return printed, record, well
 
@@ -176,7 +176,7 @@ def kept_records(out: Path) -> list[dict[str, Any]]:
     order, found = names(), []
     for path in out.glob("*.json"):
         if path.name.split(".")[0] in order:
-            found.append(json.loads(path.read_text()))
+            found.append(json.loads(path.read_text(encoding="utf-8")))
     return sorted(found, key=lambda r: (order.index(r["benchmark"]), r.get("sizes") == table.REAL, r["threads"]))
 
 
@@ -198,7 +198,7 @@ def write(out: Path, record: dict[str, Any]) -> None:
         figure = out / f"{table.file_stem(one)}.png"
         if figure.exists():
             parts.append(f"\n![{FIGURES[one['benchmark']]}]({figure.name})")
-    (out / "results.md").write_text("\n".join(parts) + "\n")
+    (out / "results.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def summary(kept: Sequence[dict[str, Any]]) -> str:

@@ -573,7 +573,7 @@ def title(record: Mapping[str, Any]) -> str:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a record whole: whoever reads the file meanwhile finds this one or the one before."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(record, indent=1) + "\n")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
 
 

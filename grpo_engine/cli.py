@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from grpo_engine.system.console import allow_any_text
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -24,7 +26,7 @@ app = typer.Typer(
 )
 study_app = typer.Typer(no_args_is_help=True, help="A whole study: plan, run, status, fit, report.")
 app.add_typer(study_app, name="study")
-console = Console()
+console = Console(markup=False)  # paths and names are printed as they are
 
 Overrides = Annotated[
     list[str] | None,
@@ -42,14 +44,15 @@ def doctor() -> None:
     """Say what is built, what this machine has, and whether the engine keeps its promises here."""
     from grpo_engine.system import doctor as d
 
+    styled = Console()
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in d.facts().items():
         table.add_row(f"[bold]{name}[/bold]", value)
-    console.print(table)
+    styled.print(table)
     results = d.checks()
     for check in results:
         mark = "[green]ok[/green]    " if check.ok else "[red]BROKEN[/red]"
-        console.print(f"{mark} {check.name} ({check.detail})")
+        styled.print(f"{mark} {check.name} ({check.detail})")
     if not all(c.ok for c in results):
         raise typer.Exit(1)
 
@@ -82,8 +85,8 @@ def train(
     skip_compiler()
     _set_threads(threads)
     folder = run(load_run_config(config, overrides or []), out)
-    summary = json.loads((folder / "summary.json").read_text())
-    console.print(f"done: {folder} ({summary['steps']} steps, {summary['trained_tokens']:,} trained tokens)")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    console.print(f"done: {folder} ({summary['steps']} steps, {summary['trained_tokens']:,} trained tokens)", soft_wrap=True)
     _print_run(folder)
 
 
@@ -438,7 +441,7 @@ def study_recommend(
         print(json.dumps({k: asdict(r) for k, r in found.items()}, indent=1))
         return
     for name, r in found.items():
-        console.print(f"[bold]{name} models[/bold]")
+        console.print(f"{name} models", style="bold")
         Console(width=max(console.width, 110)).print(r.render_text(), highlight=False, markup=False)
 
 
@@ -492,11 +495,21 @@ def _set_threads(threads: int | None) -> None:
 
 def main() -> None:
     """Runs the command; an error a user can mend is one message and exit code 2, not a traceback."""
+    allow_any_text()
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError) as e:
+    except OSError as e:  # a full disk, a folder that may not be written to, a file where a folder is wanted
+        print(f"grpo-engine: {_system_error(e)}", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, TypeError, RuntimeError) as e:
         print(f"grpo-engine: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+def _system_error(e: OSError) -> str:
+    if e.strerror is None:
+        return str(e)
+    return f"{e.filename}: {e.strerror}" if e.filename is not None else e.strerror
 
 
 if __name__ == "__main__":

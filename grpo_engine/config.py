@@ -277,7 +277,7 @@ def load_yaml(source: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no configuration file {path}")
     try:
-        data = yaml.load(path.read_text(), Loader=_YamlLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
     except yaml.YAMLError as e:
         raise ValueError(f"{path}: not YAML: {e}") from e
     if data is None:

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -46,18 +45,40 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def tokenizer_and_model(
-    config: RunConfig, folder: Path | None, train_on: Task | None = None
-) -> tuple[Tokenizer, PromptTokens, Model, bool]:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """A model, ready to sample from and to train, with its tokenizer."""
+
+    tokenizer: Tokenizer
+    encode: PromptTokens  # prompts in its tokens
+    model: Model  # on its device
+    pages_stay: bool  # whether the rollout's pages may stay beside training
+    revision: str | None  # commit of the weights on the hub
+
+
+def model_files(model: ModelSource, *, revision: str | None = None) -> hub.Snapshot | None:
+    """Where the weights of a configuration lie, fetched if they have to be; None: a model of the embedded ladder.
+
+    Args:
+        model: its path is read.
+        revision: the commit to take, of a run that goes on.
+
+    Raises:
+        FileNotFoundError: see `hub.find_model`.
+    """
+    return hub.find_model(model.path, revision=revision) if model.path is not None else None
+
+
+def load_policy(config: RunConfig, source: hub.Snapshot | None, train_on: Task | None = None) -> Policy:
     """What a run starts from.
 
     Args:
         config: model and task are read; its device is resolved.
-        folder: of the weights; None: a model of the embedded ladder.
+        source: what `model_files` found.
         train_on: what the model is to be trained on, for which there must be room; None: it only answers.
 
     Returns:
-        The tokenizer, prompts in its tokens, the model on the device, and whether pages may stay beside training.
+        A `Policy`.
 
     Raises:
         ValueError: more tokens than the model has, a prompt without room for an answer, a bad folder, or no room.
@@ -65,9 +86,11 @@ def tokenizer_and_model(
     if config.device == "cuda":
         device.require_capability()
     m = config.model
-    if folder is None:
+    if source is None:
         assert m.size is not None  # ModelConfig demands a path or a size
         folder = pretrain.ensure_model(m.size, m.kind, seed=m.seed)
+    else:
+        folder = source.folder
     tokenizer = load_tokenizer("micro" if config.task.name == "micro" or m.size else folder)
     encode = prompt_tokens(m, tokenizer)
     pages_stay = True
@@ -80,7 +103,8 @@ def tokenizer_and_model(
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size}: {folder}"
         )
-    return tokenizer, encode, model, pages_stay
+    revision = source.revision if source else None
+    return Policy(tokenizer=tokenizer, encode=encode, model=model, pages_stay=pages_stay, revision=revision)
 
 
 def prompt_tokens(model: ModelSource, tokenizer: Tokenizer) -> PromptTokens:

@@ -43,9 +43,15 @@ def test_a_dry_run_lists_the_cells_and_runs_nothing(tmp_path):
         (("study", "status", "OUT"), "study.yaml"),
         (("evaluate", "--model", "m", "--suite", "paper", "--data", "/nowhere", "--out", "OUT"), "no file /nowhere/math"),
         (("train", "--out", "OUT", "task.name=files", "task.train=no.parquet", "model.size=xs"), "no.parquet"),
+        (("train", "--out", "FILE", "model.size=xs"), "file: must be a folder, but"),
+        (("study", "run", "smoke", "--out", "FILE"), "file: must be a folder, but"),
+        (("train", "--out", "/proc/run", "model.size=xs"), "/proc/run"),
+        (("train", "--out", "OUT", "model.path=/no/[bold]where[/x]"), "/no/[bold]where[/x]: no such folder"),
+        (("study", "status", "OUT[bold]"), "[bold]"),
     ],
 )
 def test_an_error_is_a_message_and_not_a_traceback(arguments, says, tmp_path):
-    result = command(*[str(tmp_path / "out") if a == "OUT" else a for a in arguments])
+    (tmp_path / "file").touch()
+    result = command(*[a.replace("OUT", f"{tmp_path}/out").replace("FILE", f"{tmp_path}/file") for a in arguments])
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr

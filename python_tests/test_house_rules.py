@@ -89,3 +89,22 @@ def test_the_ops_extension_knows_nothing_of_the_embedded_study():
     code = "import sys; from grpo_engine import _C, ops; print([m for m in sys.modules if '.micro' in m], *dir(_C))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.startswith("[] ") and "Micro" not in out.stdout and "Domain" not in out.stdout
+
+
+def _without_encoding(*paths):
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--preview", "--select", "PLW1514", *map(str, paths)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_text_files_are_read_and_written_as_utf8(tmp_path):
+    found = _without_encoding("grpo_engine", "scripts", "benchmarks", "examples")
+    assert found.returncode == 0, found.stdout
+    (tmp_path / "planted.py").write_text("from pathlib import Path\nPath('a').write_text('b')\n")
+    assert "without explicit `encoding`" in _without_encoding(tmp_path / "planted.py").stdout
+    calls = [  # what the linter cannot see: methods of paths that it does not know as such
+        f"{path.relative_to(ROOT)}: {call}"
+        for folder in ("grpo_engine", "scripts", "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        for call in re.findall(r"\.(?:read_text\(\)|open\(\"[wa]\"\))", path.read_text())
+    ]
+    assert calls == []

@@ -100,7 +100,7 @@ def measured_bases(study: StudyConfig, out: Path, jobs: int) -> list[dict[str, A
                 f"{need.name}: greedy {record['greedy']:.3f}, sampled {record['sample']:.3f} "
                 f"({done} of {len(missing)} models, {time.monotonic() - started:.0f} s)", flush=True,
             )  # fmt: skip
-    return [json.loads(files[n].read_text()) for n in needs]
+    return [json.loads(files[n].read_text(encoding="utf-8")) for n in needs]
 
 
 def measured_base(size: str, kind: str, seed: int, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,8 +331,8 @@ def main() -> None:
     if not arguments.page:
         os.environ["OMP_NUM_THREADS"] = "1"
         jsonl.write_json_atomic(RECORDS, measure(arguments.out, arguments.jobs))
-    data = json.loads(RECORDS.read_text())
-    (DOCS / "calibration.md").write_text(page(data))
+    data = json.loads(RECORDS.read_text(encoding="utf-8"))
+    (DOCS / "calibration.md").write_text(page(data), encoding="utf-8")
     picture(data, DOCS / "calibration.png")
     print(f"{DOCS / 'calibration.md'}; learning rates: {chosen_rates(data['sweep'])}")
 

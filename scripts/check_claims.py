@@ -268,7 +268,7 @@ class Copy:
             if code is None:
                 raise FaultError(f"the tests did not end within {LIMIT_S} s")
             if code not in (0, 1, 5) or not report.is_file():  # 5: all that there was is skipped
-                raise FaultError(f"pytest ended with {code}: {log.read_text(errors='replace')[-1500:]}")
+                raise FaultError(f"pytest ended with {code}: {log.read_text(encoding='utf-8', errors='replace')[-1500:]}")
             return list(_cases(report))
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ def config_of(name: str, folder: Path, **changes: int):
     """transformers' configuration of a published model."""
     from transformers import AutoConfig
 
-    (folder / "config.json").write_text(json.dumps(published(name) | changes))
+    (folder / "config.json").write_text(json.dumps(published(name) | changes), encoding="utf-8")
     return AutoConfig.from_pretrained(folder)
 
 

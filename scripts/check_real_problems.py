@@ -141,7 +141,7 @@ def killed_once(data: Path, folder: Path, out: Path, threads: int) -> int:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        note.write_text(json.dumps({"after": path.read_bytes().count(b"\n")}))
+        note.write_text(json.dumps({"after": path.read_bytes().count(b"\n")}), encoding="utf-8")
     finish(run(data, folder, out, threads))
     return jsonl.read_object(note)["after"]
 

@@ -521,9 +521,9 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/run/run.py",
-                old="            state.restore(self.model, self.optimizer)\n",
-                new="            state.restore(self.model, self.optimizer)\n"
-                "            self.counters.prompts_seen -= c.batch.prompts\n",
+                old='    counters = Counters(**state.meta["counters"]) if state is not None else Counters()\n',
+                new='    counters = Counters(**state.meta["counters"]) if state is not None else Counters()\n'
+                "    counters.prompts_seen = max(0, counters.prompts_seen - c.batch.prompts)\n",
             ),
         ),
         tests=(

@@ -248,14 +248,14 @@ def _collect(context: Context) -> dict[str, Any]:
         {"tests": ids, "files": paths, "missing": {path: module}}.
     """
     if TESTS.exists():
-        return json.loads(TESTS.read_text())
+        return json.loads(TESTS.read_text(encoding="utf-8"))
     files = ["python_tests/ops", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "python_tests").glob("test_*.py")))]
     command = [context.python, "-m", "pytest", "--collect-only", "--continue-on-collection-errors", "-k", "cuda", *files]
     run = subprocess.run(command, cwd=ROOT, env=_environment({}), capture_output=True, text=True, timeout=COLLECT_S)
     found = parse_collection(run.stdout)
     if found["tests"]:  # else the extension may be what is missing
         TESTS.parent.mkdir(parents=True, exist_ok=True)
-        TESTS.write_text(json.dumps(found))
+        TESTS.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
@@ -322,7 +322,7 @@ def run_step(commands: Sequence[Command], log: Path, deadline: float) -> list[in
     try:
         for n, command in enumerate(commands):
             parts.append(log.with_suffix(f".{n}.part"))
-            with parts[-1].open("w") as out:
+            with parts[-1].open("w", encoding="utf-8") as out:
                 out.write(f"$ {command}\n")
                 out.flush()
                 running.append(subprocess.Popen(command.argv, cwd=ROOT, env=_environment(command.env), stdout=out,
@@ -337,10 +337,10 @@ def run_step(commands: Sequence[Command], log: Path, deadline: float) -> list[in
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        with log.open("a") as out:
+        with log.open("a", encoding="utf-8") as out:
             for part in parts:
                 if part.exists():
-                    out.write(part.read_text(errors="replace"))
+                    out.write(part.read_text(encoding="utf-8", errors="replace"))
                     part.unlink()
     return codes
 
@@ -385,7 +385,7 @@ def run_stage(stage: Stage, context: Context, left_s: float = math.inf) -> dict[
         "log": log.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": collect_source()["commit"],
-        **({} if state == "skipped" else stage.result(context, log.read_text(errors="replace"))),
+        **({} if state == "skipped" else stage.result(context, log.read_text(encoding="utf-8", errors="replace"))),
     }
 
 
@@ -402,7 +402,7 @@ def status(out: Path) -> str:
     """gpu.md: a table of ops and whole steps, from the summaries and records in the subfolders of a folder."""
     ops = sorted(p.stem for p in (ROOT / "csrc" / "ops").glob("*.cpp") if p.with_suffix(".h").exists())
     whole = [name for name in ("decode_step", "training", "rollout", "step") if name not in ops]
-    summaries = [(path.parent, json.loads(path.read_text())) for path in sorted(out.glob("*/summary.json"))]
+    summaries = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(out.glob("*/summary.json"))]
     lines = [
         "# What has run on a GPU",
         "",
@@ -430,12 +430,12 @@ def _status_row(name: str, is_op: bool, folder: Path, summary: Mapping[str, Any]
         sanitizers = f"{clean['memcheck_errors']} errors, {clean.get('race_hazards')} hazards, {_when(clean)}"
     record = folder / f"{name}.json"
     if record.exists():
-        found = json.loads(record.read_text())
+        found = json.loads(record.read_text(encoding="utf-8"))
         shares = [row["share"] for row in found["cases"]]
         bench_cell = f"{len(shares)} cases" + (f", {min(shares):.0%} to {max(shares):.0%}" if shares else "")
         bench_cell += f", {len(found['failed'])} FAILED" if found.get("failed") else ""
         bench_cell += f", {_when(stages.get('bench' if is_op else 'models', {}))}"
-    elif (results := folder / "results.md").exists() and f"## {name}\n" in results.read_text():
+    elif (results := folder / "results.md").exists() and f"## {name}\n" in results.read_text(encoding="utf-8"):
         bench_cell = "its table alone was kept"
     if not (tests_cell or bench_cell):
         return None
@@ -502,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, start = parse(argv), time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else what a stage started would go on
     if args.table:
-        (args.out / "gpu.md").write_text(status(args.out))
+        (args.out / "gpu.md").write_text(status(args.out), encoding="utf-8")
         return 0
     stages = [STAGES[name] for name in args.stages]
     about = None if args.dry_run else device()
@@ -535,18 +535,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(folder=folder, architecture=f"{major}{minor}" + ("a" if major >= 9 else ""), full=args.full,
                       only=args.only)  # fmt: skip
     path = folder / "summary.json"
-    before = json.loads(path.read_text()) if path.exists() else {"stages": {}}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stages": {}}
     summary = {"schema": SCHEMA, **about, "python": sys.version.split()[0], "missing_packages": missing,
                "stages": before["stages"]}  # fmt: skip
     for stage in stages:
         print(f"\n{stage.name}: {stage.says}", flush=True)
         outcome = run_stage(stage, context, args.within - CLOSE_S - (time.monotonic() - start))
         summary["stages"][stage.name] = outcome
-        path.write_text(json.dumps(summary, indent=1) + "\n")
-        (args.out / "gpu.md").write_text(status(args.out))
+        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (args.out / "gpu.md").write_text(status(args.out), encoding="utf-8")
         print(f"{stage.name}: {outcome['state']}" + (f" ({outcome['why']})" if outcome["why"] else "")
               + f" in {outcome['seconds']:.0f} s; {folder / outcome['log']}", flush=True)  # fmt: skip
-        lines = (folder / outcome["log"]).read_text(errors="replace").splitlines()
+        lines = (folder / outcome["log"]).read_text(encoding="utf-8", errors="replace").splitlines()
         print(*lines[-25 if outcome["state"] in ("failed", "timed out") else -3 :], sep="\n", flush=True)
         for file, module in outcome.get("not_imported", {}).items():
             print(f"left out: {file} needs {module}")

@@ -4,44 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from grpo_engine.config import EvalConfig, RolloutConfig, RunConfig
-from grpo_engine.load import load_task, tokenizer_and_model
-from grpo_engine.model import hub
+from grpo_engine.load import load_policy, load_task, model_files
 from grpo_engine.model.tokenizer import Tokenizer
 from grpo_engine.records.ledger import Ledger
+from grpo_engine.records.records import EvalResult
 from grpo_engine.rewards.pool import RewardPool, reward_pool
 from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest, derive_seeds
 from grpo_engine.system import device
 from grpo_engine.types import EvalSet, Problem
 
 EVALUATION_STREAM = 2  # keeps the draws of evaluation apart from those of training
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalResult:
-    """One set, answered in one mode."""
-
-    eval_set: str
-    in_domain: bool
-    mode: str  # "sample" or "greedy"
-    temperature: float  # 0.0 for greedy
-    num_problems: int
-    num_samples: int  # answers to each problem
-    pass1: float  # mean over problems of the mean reward of its answers
-    stderr: float | None  # of pass1 over problems; None for a single problem
-    by_grade: Mapping[str, Mapping[str, float]] | None  # {grade: {"pass1", "n"}}; None when ungraded
-    right: list[int] | None = None  # right answers to each problem; None where rewards are not 0 or 1
-
-    @property
-    def loss(self) -> float:
-        """1 - pass@1, the test loss of the scaling laws."""
-        return 1.0 - self.pass1
 
 
 def eval_steps(config: RunConfig) -> list[int]:
@@ -157,7 +135,8 @@ def _result(eval_set: EvalSet, request: SamplingRequest, values: Sequence[float]
         temperature=request.temperature,
         num_problems=P,
         num_samples=samples,
-        pass1=by_problem.mean().item(),
+        pass1=(pass1 := by_problem.mean().item()),
+        loss=1.0 - pass1,
         stderr=by_problem.std(correction=1).item() / math.sqrt(P) if P > 1 else None,
         by_grade=_by_grade(eval_set.problems, by_problem.tolist()),
         right=rewards.sum(dim=1).int().tolist() if counted else None,
@@ -185,13 +164,13 @@ def evaluate_only(config: RunConfig) -> list[EvalResult]:
         ValueError: no evaluation set, or bad input.
     """
     config = config.model_copy(update={"device": device.resolve(config.device)})
-    folder = hub.find_model(config.model.path).folder if config.model.path else None
+    source = model_files(config.model)
     task = load_task(config.task, seed=config.seed, needed=1, reward=config.reward)
     if not task.evals:
         raise ValueError("evaluate: task.evals names no evaluation set")
-    tokenizer, encode, model, _ = tokenizer_and_model(config, folder)
+    policy = load_policy(config, source)
     with reward_pool(config.reward) as pool:
         return evaluate(
-            Engine(model), list(task.evals.values()), tokenizer=tokenizer, encode=encode, pool=pool,
+            Engine(policy.model), list(task.evals.values()), tokenizer=policy.tokenizer, encode=policy.encode, pool=pool,
             evaluation=config.evaluation, rollout=config.rollout, seed=config.seed,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 A suite's folder holds
 
-    suite.json        resolved configuration, what tells the weights from others, number of problems
+    suite.json        resolved configuration, fingerprints of the weights and the sets' files, number of problems
     answers.jsonl     one `Answer` a line, in the order in which they were scored; a kill costs what is not in it
     problems.parquet  one row a problem: values, lengths and how each of its answers ended
     table.json, table.md
@@ -14,7 +14,6 @@ same table, byte for byte.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -29,9 +28,8 @@ import numpy as np
 from grpo_engine.config import RunConfig
 from grpo_engine.evaluate.evaluate import evaluation_seeds
 from grpo_engine.evaluate.intervals import CONFIDENCE, interval
-from grpo_engine.load import tokenizer_and_model
-from grpo_engine.model import hub
-from grpo_engine.model.tokenizer import PromptTokens, Tokenizer
+from grpo_engine.load import Policy, load_policy, model_files
+from grpo_engine.model.hub import FILES
 from grpo_engine.records import jsonl
 from grpo_engine.records.text_table import Table
 from grpo_engine.rewards.answers import common_form
@@ -40,7 +38,8 @@ from grpo_engine.rewards.extract import after_thinking, last_boxed
 from grpo_engine.rewards.pool import RewardPool, reward_pool
 from grpo_engine.rollout.engine import Engine, Progress, SamplingRequest
 from grpo_engine.system import device
-from grpo_engine.system.files import write_bytes_atomic
+from grpo_engine.system.files import fingerprint, make_folder, write_bytes_atomic
+from grpo_engine.system.locks import LOCK_FILE, locked
 from grpo_engine.tasks.files import read_problems
 from grpo_engine.types import Problem, Reward
 
@@ -131,35 +130,36 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
 
     Raises:
         ValueError: no set, a bad file, a reward.function, or a folder that holds another suite.
-        RuntimeError: see `RewardPool`.
+        RuntimeError: see `RewardPool`; `Locked`: another process answers this suite.
     """
     if not config.task.evals:
         raise ValueError("evaluate_suite: task.evals names no set")
     if config.reward.function is not None:
         raise ValueError("evaluate_suite: reward.function is for runs; a suite keeps the scorers of its sets")
     config = config.model_copy(update={"device": device.resolve(config.device)})
-    folder = hub.find_model(config.model.path).folder if config.model.path else None
+    source = model_files(config.model)
     sets = {
         name: read_problems(
             file, limit=config.task.eval_problems, scoring=config.reward.scoring, scorer=config.reward.scorer
         )
         for name, file in config.task.evals.items()
     }
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     what = {
         "config": config.model_dump(mode="json"),
-        "weights": _fingerprint(folder),
+        "weights": fingerprint(source.folder, patterns=FILES, sampled=True) if source else None,
         "problems": {name: len(problems) for name, problems in sets.items()},
+        "data": {name: fingerprint(file) for name, file in config.task.evals.items()},
     }
-    _claim(out, what)
-    done = _done(out / ANSWERS_FILE, sets, config.evaluation.samples)
-    if len(done) < config.evaluation.samples * sum(map(len, sets.values())):
-        tokenizer, encode, model, _ = tokenizer_and_model(config, folder)
-        with reward_pool(config.reward) as pool:
-            done |= _answer(Engine(model), sets, done, out, tokenizer, encode, pool, config, progress)
-    results = [_result(name, problems, done, config) for name, problems in sets.items()]
-    _write(out, results, sets, done, config)
+    with locked(out / LOCK_FILE, f"{out}: another process answers this suite"):
+        _claim(out, what)
+        done = _done(out / ANSWERS_FILE, sets, config.evaluation.samples)
+        if len(done) < config.evaluation.samples * sum(map(len, sets.values())):
+            policy = load_policy(config, source)
+            with reward_pool(config.reward) as pool:
+                done |= _answer(policy, sets, done, out, pool, config, progress)
+        results = [_result(name, problems, done, config) for name, problems in sets.items()]
+        _write(out, results, sets, done, config)
     return results
 
 
@@ -202,24 +202,13 @@ def majority(votes: Sequence[str | None], right: Sequence[bool]) -> float:
     return sum(best) / len(best) if best else 0.0
 
 
-def _fingerprint(folder: Path | None) -> str | None:
-    """Of the weights' files: sizes, and a mebibyte at either end, in which an update of all weights shows."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-            file.seek(-min(1 << 20, path.stat().st_size), 2)
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
 def _claim(out: Path, suite: Mapping[str, object]) -> None:
     path = out / SUITE_FILE
     if path.exists():
-        if jsonl.read_object(path) != suite:
-            raise ValueError(f"{path}: another suite, model or setting than this one; give another folder")
+        before = jsonl.read_object(path)
+        if before != suite:
+            names = ", ".join(name for name in suite if before.get(name) != suite[name])
+            raise ValueError(f"{path}: another suite, model or setting than asked for ({names} differ); give another folder")
     else:
         write_bytes_atomic(path, (json.dumps(suite, indent=1) + "\n").encode())
 
@@ -245,24 +234,23 @@ def _line(answer: Answer) -> str:
 
 
 def _answer(
-    engine: Engine,
+    policy: Policy,
     sets: Mapping[str, Sequence[Problem]],
     done: Done,
     out: Path,
-    tokenizer: Tokenizer,
-    encode: PromptTokens,
     pool: RewardPool,
     config: RunConfig,
     progress: Progress | None,
 ) -> Done:
     """Answers what is not done: all sets in one rollout, each answer written when it is scored."""
-    G, longest = config.evaluation.samples, engine.model.config.max_position_embeddings - config.rollout.max_new_tokens
+    engine, tokenizer, encode = Engine(policy.model), policy.tokenizer, policy.encode
+    G, longest = config.evaluation.samples, policy.model.config.max_position_embeddings - config.rollout.max_new_tokens
     if config.rollout.max_prompt_tokens is not None:
         longest = min(longest, config.rollout.max_prompt_tokens)
     requests: list[SamplingRequest] = []
     positions: list[tuple[str, int]] = []  # (set, index) of each prompt
     new: Done = {}
-    with (out / ANSWERS_FILE).open("a") as file:
+    with (out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
 
         def keep(answer: Answer) -> None:
             new[answer.eval_set, answer.problem, answer.sample] = answer

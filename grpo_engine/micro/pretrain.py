@@ -9,9 +9,7 @@ wherever they were made.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -31,6 +29,7 @@ from grpo_engine.micro.ladder import Kind, MicroRecipe, architecture_of, recipe,
 from grpo_engine.micro.tokenizer import save_tokenizer
 from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
+from grpo_engine.system.locks import FOREVER, locked
 from grpo_engine.train.language import DocumentBatch, Progress, train_language
 
 VERSION = 3  # raise it when code that decides the weights changes in a way that the recipe does not show
@@ -135,7 +134,7 @@ def ensure_model(
     base = None
     if kind == "instruct":
         base = ensure_model(size, "base", seed=seed, cache_dir=cache_dir, progress=progress)
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock"), f"{folder}: another process makes this model", wait_s=FOREVER):
         if folder.is_dir():  # another process made it while this one waited
             return folder
         r = recipe(size, seed=seed)
@@ -171,11 +170,3 @@ def _batches(r: MicroRecipe, seed: str, *, chat_only: bool) -> Iterator[Document
 @functools.cache
 def tested_keys() -> frozenset[str]:
     return task.held_out_keys([*task.eval_sets().values(), *task.eval_sets(selection=True).values()])
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock file; the operating system frees it when the process ends, however it ends."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

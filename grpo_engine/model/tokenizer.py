@@ -178,6 +178,8 @@ class HFTokenizer:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             token = _read(self.folder / name).get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(f"{self.folder / name}: eos_token must be a token's text, got {token!r}")
             if token is not None:
                 found = self._fast.token_to_id(token)
                 if found is None:
@@ -361,5 +363,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_rows(folder: Path, tokens: int) -> None:
     rows = _read(folder / "config.json").get("vocab_size", tokens)
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        raise ValueError(f"{folder / 'config.json'}: vocab_size must be an integer, got {rows!r}")
     if rows < tokens:
         raise ValueError(f"{folder}: the model of config.json has vocab_size={rows}, too few rows for {tokens} tokens")

@@ -382,7 +382,10 @@ def write_tensors(
     if len(shards) == 1:
         files = [file]
     for name, shard in zip(files, shards, strict=True):
-        save_file({key: t.cpu() for key, t in shard.items()}, folder / name, metadata={"format": "pt"})
+        try:
+            save_file({key: t.cpu() for key, t in shard.items()}, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(f"{folder / name}: cannot be written ({error})") from error
     return {key: name for name, shard in zip(files, shards, strict=True) for key in shard}
 
 
@@ -409,4 +412,4 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: Path) -> None:
 
 
 def _write_object(path: Path, obj: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(obj, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(obj, indent=2, sort_keys=True) + "\n", encoding="utf-8")

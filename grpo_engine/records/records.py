@@ -48,20 +48,26 @@ PHASES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord:
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a run has come: what steps and evaluations begin with."""
+
+    step: int  # 1 is the first step; 0, in an evaluation, is the model as it came
+    prompts_seen: int  # D: prompts drawn so far, repeats included; 0 for pretraining
+    unique_prompts: int  # different prompts drawn so far; prompts_seen / unique_prompts is the reuse so far
+    trained_tokens: int  # T: prompt and response of all sequences trained on, so far; a shared prompt counts for each
+    compute_6nt: float  # FLOPs so far, 6 x non-embedding parameters x trained_tokens
+    compute_ledger: float  # FLOPs so far, all phases but evaluation summed
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(Position):
     """One optimisation step. Everything here is a function of the configuration alone, never of the clock.
 
     Counters whose comment says "so far" include this step. `None` means that the quantity does not exist in
     this run (no KL term, or a pretraining step, which has no reward), never that it was zero.
     """
 
-    step: int  # 1 is the first step
-    prompts_seen: int  # D: prompts drawn so far, repeats included; 0 for pretraining
-    unique_prompts: int  # different prompts drawn so far; prompts_seen / unique_prompts is the reuse so far
-    trained_tokens: int  # T: prompt and response of all sequences trained on, so far; a shared prompt counts for each
-    compute_6nt: float  # FLOPs so far, 6 x non-embedding parameters x trained_tokens
-    compute_ledger: float  # FLOPs so far, all phases but evaluation summed
     reward_mean: float | None = None  # over all responses of the step
     reward_std: float | None = None  # over all responses of the step, divided by n - 1
     reward_failures: int | None = None  # responses whose verifier timed out, crashed or raised (scored 0)
@@ -84,16 +90,10 @@ class StepRecord:
     logprob_mismatch_max: float | None = None  # max |sampler's - trainer's log-prob|; 0.0 if batch-invariant
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalRecord:
-    """One evaluation of one set in one mode. `loss` is 1 - `pass1`."""
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """One set, answered in one mode."""
 
-    step: int  # 0 is the model as it came
-    prompts_seen: int
-    unique_prompts: int
-    trained_tokens: int
-    compute_6nt: float
-    compute_ledger: float
     eval_set: str
     in_domain: bool
     mode: str  # "sample" or "greedy"
@@ -101,10 +101,15 @@ class EvalRecord:
     num_problems: int
     num_samples: int  # responses to each problem
     pass1: float  # mean over problems of the share of right responses
-    loss: float
+    loss: float  # 1 - pass1, the test loss of the scaling laws
     stderr: float | None  # of pass1, over problems; None for a single problem
     by_grade: dict[str, dict[str, float]] | None = None  # {grade: {"pass1": float, "n": int}}
     right: list[int] | None = None  # right responses to each problem, in the set's order; None where rewards are not 0 or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord(EvalResult, Position):
+    """One evaluation of one set in one mode, and after how much training. Its fields begin with the position's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -111,7 +111,7 @@ def passes(program: str, *, tests: str) -> bool:
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="grpo_engine-", ignore_cleanup_errors=True) as folder:
         job = {"program": program, "tests": tests, "token": token}
-        Path(folder, "job.json").write_text(json.dumps(job))
+        Path(folder, "job.json").write_text(json.dumps(job), encoding="utf-8")
         return _run(folder) == token.encode()
 
 

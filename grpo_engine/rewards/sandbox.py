@@ -58,7 +58,7 @@ def main(parent: int, folder: str, cpu_s: int, memory_bytes: int, file_bytes: in
     """
     _die_with(parent)
     os.chdir(folder)
-    job = open("job.json")
+    job = open("job.json", encoding="utf-8")
     os.unlink("job.json")
     report = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -238,7 +238,7 @@ def isolate(folder: str) -> frozenset[str]:
         got |= {"network", "processes"}
         # Without a mapping no file can be made; mapped to itself, the user owns what it owned.
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as f:
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as f:
                 f.write(text)
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if _landlock(folder):

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from grpo_engine.config import RunConfig
-from grpo_engine.evaluate.evaluate import EvalResult
 from grpo_engine.records.cost import COST_HEAD, cost_rows
-from grpo_engine.records.records import PhaseCost, StepRecord
+from grpo_engine.records.records import EvalResult, PhaseCost, StepRecord
 from grpo_engine.types import EvalSet
 
 
@@ -43,7 +43,7 @@ class RunProgress:
             console=self._console,
             disable=self.quiet,
         )
-        self._steps = self._bar.add_task(config.name, total=config.steps, facts="")
+        self._steps = self._bar.add_task(escape(config.name), total=config.steps, facts="")
         self._inner = self._bar.add_task("", total=None, facts="", visible=False)
         self._facts = {"reward": "", "loss": "", "tokens/s": "", "pass@1": ""}
         self._tokens_before = 0
@@ -58,7 +58,7 @@ class RunProgress:
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def announce(self, text: str) -> None:
         """Prints a text as it is, above the bar or, without a terminal, into the log."""
@@ -88,7 +88,7 @@ class RunProgress:
 
     def start_evaluation(self, sets: Sequence[EvalSet]) -> None:
         """An evaluation begins."""
-        names = ", ".join(s.name for s in sets)
+        names = escape(", ".join(s.name for s in sets))
         self._bar.update(self._inner, description=f"  test {names}", visible=True, completed=0)
 
     def finish_evaluation(self, results: Sequence[EvalResult]) -> None:
@@ -100,7 +100,7 @@ class RunProgress:
 
     def finish_run(self, costs: Mapping[str, PhaseCost]) -> None:
         """The run is done; prints where its time went."""
-        table = Table(title=f"{self.config.name}: where the time went", title_justify="left", box=None)
+        table = Table(title=f"{escape(self.config.name)}: where the time went", title_justify="left", box=None)
         for i, name in enumerate(COST_HEAD):
             table.add_column(name, justify="right" if i else "left")
         for row in cost_rows(costs):

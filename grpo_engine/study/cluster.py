@@ -195,12 +195,12 @@ class SlurmExecutor:
         """Submits a job, or finds it where an earlier run of this study has submitted it."""
         known = self.folder / f"{job.name.replace(' ', '-')}.id"
         if known.is_file():
-            earlier = self.find(known.read_text())
+            earlier = self.find(known.read_text(encoding="utf-8"))
             if earlier is not None and earlier.state in _ALIVE:
                 return _Handle(job, earlier)
         self._executor.update_parameters(name=job.name.replace(" ", "-"))
         submitted = self._executor.submit(run_command, job.command, os.fspath(job.log.resolve()), os.getcwd(), self.threads)
-        known.write_text(submitted.job_id)
+        known.write_text(submitted.job_id, encoding="utf-8")
         return _Handle(job, submitted)
 
     def find(self, job_id: str) -> _Submitted | None:

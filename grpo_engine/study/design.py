@@ -212,7 +212,7 @@ def save_study(study: StudyConfig, path: str | os.PathLike[str]) -> None:
         study: the study.
         path: a file ending in .yaml.
     """
-    Path(path).write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+    Path(path).write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def plan(study: StudyConfig) -> Plan:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_engine.study.design import Cell
-from grpo_engine.study.locks import locked
 from grpo_engine.study.plan_view import human
+from grpo_engine.system.console import allow_any_text
 
-LOCK_FILE = ".lock"
 LOG_FILE = "log.txt"
 CONFIG_FILE = "config.yaml"
 
@@ -52,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     from grpo_engine.system.startup import skip_compiler
 
     skip_compiler()
+    allow_any_text()
     match list(arguments):
         case ["model", size, kind, seed]:
             from grpo_engine.micro.pretrain import ensure_model
@@ -62,8 +62,7 @@ def main(arguments: Sequence[str]) -> int:
             from grpo_engine.run.run import train
 
             path = Path(folder)
-            with locked(path / LOCK_FILE, f"{path}: another process runs this cell", wait_s=10.0):
-                train(load_run_config(path / CONFIG_FILE), path)
+            train(load_run_config(path / CONFIG_FILE), path, wait_s=10.0)  # until its predecessor is gone
         case _:
             raise ValueError(f"expected 'model SIZE KIND SEED' or 'cell FOLDER', got {' '.join(arguments)!r}")
     return 0

@@ -128,7 +128,7 @@ def failure_of(t: Tracked) -> Failure:
     else:
         reason = f"exit code {code}"
     try:
-        text = t.job.log.read_text(errors="replace")
+        text = t.job.log.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         text = f"(no log: {error})"
     return Failure(name=t.job.name, reason=reason, log=t.job.log, tail="\n".join(text.splitlines()[-LOG_TAIL:]))

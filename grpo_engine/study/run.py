@@ -31,11 +31,12 @@ from grpo_engine.study.design import PLAN_FILE, STUDY_FILE, Plan, StudyConfig, l
 from grpo_engine.study.display import Display
 from grpo_engine.study.executors import Executor, LocalExecutor
 from grpo_engine.study.forecast import Cost, dollars
-from grpo_engine.study.job import CONFIG_FILE, LOCK_FILE
+from grpo_engine.study.job import CONFIG_FILE
 from grpo_engine.study.jobs import MODELS, StudyResult, Tracked, failure_file, failure_of, jobs_of
-from grpo_engine.study.locks import locked
 from grpo_engine.study.plan_view import plan_json
 from grpo_engine.study.status import read_progress
+from grpo_engine.system.files import make_folder
+from grpo_engine.system.locks import LOCK_FILE, locked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +76,7 @@ def run_study(
         What was done, skipped, failed and left.
 
     Raises:
-        StudyLocked: another process runs this study.
+        Locked: another process runs this study.
         FileNotFoundError: `study` is None and the folder has no study.yaml.
         ValueError: `jobs` or `attempts` is not positive, a wrong study, or a model folder that is not there.
     """
@@ -85,7 +86,7 @@ def run_study(
             raise ValueError(f"run_study: {name} must be at least 1, got {value}")
     if study is None:
         study = load_study(folder / STUDY_FILE)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with locked(folder / LOCK_FILE, f"{folder}: another process runs this study"):
         # before the plan: it imports while this process does
         executor = executor or LocalExecutor(threads=threads, devices=_devices(study))
@@ -182,7 +183,8 @@ def _write_plan(folder: Path, the_plan: Plan) -> None:
             continue
         (path / CONFIG_FILE).write_text(
             f"# {cell.name} of study {the_plan.study.name}\n"
-            + yaml.safe_dump(cell.config.model_dump(mode="json"), sort_keys=False)
+            + yaml.safe_dump(cell.config.model_dump(mode="json"), sort_keys=False),
+            encoding="utf-8",
         )
         description = {
             "study": the_plan.study.name, "cell": cell.id, "name": cell.name, "axes": cell.axes,

@@ -13,9 +13,9 @@ from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.study.design import STUDY_FILE, Cell, load_study, plan
 from grpo_engine.study.importers import read_table
-from grpo_engine.study.job import LOCK_FILE, LOG_FILE
+from grpo_engine.study.job import LOG_FILE
 from grpo_engine.study.jobs import failure_file
-from grpo_engine.study.locks import is_locked
+from grpo_engine.system.locks import LOCK_FILE, is_locked
 
 
 def read_progress(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _tail(path: Path, num_bytes: int = 16384) -> list[dict[str, Any]]:
 
 def last_line(path: Path) -> str:
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return lines[-1] if lines and not lines[-1].startswith("---") else ""

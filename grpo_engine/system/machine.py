@@ -72,7 +72,7 @@ def collect_hardware() -> dict[str, Any]:
     flags: set[str] = set()
     memory: int | None = None
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 cpu = value.strip()

@@ -45,7 +45,7 @@ def free_bytes(device: str) -> int | None:
 
 def _machine_free() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
@@ -54,7 +54,7 @@ def _machine_free() -> int | None:
 def _group_free() -> list[int]:
     """Of each group with a limit, from this process's own up to the root; version 2, then version 1."""
     try:
-        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return []
     free = []
@@ -66,9 +66,11 @@ def _group_free() -> list[int]:
         group = root / own.lstrip("/")
         for folder in (group, *group.parents):
             try:
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / f"memory.{usage}").read_text()) - int(stat["inactive_file"])  # files give way
-                free.append(max(0, int((folder / f"memory.{limit}").read_text()) - used))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+                used = int((folder / f"memory.{usage}").read_text(encoding="utf-8")) - int(
+                    stat["inactive_file"]
+                )  # files give way
+                free.append(max(0, int((folder / f"memory.{limit}").read_text(encoding="utf-8")) - used))
             except (OSError, ValueError, KeyError):  # no such group here, or "max": no limit
                 pass
             if folder == root:

@@ -68,6 +68,6 @@ def openmp_runtimes() -> list[str] | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         paths = {os.path.realpath(line.split(maxsplit=5)[5].strip()) for line in maps if "/" in line}
     return sorted(path for path in paths if _RUNTIME.search(path))

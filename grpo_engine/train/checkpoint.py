@@ -148,7 +148,7 @@ def save(
         weights.write_tensors(new, OPTIMIZER_FILE, _optimizer_tensors(model, optimizer))
         facts["files"] = {p.name: _fingerprint(p) for p in sorted(new.iterdir())}
         facts["sha256"] = _digest(facts)
-        (new / META_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        (new / META_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         files.sync_tree(new)
     except BaseException:
         _remove(new)

@@ -264,3 +264,23 @@ def test_a_prompt_is_tokenised_once():
     problems = [Problem(uid=uid, prompt=p, answer="", domain="", reward="exact") for uid, p in ("aX", "bY", "cX")]
     assert [list(encode(p)) for p in problems * 2] == [[1, 70_000], [1, 70_000], [1, 70_000]] * 2
     assert asked == [("X", True), ("Y", True)]
+
+
+@pytest.mark.parametrize(
+    "file,settings,says",
+    [
+        (
+            "tokenizer_config.json",
+            {"eos_token": ["<|endoftext|>"]},
+            "eos_token must be a token's text",
+        ),
+        ("config.json", {"vocab_size": None}, "config.json: vocab_size must be an integer, got None"),
+        ("config.json", {"vocab_size": "512"}, "config.json: vocab_size must be an integer, got '512'"),
+    ],
+)
+def test_a_setting_of_a_wrong_type_is_named_with_its_file(trained, file, settings, says, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    (copy / file).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=says):
+        load_tokenizer(copy)

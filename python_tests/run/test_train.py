@@ -24,7 +24,9 @@ from grpo_engine.model import weights
 from grpo_engine.records import jsonl, records
 from grpo_engine.records.cost import total_cost
 from grpo_engine.rollout.engine import Rollout
-from grpo_engine.run.run import TrainingRun, train
+from grpo_engine.run.folder import RunFolder
+from grpo_engine.run.grpo import GrpoStepper
+from grpo_engine.run.run import train
 from grpo_engine.system import device
 from grpo_engine.system.threads import count_threads, num_threads
 from grpo_engine.tasks.order import problems_from
@@ -256,8 +258,7 @@ def test_a_bfloat16_run_repeats_itself_resumed_and_with_checkpointed_activations
     # a run that was cut short after its first checkpoint: everything later is thrown away
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patched:
-        real = TrainingRun._grpo_step
-        patched.setattr(TrainingRun, "_grpo_step", lambda run, step: real(run, step) if step < 3 else 1 / 0)
+        patched.setattr(GrpoStepper, "step", lambda s, step, real=GrpoStepper.step: real(s, step) if step < 3 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config(4), cut)
     assert deterministic_bytes(train(config(4), cut)) == deterministic_bytes(one) and same_weights(one, cut)
@@ -285,7 +286,7 @@ def test_a_run_stays_on_the_device_where_it_was_begun(folder, tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"holds another run .*device \('cpu' there, 'cuda' here\)"):
         train(config.model_copy(update={"device": "cuda"}), out)
     (out / records.SUMMARY_FILE).unlink()
-    assert TrainingRun(config, out, quiet=True).config.device == "cpu"
+    assert RunFolder.of(config, out).config.device == "cpu"
 
     machine(gpus=0)
     changed(out, device="cuda")  # and the other way round: begun on a GPU that this machine lacks

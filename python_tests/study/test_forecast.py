@@ -62,7 +62,7 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
                 "evaluation={count: 2, samples: 3, others_every: 1}", f"model={{path: {tmp_path / 'tiny'}}}"]  # fmt: skip
     if method == "pretrain":
         settings += ["method=pretrain", "model={size: xs}", "evaluation.count=0"]
-        monkeypatch.setattr("grpo_engine.run.run.tokenizer_and_model", _untrained)
+        monkeypatch.setattr("grpo_engine.run.run.load_policy", _untrained)
     config = load_run_config(None, settings)
     run = records.read_run(train(config, tmp_path / "run", quiet=True))
     cost = total_cost(run.timings)
@@ -78,14 +78,15 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
         assert flops == pytest.approx(measured, rel=0.25 if phase == "evaluation" else 0.05), phase
 
 
-def _untrained(config, _folder, _task):
-    from grpo_engine.load import load_tokenizer
+def _untrained(config, _source, _task):
+    from grpo_engine.load import Policy, load_tokenizer
     from grpo_engine.micro import ladder
     from grpo_engine.model.tokenizer import PromptTokens
 
     tokenizer = load_tokenizer("micro")
     model = Model(ladder.architecture(config.model.size)).init_weights(0)
-    return tokenizer, PromptTokens(tokenizer, chat=False), model, True
+    encode = PromptTokens(tokenizer, chat=False)
+    return Policy(tokenizer=tokenizer, encode=encode, model=model, pages_stay=True, revision=None)
 
 
 def test_a_gpu_is_bounded_by_matmuls_or_by_bandwidth():

@@ -21,15 +21,16 @@ from rich.console import Console
 from grpo_engine.micro.tokenizer import MicroTokenizer
 from grpo_engine.model import weights
 from grpo_engine.records import jsonl, records
-from grpo_engine.study import executors, locks, status
+from grpo_engine.study import executors, status
 from grpo_engine.study import jobs as jobs_module
 from grpo_engine.study import run as run_
 from grpo_engine.study.design import AxesConfig, SizeConfig, StudyConfig, plan, save_study
 from grpo_engine.study.executors import LocalExecutor
-from grpo_engine.study.job import CONFIG_FILE, LOCK_FILE, Job, main
-from grpo_engine.study.locks import StudyLocked
+from grpo_engine.study.job import CONFIG_FILE, Job, main
 from grpo_engine.study.run import run_study
 from grpo_engine.study.status import study_status
+from grpo_engine.system import locks
+from grpo_engine.system.locks import LOCK_FILE, Locked
 from grpo_engine.system.machine import num_cores
 
 STUDY = StudyConfig(
@@ -198,7 +199,7 @@ def test_two_runs_in_one_folder_refuse(tmp_path):
 
     def at_poll():
         if not seen:
-            with pytest.raises(StudyLocked, match=f"another process runs this study .process {os.getpid()}"):
+            with pytest.raises(Locked, match=f"another process runs this study .process {os.getpid()}"):
                 run_it(tmp_path, FakeExecutor(tmp_path))
             seen.append(1)
 
@@ -647,7 +648,7 @@ def test_a_cell_waits_for_its_predecessor_to_be_gone(tmp_path):
     thread = threading.Thread(target=hold)
     thread.start()
     holding.wait()
-    with pytest.raises(StudyLocked, match="cell is busy"):
+    with pytest.raises(Locked, match="cell is busy"):
         with locks.locked(lock, "cell is busy"):
             pass
     with locks.locked(lock, "cell is busy", wait_s=5.0):

@@ -11,6 +11,7 @@ from grpo_engine.config import apply_overrides, load_run_config
 from grpo_engine.micro.tokenizer import MicroTokenizer
 from grpo_engine.model import hf_config, weights
 from grpo_engine.model.decoder import Model
+from grpo_engine.rollout.engine import Engine
 from grpo_engine.run.run import train
 from grpo_engine.system.memory import free_bytes
 from grpo_engine.train import footprint
@@ -92,14 +93,15 @@ def test_no_settings_help_where_the_weights_alone_are_too_large(folder, monkeypa
 
 def test_pages_that_do_not_fit_beside_training_are_given_back_and_change_no_bit(folder, tmp_path, monkeypatch):
     from grpo_engine.records import records
-    from grpo_engine.run.run import TrainingRun
+    from grpo_engine.run import run
 
     found = []
     for name, stay in (("stay", True), ("turns", False)):
         monkeypatch.setattr(footprint, "require_room", lambda *_, stay=stay: stay)
-        run = TrainingRun(config_of(folder, "steps=2", "task.eval_problems=2"), tmp_path / name, quiet=True)
-        run.complete()
-        assert (run.engine.runner.cache is not None) == stay
+        engines = []
+        monkeypatch.setattr(run, "Engine", lambda *a, engines=engines, **k: engines.append(Engine(*a, **k)) or engines[0])
+        run.train(config_of(folder, "steps=2", "task.eval_problems=2"), tmp_path / name, quiet=True)
+        assert (engines[0].runner.cache is not None) == stay
         found.append((tmp_path / name / records.STEPS_FILE).read_bytes())
     assert found[0] == found[1]
 

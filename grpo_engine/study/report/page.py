@@ -316,8 +316,8 @@ def write_report(study_dir: str | os.PathLike[str]) -> Path:
         figures, tables = (_empty_folder(folder / REPORT / name) for name in ("figures", "tables"))
         drawn = list(drawers.map(draw, (f for s in sections for f in s.figures), itertools.repeat(figures)))
     for table in (t for s in sections for t in s.tables):
-        (tables / f"{table.name}.md").write_text(table.markdown())
-        (tables / f"{table.name}.tex").write_text(table.latex())
+        (tables / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
+        (tables / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
     page = folder / REPORT / "index.html"
     images = {png.stem: png.read_bytes() for png, _ in drawn}
     files.write_bytes_atomic(page, render_page(data, sections, findings(data, laws), images).encode())
