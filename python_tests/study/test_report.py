@@ -267,7 +267,7 @@ def test_the_terminal_table_holds_the_law(study):
     assert "falls" in text
 
 
-def test_the_terminal_says_why_a_law_is_not_carried(tmp_path):
+def test_the_terminal_says_why_a_law_is_not_identifiable(tmp_path):
     make_study(tmp_path / "s", sizes=("xs", "s"), axes=(AxesConfig(),))
     console = Console(width=80, file=io.StringIO())
     console.print(law_table(fit_study(tmp_path / "s", n_boot=20)))

@@ -41,7 +41,7 @@ def law_table(fits: Fits) -> Group:
         return out
 
     notes = [Text(f"- {line}") for line in [*verdicts(fits), *cautions(fits)]]
-    return Group(table(joint_table(fits), 2), Text(), *notes, Text(), table(size_table(fits), 1))
+    return Group(table(joint_table(fits), 1), Text(), *notes, Text(), table(size_table(fits), 1))
 
 
 def joint_table(fits: Fits) -> Table:
@@ -61,7 +61,7 @@ def joint_table(fits: Fits) -> Table:
         head=("X", "models", "K_max", "N0", "R\u00b2", "identifiable"),
         rows=rows,
         text_columns=2,
-        note="X: compute as 6NT, as the ledger of all phases but evaluation, or prompts seen. 95 % intervals. Carried: "
+        note="X: compute as 6NT, as the ledger of all phases but evaluation, or prompts seen. 95 % intervals. Identifiable: "
         "whether the data determine the law. R\u00b2 is pooled over sizes: most of it is their difference.",
     )
 
