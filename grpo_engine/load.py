@@ -222,9 +222,10 @@ def _own_task(config: TaskConfig, *, seed: int, needed: int) -> Task:
 
 
 def _require_scorers(config: TaskConfig, reward: RewardConfig) -> None:
-    if isinstance(reward.scorer, dict) and config.name != "files":
+    scorer = reward.scorer
+    if isinstance(scorer, dict) and config.name != "files":
         raise ValueError("reward.scorer by data_source belongs to task.name=files: other problems have none")
-    for name in reward.scorer.values() if isinstance(reward.scorer, dict) else [reward.scorer] * (reward.scorer is not None):
+    for name in [] if scorer is None else [scorer] if isinstance(scorer, str) else scorer.values():
         try:
             scorer_target(name)
         except ValueError as e:
@@ -234,11 +235,11 @@ def _require_scorers(config: TaskConfig, reward: RewardConfig) -> None:
 def _scored_by(task: Task, reward: RewardConfig) -> Task:
     """The task with one scorer for all, if one is given; a scorer that is not there is found now and not in a worker."""
     scorer = reward.function or (reward.scorer if isinstance(reward.scorer, str) else None)
-
-    def changed(problems: Sequence[Problem]) -> list[Problem]:
-        return [dataclasses.replace(p, reward=scorer) for p in problems]
-
     if scorer is not None:
+
+        def changed(problems: Sequence[Problem]) -> list[Problem]:
+            return [dataclasses.replace(p, reward=scorer) for p in problems]
+
         evals = {name: dataclasses.replace(s, problems=changed(s.problems)) for name, s in task.evals.items()}
         task = dataclasses.replace(task, train=changed(task.train), evals=evals)
     argument = "reward.function" if reward.function else "reward.scorer" if reward.scorer else "Problem.reward"

@@ -135,8 +135,8 @@ def summary(verdicts: Sequence[Verdict]) -> Table:
     ours, *_ = verdicts[0].scores
     rows = [["scorer", "right", "mean", "not scored", "as ours", "right, not ours", "ours, not right"]]
     for name in (*verdicts[0].scores, "file"):
-        pairs = [(v.file if name == "file" else v.scores[name], v.scores[ours]) for v in verdicts]
-        pairs = [(theirs, mine) for theirs, mine in pairs if theirs is not None]
+        told = [(v.file if name == "file" else v.scores[name], v.scores[ours]) for v in verdicts]
+        pairs = [(theirs, mine) for theirs, mine in told if theirs is not None]
         if not pairs:
             continue
         failed = sum(v.statuses.get(name, "ok") != "ok" for v in verdicts)
@@ -197,6 +197,7 @@ def _read(
     for count, (place, row) in enumerate(read_rows(path, {name.partition(".")[0] for name in names})):
         if count == 0:
             response, truth = _fields(path, row, response, truth)
+        assert response is not None and truth is not None  # the first row named them
         if limit is not None and count >= limit:
             break
         found, answer = _at(row, response), _text(_at(row, truth))
@@ -222,6 +223,7 @@ def _fields(path: Path, row: Mapping[str, object], response: str | None, truth: 
             raise ValueError(f"{path}: no field of {', '.join(known)} there; {option} names it; there are {', '.join(row)}")
         if _at(row, name) is None:
             raise ValueError(f"{path}: {option} {name}: no such field; there are {', '.join(row)}")
+    assert response is not None and truth is not None  # the loop refuses None
     return response, truth
 
 
@@ -252,8 +254,8 @@ def _texts(value: object) -> list[str] | None:
         return None
     if all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         return _texts(value[-1])  # a chat: its last message
-    found = [_texts(item) for item in value]
-    return None if any(texts is None for texts in found) else [text for texts in found for text in texts]
+    found = [texts for item in value if (texts := _texts(item)) is not None]
+    return [text for texts in found for text in texts] if len(found) == len(value) else None
 
 
 def _said(row: Mapping[str, object], i: int, count: int) -> float | None:

@@ -41,6 +41,7 @@ from grpo_engine.system import device
 from grpo_engine.system.files import fingerprint, make_folder, write_bytes_atomic
 from grpo_engine.system.locks import LOCK_FILE, locked
 from grpo_engine.tasks.files import read_problems
+from grpo_engine.tasks.rows import find_files
 from grpo_engine.types import Problem, Reward
 
 SUITES: dict[str, dict[str, str]] = {  # name of a set to its file in the data folder
@@ -149,7 +150,7 @@ def evaluate_suite(config: RunConfig, out: Path | str, *, progress: Progress | N
         "config": config.model_dump(mode="json"),
         "weights": fingerprint(source.folder, patterns=FILES, sampled=True) if source else None,
         "problems": {name: len(problems) for name, problems in sets.items()},
-        "data": {name: fingerprint(file) for name, file in config.task.evals.items()},
+        "data": {name: fingerprint(*find_files(paths)) for name, paths in config.task.evals.items()},
     }
     with locked(out / LOCK_FILE, f"{out}: another process answers this suite"):
         _claim(out, what)

@@ -122,7 +122,7 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).endswith(".gguf")
 
 
-class _Fields(Mapping[str, Any]):
+class _Fields:
     """The file's metadata; a field that is missing or of a wrong type is named."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
@@ -130,12 +130,6 @@ class _Fields(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def get(self, key: str, kind: type, default: Any = ...) -> Any:
         """A field of a type; without a default it must be there."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from grpo_engine.rewards.notation import CURRENCY, ROW_BREAK, spelling, tidy
 from grpo_engine.rewards.quantity import (
     SCALES,
+    Based,
     Number,
     Unit,
     read_based,
@@ -309,11 +310,11 @@ def _several(items: list[Answer], separators: list[str]) -> Answer:
         if any(s in ("or", r"\lor", r"\vee") for s in separators):
             return Region(tuple(span for r in regions for span in r.spans), regions[0].variable)
         if len(regions) == 2 and all(len(r.spans) == 1 for r in regions):
-            (low, low_open, *low_end), (high, high_open, *high_end) = (r.spans[0] for r in regions)
-            if _is_endless(low_end[0]) and _is_endless(high):  # x > 1, x < 3
-                return Region(((low, low_open, *high_end),), regions[0].variable)
-            if _is_endless(high_end[0]) and _is_endless(low):
-                return Region(((high, high_open, *low_end),), regions[0].variable)
+            one, other = (r.spans[0] for r in regions)
+            if _is_endless(one[2]) and _is_endless(other[0]):  # x > 1, x < 3
+                return Region((one[:2] + other[2:],), regions[0].variable)
+            if _is_endless(other[2]) and _is_endless(one[0]):
+                return Region((other[:2] + one[2:],), regions[0].variable)
     flat: list[Answer] = []
     for item in items:  # "\pm 2, 3"
         flat.extend(item.items if isinstance(item, Many) and not item.opened else [item])
@@ -385,8 +386,8 @@ def _read_group(text: str, depth: int) -> Answer | None:
     parts, unions = _split(text, frozenset({r"\cup"}))
     if unions:
         pieces = [read(part, depth + 1) for part in parts]
-        spans = [_spans(piece) for piece in pieces]
-        if all(s is not None for s in spans):
+        spans = [s for s in map(_spans, pieces) if s is not None]
+        if len(spans) == len(pieces):
             return Region(tuple(span for s in spans for span in s))
         return Leaf(text)
     if match := _MATRIX.fullmatch(text):
@@ -510,6 +511,7 @@ def _same(gold: Answer, found: Answer) -> bool:
         return _same_grid(gold, found)
     if isinstance(gold, Many) or isinstance(found, Many):
         several = gold if isinstance(gold, Many) else found
+        assert isinstance(several, Many)  # one of the two is
         if len(several.items) == 1:
             one = several.items[0]
             return _same(one, found) if several is gold else _same(gold, one)
@@ -570,13 +572,13 @@ def _same_many(gold: Many, found: Many) -> bool:
         gold_items, found_items = _distinct(gold_items), _distinct(found_items)
     if len(gold_items) != len(found_items):
         return False
-    names = [item.name for item in gold_items if isinstance(item, Named)]
-    their_names = [item.name for item in found_items if isinstance(item, Named)]
-    if len(names) == len(their_names) == len(gold_items):  # x = 1, y = 2
-        if len(set(names)) == len(names) and set(names) == set(their_names):
-            values = {item.name: item for item in found_items}
-            return all(_same(item, values[item.name]) for item in gold_items)
-    elif len(names) == len(gold_items) or len(their_names) == len(found_items):
+    ours = [item for item in gold_items if isinstance(item, Named)]
+    theirs = [item for item in found_items if isinstance(item, Named)]
+    if len(ours) == len(theirs) == len(gold_items):  # x = 1, y = 2
+        names, values = {item.name for item in ours}, {item.name: item for item in theirs}
+        if len(names) == len(ours) and names == values.keys():
+            return all(_same(item, values[item.name]) for item in ours)
+    elif len(ours) == len(gold_items) or len(theirs) == len(found_items):
         return _in_order(gold_items, found_items)
     ordered = [many.opened not in ("", r"\{") for many in (gold, found)]
     if all(ordered) and len(gold_items) == 2 and (gold.opened, gold.shut) != (found.opened, found.shut):
@@ -616,6 +618,7 @@ def _same_grid(gold: Answer, found: Answer) -> bool:
     if isinstance(gold, Grid) and isinstance(found, Grid):
         return len(gold.rows) == len(found.rows) and all(map(_in_order, gold.rows, found.rows))
     grid, other = (gold, found) if isinstance(gold, Grid) else (found, gold)
+    assert isinstance(grid, Grid)  # one of the two is
     if isinstance(other, Many) and other.opened in ("(", r"\langle") and other.shut in (")", r"\rangle"):
         columns = [row[0] for row in grid.rows] if all(len(row) == 1 for row in grid.rows) else None
         vector = columns or (grid.rows[0] if len(grid.rows) == 1 else None)
@@ -650,11 +653,12 @@ def _same_leaf(gold: Leaf, found: Leaf) -> bool:
     return _verified(gold.text, found.text)
 
 
-def _same_based(gold: object, found: object, gold_leaf: Leaf, found_leaf: Leaf) -> bool:
+def _same_based(gold: Based | None, found: Based | None, gold_leaf: Leaf, found_leaf: Leaf) -> bool:
     if gold and found:
         return gold == found
     if gold:  # the base was left out
         return found_leaf.text.lstrip("0") == gold.digits
+    assert found  # one of the two is there
     return gold_leaf.number is not None and gold_leaf.number.value == int(found.digits, found.base)
 
 

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import logging
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from grpo_engine.rewards import Question, import_scorer
 from grpo_engine.rewards.extract import last_boxed
@@ -97,7 +98,7 @@ def _boxed(problem: Question) -> str:
     return f"\\boxed{{{gold_text(problem.answer)}}}"
 
 
-def _first(value: object) -> float:
+def _first(value: Any) -> float:
     """verl's scorers give a number, a truth value, a tuple that begins with one, or named values with a score."""
     if isinstance(value, dict):
         value = value["score"]

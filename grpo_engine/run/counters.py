@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from grpo_engine.records.ledger import Ledger
 
@@ -39,7 +40,7 @@ class Odometer:
         self.counters.trained_tokens += tokens
         self.counters.flops = self.ledger.flops_without_evaluation
 
-    def fields(self) -> dict[str, float]:
+    def fields(self) -> dict[str, Any]:
         """The fields of `records.Position`, which steps and evaluations share."""
         seen = self.counters.prompts_seen
         return {

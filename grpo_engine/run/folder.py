@@ -49,7 +49,7 @@ class RunFolder:
             if not finished:
                 _refuse_other_data(path, begun.get("data", {}), config)
         # a run goes on with the weights that it began with
-        revision = begun and begun["model"].get("revision")
+        revision = None if begun is None else begun["model"].get("revision")
         return cls(path=path, config=config, run_id=run_id, revision=revision, finished=finished)
 
     @contextlib.contextmanager

@@ -136,7 +136,7 @@ def _complete(folder: RunFolder, progress: RunProgress) -> None:
 
         return answer
 
-    with reward_pool(c.reward) as pool, RecordFiles(folder, state and state.lengths) as files:
+    with reward_pool(c.reward) as pool, RecordFiles(folder, None if state is None else state.lengths) as files:
         stepper: Stepper
         if corpus is not None:
             stepper = PretrainStepper(
@@ -201,7 +201,7 @@ def _header(c: RunConfig, policy: Policy, fitting: FittingTask) -> dict[str, Any
         "model": {
             "name": c.model.path or f"{c.model.size}-{c.model.kind}",
             "kind": c.model.kind,
-            "size": c.model.size or Path(c.model.path).name,
+            "size": c.model.size if c.model.path is None else Path(c.model.path).name,
             "revision": policy.revision,
             "params_non_embedding": policy.model.num_non_embedding,
             "params_nominal": c.model.params_nominal,

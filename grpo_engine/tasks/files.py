@@ -274,10 +274,11 @@ def _problem(row: Mapping[str, object], scoring: Scoring, scorer: Scorer) -> Pro
 
 def _scored(source: str, scoring: Scoring, scorer: Scorer) -> tuple[str, str]:
     """Domain and scorer of the problems of a source."""
-    name = scorer
     if isinstance(scorer, Mapping):
         pattern = _first_fit(scorer, source)
         name = None if pattern is None else scorer[pattern]
+    else:
+        name = scorer
     if name is None:
         family = data_source_of(source)
         return family.domain, family.paper if scoring == "paper" else family.reward

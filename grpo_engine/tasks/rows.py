@@ -105,7 +105,7 @@ def find_files(source: Source) -> list[Path]:
 
 def shown(source: Source) -> str:
     """A source as messages name it."""
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ", ".join(map(os.fspath, source))
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ", ".join(os.fspath(one) for one in source)
 
 
 # ------------------------------------------------------------------ which files
@@ -253,7 +253,9 @@ def _shorten(row: Row | None, name: str) -> None:
     """0.1 in single precision is not the double 0.10000000149011612."""
     import numpy
 
-    value = row.get(name) if row else None
+    if not row:
+        return
+    value = row.get(name)
     if isinstance(value, float) and numpy.isfinite(value):
         row[name] = Number(positional(str(numpy.float32(value))), value)
 
