@@ -7,11 +7,11 @@ import pytest
 from scoring import problem
 
 from grpo_engine.rewards import SCORERS, import_scorer
-from grpo_engine.tasks.files import FAMILIES, read_problems
+from grpo_engine.tasks.files import DATA_SOURCES, read_problems
 
 # one a line: the paper's scorer, the truth, the response, our value, the paper's (null where it has no such scorer)
 CASES = [json.loads(line) for line in Path(__file__).with_name("cases.jsonl").read_text().splitlines()]
-OURS = {family.paper.removeprefix("paper_"): family.reward for family in FAMILIES.values()}
+OURS = {family.paper.removeprefix("paper_"): family.reward for family in DATA_SOURCES.values()}
 
 
 @pytest.mark.parametrize("scorer", sorted({case[0] for case in CASES}))

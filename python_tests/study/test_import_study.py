@@ -10,16 +10,16 @@ import pytest
 from typer.testing import CliRunner
 
 from grpo_engine.cli import app
-from grpo_engine.study import locks
 from grpo_engine.study.fits import fit_study
 from grpo_engine.study.forecast import num_params
 from grpo_engine.study.importers import RunInfo, folder, import_logs, read_table
-from grpo_engine.study.job import LOCK_FILE
 from grpo_engine.study.laws.fit import read_fits
 from grpo_engine.study.report import load_data
 from grpo_engine.study.report.fits import study_laws
 from grpo_engine.study.report.page import render_page, sections_of
 from grpo_engine.study.report.words import findings
+from grpo_engine.system import locks
+from grpo_engine.system.locks import LOCK_FILE
 
 K_MAX, N0 = 0.14, 13e9
 STEPS, PROMPTS, TOKENS = range(0, 106, 5), 512, 4096 * 1100
@@ -310,7 +310,7 @@ def test_a_folder_that_is_held_is_named(tmp_path, monkeypatch):
     write_csv(tmp_path / "a.csv", MODELS[0])
     (tmp_path / "out").mkdir()
     given = {"run": RunInfo(size="0.5B"), "columns": {"step": "global_step", "pass1": "accuracy"}}
-    with locks.locked(tmp_path / "out" / LOCK_FILE, "held"), pytest.raises(locks.StudyLocked) as error:
+    with locks.locked(tmp_path / "out" / LOCK_FILE, "held"), pytest.raises(locks.Locked) as error:
         import_logs(tmp_path / "out", "csv", [tmp_path / "a.csv"], **given)
     assert str(error.value).startswith(f"{tmp_path / 'out'}: another process writes into it (process ")
     assert read_table(tmp_path / "out") is None

@@ -6,10 +6,10 @@ import pytest
 from law_tables import BATCH, SIZES, TOKENS, k_saturating, law_table
 
 from grpo_engine.study.design import load_study, plan, save_study
+from grpo_engine.study.fits import planned_runs
 from grpo_engine.study.forecast import num_params, pace
 from grpo_engine.study.laws import fit
 from grpo_engine.study.recommend import assumed_run, frontier, recommend
-from grpo_engine.study.report.fits import planned_runs
 
 LAST = 6400.0  # prompts at the last step
 

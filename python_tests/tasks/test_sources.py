@@ -7,7 +7,7 @@ import pytest
 from grpo_engine.config import TaskConfig, load_run_config
 from grpo_engine.load import load_task
 from grpo_engine.rewards import SCORERS
-from grpo_engine.tasks.files import FAMILIES, family_of, read_problems
+from grpo_engine.tasks.files import DATA_SOURCES, data_source_of, read_problems
 
 
 def mine(response, problem):
@@ -31,7 +31,7 @@ KNOWN = """
 @pytest.mark.parametrize("source", KNOWN)
 def test_a_source_of_mathematics_is_known_in_any_case(source):
     for name in (source, source.lower(), source.upper()):
-        family = family_of(name)
+        family = data_source_of(name)
         assert (family.domain, family.reward) == ("math", "math") and family.paper in SCORERS
 
 
@@ -40,16 +40,16 @@ def test_a_source_of_mathematics_is_known_in_any_case(source):
 )
 def test_a_source_that_is_unknown_says_how_to_choose(source):
     with pytest.raises(ValueError) as error:
-        family_of(source)
+        data_source_of(source)
     for said in (f"unknown data_source {source!r}", "reward.scorer=math", "reward.function=module:function", "math-ai/*"):
         assert said in str(error.value)
 
 
 def test_families_come_in_the_order_in_which_they_are_tried():
-    assert [family_of(name).paper for name in ("aime2024", "openai/gsm8k", "math__x", "stem__supergpqa_200")] == [
+    assert [data_source_of(name).paper for name in ("aime2024", "openai/gsm8k", "math__x", "stem__supergpqa_200")] == [
         "paper_aime", "paper_gsm8k", "paper_math", "paper_choice"
     ]  # fmt: skip
-    assert {family.reward for family in FAMILIES.values()} <= SCORERS.keys()
+    assert {family.reward for family in DATA_SOURCES.values()} <= SCORERS.keys()
 
 
 # ------------------------------------------------------------------ a scorer of the user's choice

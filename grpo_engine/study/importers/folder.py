@@ -15,9 +15,8 @@ from grpo_engine.study.importers.rows import Metric, RunInfo
 from grpo_engine.study.importers.trl import read_trl
 from grpo_engine.study.importers.verl import read_verl
 from grpo_engine.study.importers.wandb import read_wandb_csv
-from grpo_engine.study.job import LOCK_FILE
-from grpo_engine.study.locks import locked
 from grpo_engine.system import files
+from grpo_engine.system.locks import LOCK_FILE, locked
 
 if TYPE_CHECKING:
     import pyarrow
@@ -68,7 +67,7 @@ def import_logs(
             already with another size, kind or seed, a folder with a study of its own, a file in the folder's place, or
             what the reader raises.
         FileNotFoundError: no such log.
-        StudyLocked: another process holds the folder for longer than a minute.
+        Locked: another process holds the folder for longer than a minute.
         OSError: the folder cannot be made or written.
     """
     import pyarrow as pa
