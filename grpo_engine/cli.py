@@ -284,7 +284,7 @@ def study_status(study_dir: StudyDir) -> None:
         loss, seconds = "-" if s.loss is None else f"{s.loss:.3f}", "-" if s.seconds is None else f"{s.seconds:.0f}"
         table.add_row(s.name, str(s), loss, seconds)
     console.print(table)
-    counts = Counter(s.state for s in found)
+    counts: Counter[str] = Counter(s.state for s in found)
     states = ("done", "running", "failed", "partial", "missing", "imported")
     console.print(", ".join(f"{counts[s]} {s}" for s in states if counts[s]))
 
@@ -357,7 +357,8 @@ def study_import(
     if size and len(size) == 1 and "=" not in size[0]:
         labels = {size[0]: None}
     elif size:
-        labels = _pairs("--size", [s if "=" in s else f"{s}={s}" for s in size])
+        named = _pairs("--size", [s if "=" in s else f"{s}={s}" for s in size]) or {}
+        labels = dict(named.items())
         if twice := [name for name in labels.values() if list(labels.values()).count(name) > 1]:
             raise ValueError(f"--size must name {twice[0]!r} once, got it for several labels")
     models, counts, nominal = (
@@ -375,8 +376,9 @@ def study_import(
             prompts_per_step=prompts_per_step, dataset_prompts=dataset_prompts, group_size=group_size,
             temperature=temperature, num_problems=num_problems, num_samples=num_samples, seed=seed, run_id=run_id,
         )  # fmt: skip
+    of_file = {name: run for name, run in runs.items() if name is not None}
     table = import_logs(
-        out, log_format, paths, run=runs if None not in runs else runs[None], metrics=_pairs("--metric", metric),
+        out, log_format, paths, run=runs[None] if None in runs else of_file, metrics=_pairs("--metric", metric),
         out_of_domain=out_of_domain or (), columns=_pairs("--column", column), eval_set=eval_set, step=step, tokens=tokens,
     )  # fmt: skip
     num_runs, num_sizes = (len(set(table.column(name).to_pylist())) for name in ("run_id", "size"))
@@ -406,7 +408,7 @@ def _by_label(option: str, given: list[str] | None, labels: Mapping[str | None, 
     pairs = _pairs(option, given) or {}
     if unknown := [name for name in pairs if name not in labels]:
         raise ValueError(f"{option} must name sizes of --size, {', '.join(map(str, labels))}, got {unknown[0]!r}")
-    return dict(pairs)
+    return dict(pairs.items())
 
 
 @study_app.command("recommend")

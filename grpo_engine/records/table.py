@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from grpo_engine.records.jsonl import SCHEMA
@@ -56,9 +56,7 @@ def table_schema() -> pyarrow.Schema:
     return pa.schema(fields, metadata={b"grpo_engine_schema": str(SCHEMA).encode()})
 
 
-def runs_table(
-    run_dirs: Iterable[str | os.PathLike[str]] | Sequence[Run], *, allow_incomplete: bool = False
-) -> pyarrow.Table:
+def runs_table(run_dirs: Iterable[str | os.PathLike[str] | Run], *, allow_incomplete: bool = False) -> pyarrow.Table:
     """All evaluations of several runs as one long table.
 
     Args:

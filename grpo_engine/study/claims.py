@@ -77,8 +77,8 @@ class _Drawer:
         """The loss of runs at x along an axis; None: before RL."""
         points = [_at(run, eval_set, axis, x) for run in runs]
         value = float(np.mean([p[0] for p in points]))
-        rates = [p[1] for p in points]
-        if all(r is not None for r in rates):
+        rates = [p[1] for p in points if p[1] is not None]
+        if len(rates) == len(points):
             rate = np.mean(rates, axis=0)
             key = (eval_set, len(rate))
             if key not in self.weights:
@@ -315,7 +315,7 @@ def _claim(name: str, statement: str, test: Test, margin: float, pairs: Sequence
     # a margin is tested from one side at a time, so its interval leaves out twice as much (Schuirmann 1987)
     confidence = 1 - ALPHA / len(pairs) * (1 if test == "superiority" else 2)
     comparisons = tuple(drawer.compare(pair, test, margin, confidence) for pair in pairs)
-    answers = [c.verdict for c in comparisons]
+    answers: list[str] = [c.verdict for c in comparisons]
     verdict: Answer = "undecided"
     if all(a == "supported" for a in answers):
         verdict = "supported"
@@ -386,10 +386,10 @@ def _at(run: Run, eval_set: str, axis: str, x: float | None) -> tuple[float, np.
         near, share = [rest[left], rest[right]], [1 - t, t]
     loss = sum(s * e.loss for s, e in zip(share, near, strict=True))
     error = math.sqrt(sum(s * (e.stderr or 0.0) ** 2 for s, e in zip(share, near, strict=True)))
-    if any(e.right is None for e in near):
+    rates = [1 - np.array(e.right) / e.num_samples for e in near if e.right is not None]
+    if len(rates) < len(near):
         return loss, None, error
-    rate = sum(s * (1 - np.array(e.right) / e.num_samples) for s, e in zip(share, near, strict=True))
-    return loss, rate, error
+    return loss, sum((s * r for s, r in zip(share, rates, strict=True)), start=np.zeros(1)), error
 
 
 def _seed_spread(data: StudyData) -> tuple[float, int]:

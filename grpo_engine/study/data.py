@@ -74,7 +74,7 @@ class StudyData:
     params: dict[str, int]  # size -> N
     table: pyarrow.Table  # of `records.runs_table`
     tau: float = 1.0  # of the main runs
-    cells: dict[str, Cell | ImportedCell] = field(default_factory=dict)
+    cells: Mapping[str, Cell | ImportedCell] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[str]:
@@ -211,7 +211,9 @@ def _imported(folder: Path, table: pyarrow.Table) -> StudyData:
     for name, rows in sorted(by_run.items()):
         rows.sort(key=lambda r: r["step"])
         first = rows[0]
-        wanted = [{n: math.nan if r[n] is None and n in COUNTERS else r[n] for n in names} for r in rows]
+        wanted: list[dict[str, Any]] = [
+            {n: math.nan if r[n] is None and n in COUNTERS else r[n] for n in names} for r in rows
+        ]
         runs[name] = Run(path=folder, header={"run_id": name}, cell=None, steps=[], timings=[], summary={},
                          evals=[EvalRecord(**w) for w in wanted])  # fmt: skip
         cells[name] = ImportedCell(

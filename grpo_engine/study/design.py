@@ -309,7 +309,7 @@ def _cell(
         data["model"]["params_nominal"] = entry.params_nominal
     parts = [size, kind, *(["control"] if method == "pretrain" else [])]
     plain: RunConfig = validate(RunConfig, data, where=f"study {study.name}, cell {'-'.join(parts)}")
-    switches = []
+    switches: list[str] = []
     if order is not None and (order == "shuffled") != plain.task.shuffle:
         data = apply_overrides(data, [f"task.shuffle={json.dumps(order == 'shuffled')}"])
         switches.append(order)

@@ -20,7 +20,9 @@ _IMPORTED = ("grpo_engine.run.run", "grpo_engine.micro.task")  # with them all t
 class Executor(Protocol):
     """Where jobs run. A handle is whatever `start` returns."""
 
-    slots: int  # how many jobs are worth starting side by side
+    @property
+    def slots(self) -> int:
+        """How many jobs are worth starting side by side."""
 
     def start(self, job: Job) -> Any:
         """Starts a job and returns at once."""

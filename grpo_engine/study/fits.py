@@ -67,7 +67,7 @@ def fit_data(data: StudyData, folder: Path, n_boot: int) -> Fits:
         write_table(folder, data.table)
     table = plain_table(data)
     kinds = [*data.kinds, "all"] if len(data.kinds) > 1 else data.kinds
-    chosen = {
+    chosen: dict[str, Any] = {
         "eval_set": data.headline, "group_size": data.group_size, "tau": data.tau, "n_boot": n_boot,
         "params": params_of(table),
     }  # fmt: skip
@@ -122,7 +122,7 @@ def axes_of(fits: Fits) -> list[str]:
 def _over_data(data: StudyData, table: pyarrow.Table) -> tuple[tuple[SurfaceFit, ...], tuple[SetPredictions, ...]]:
     """Laws of N and D of each kind, and predictions across test sets."""
     surfaces, others = [], []
-    shared = {"group_size": data.group_size, "tau": data.tau, "params": params_of(table)}
+    shared: dict[str, Any] = {"group_size": data.group_size, "tau": data.tau, "params": params_of(table)}
     for kind in data.kinds:
         mine = select_curves(table, axis="data", kind=kind, eval_set=data.headline, **shared)[0]
         points = sum(len(c.x) for c in mine)

@@ -20,7 +20,7 @@ from grpo_engine.model.config import ModelConfig
 from grpo_engine.model.flops import shape_flops
 from grpo_engine.model.hf_config import read_config
 from grpo_engine.model.hub import find_config
-from grpo_engine.study.gpus import BANDWIDTH_FRACTION, FLOPS_FRACTION, GPUS, GpuName
+from grpo_engine.study.gpus import BANDWIDTH_FRACTION, FLOPS_FRACTION, GPUS, Gpu, GpuName
 from grpo_engine.train import footprint
 from grpo_engine.train.footprint import BYTES, Shapes, count_params
 
@@ -100,6 +100,7 @@ def architecture(source: ModelSource) -> ModelConfig | None:
         ValueError: the ladder has no such size, or a config.json of another kind of model.
     """
     if source.path is None:
+        assert source.size is not None  # ModelSource has one of the two
         return embedded(source.size)
 
     if folder := find_config(source.path):
@@ -204,17 +205,19 @@ def forecast(config: RunConfig, estimate: EstimateConfig, *, params: int | None 
         devices = 1
     else:
         written = {"decode": answers * a if grpo else 0.0, "evaluation": sampled * a}
-        seconds = estimate.start_s + _gpu_seconds(config, estimate, work, phases, written)
-        devices = GPUS[estimate.gpu].devices(peak)
+        gpu = GPUS[estimate.gpu]
+        seconds = estimate.start_s + _gpu_seconds(gpu, config, estimate, work, phases, written)
+        devices = gpu.devices(peak)
     return Cost(trained_tokens=trained, flops=sum(phases.values()), seconds=seconds, phases=phases, memory=held,
                 devices=devices, usd=dollars(seconds, estimate))  # fmt: skip
 
 
 def _gpu_seconds(
-    config: RunConfig, estimate: EstimateConfig, work: _Work, phases: Mapping[str, float], written: Mapping[str, float]
-) -> float:
+    gpu: Gpu, config: RunConfig, estimate: EstimateConfig, work: _Work, phases: Mapping[str, float],
+    written: Mapping[str, float],
+) -> float:  # fmt: skip
     """Time of all phases on one GPU; `written` are the tokens that are sampled, by phase."""
-    gpu, dtype, shares = GPUS[estimate.gpu], config.model.dtype, {"flops_fraction": estimate.flops_fraction}
+    dtype, shares = config.model.dtype, {"flops_fraction": estimate.flops_fraction}
     running = min(config.rollout.max_running, config.batch.prompts * config.batch.group_size)
     context = estimate.prompt_tokens + estimate.answer_tokens / 2
     read_per_token = work.weight_bytes / running + context * work.kv_bytes

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from grpo_engine.study.design import Cell
+from grpo_engine.study.design import Cell, Kind
 from grpo_engine.study.plan_view import human
 from grpo_engine.system.console import allow_any_text
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         case ["model", size, kind, seed]:
             from grpo_engine.micro.pretrain import ensure_model
 
-            print(ensure_model(size, kind, seed=int(seed), progress=_print_progress()), flush=True)
+            print(ensure_model(size, cast(Kind, kind), seed=int(seed), progress=_print_progress()), flush=True)
         case ["cell", folder]:
             from grpo_engine.config import load_run_config
             from grpo_engine.run.run import train

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -96,9 +97,10 @@ class Recommendation:
             shown, digits = (c.needs, ".3g") if c.needs is not None else (c.loss, ".3f")
             gap = "-"
             if c.behind is not None:
-                parts = [c.behind.value, c.behind.low, c.behind.high]
-                parts = [f"{math.exp(v):.3g}" if target else f"{v:+.3f}" for v in parts]
-                gap = f"{parts[0]} ({parts[1]} to {parts[2]})"
+                assert c.behind.low is not None and c.behind.high is not None  # `_estimate` makes both ends
+                ends = (c.behind.value, c.behind.low, c.behind.high)
+                value, low, high = (f"{math.exp(v):.3g}" if target else f"{v:+.3f}" for v in ends)
+                gap = f"{value} ({low} to {high})"
             rows.append(
                 (
                     c.label, f"{c.params:.3g}", "-" if c.prompts is None else f"{c.prompts:,.0f}",
@@ -196,14 +198,15 @@ def recommend(
     for label, n in sizes.items():
         unit, value, timing = budget, amount, paces.get(label)
         if budget == "hours":
+            assert timing is not None  # hours have a gpu
             unit, value = "compute", timing.compute(3600.0 * amount * num_gpus)
             if not value > 0:
                 too_short.append(f"{label}'s start and evaluations take {timing.fixed_seconds / 3600 / num_gpus:.3g}")
                 continue
         part = _predict(fit, joint, known.get(label), label, n, unit, value, kind, rng, unique_prompts)
         flops = part.fields["compute"]
-        timed = timing is not None and flops is not None
-        part.fields["hours"] = timing.seconds(flops) / 3600.0 / num_gpus if timed else None
+        timed = None if timing is None or flops is None else timing.seconds(flops)
+        part.fields["hours"] = None if timed is None else timed / 3600.0 / num_gpus
         parts.append(part)
     if not parts:
         raise ValueError(f"hours: too few for a first step, got {amount:g}: {', '.join(too_short)}")
@@ -388,7 +391,7 @@ class _Part:
 
     score: float
     draws: np.ndarray
-    fields: dict[str, object]
+    fields: dict[str, Any]
 
 
 def _predict(

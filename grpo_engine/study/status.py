@@ -65,13 +65,16 @@ def last_line(path: Path) -> str:
     return lines[-1] if lines and not lines[-1].startswith("---") else ""
 
 
+CellState = Literal["done", "running", "failed", "partial", "missing", "imported"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellStatus:
     """How far one cell is, or one run of another trainer."""
 
     name: str
     cell: Cell | None  # None: imported
-    state: Literal["done", "running", "failed", "partial", "missing", "imported"]
+    state: CellState
     step: int
     seconds: float | None  # of its recorded steps; None before the first step
     loss: float | None = None  # the last sampled test loss of the first set in domain
@@ -108,6 +111,7 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
         progress, reason = read_progress(path), None
         step = progress.get("step", 0)
         failed = failure_file(path / LOG_FILE)
+        state: CellState
         if records.is_complete(path):
             state = "done"
         elif is_locked(path / LOCK_FILE):
@@ -124,7 +128,7 @@ def study_status(study_dir: str | os.PathLike[str]) -> tuple[CellStatus, ...]:
         out.append(
             CellStatus(
                 name=cell.name, cell=cell, state=state, step=step, seconds=seconds, loss=progress.get("loss"), reason=reason
-            )  # type: ignore[arg-type]
+            )
         )
     return tuple(out)
 

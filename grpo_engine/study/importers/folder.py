@@ -91,9 +91,11 @@ def import_logs(
             table = read_csv_of_runs(path, run, columns=columns or {}, metrics=metrics, out_of_domain=out_of_domain,
                                      eval_set=eval_set)  # fmt: skip
         elif log_format == "wandb":
+            assert metrics is not None  # refused above
             table = read_wandb_csv(path, runs=run, metrics=metrics, step=step, tokens=tokens,
                                    out_of_domain=out_of_domain)  # fmt: skip
         else:
+            assert isinstance(run, RunInfo)  # `_check_sizes` refuses several
             read = read_verl if log_format == "verl" else read_trl
             table = read(path, run=run, metrics=metrics, out_of_domain=out_of_domain)
         found.append(_with_nominal(table))

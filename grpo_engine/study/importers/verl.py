@@ -107,7 +107,8 @@ def read_verl(
     if metrics is None:
         metrics = _metrics_of(steps, path)
     check_sets(metrics, out_of_domain)
-    rows, tokens, expected = Rows(run.dataset_prompts), 0, 1
+    rows, expected = Rows(run.dataset_prompts), 1
+    tokens: int | None = 0
     for step in sorted(steps):
         data, where = steps[step].data, f"{path}:{steps[step].line}"
         if step > 0:

@@ -188,7 +188,8 @@ def select_curves(
             )
         if max_params is None or n <= max_params:
             groups.setdefault((float(n), r["size"], r["kind"]), []).append(r)
-    curves, left_out = [], []
+    curves: list[Curve] = []
+    left_out: list[str] = []
     for (n, size, one_kind), mine in sorted(groups.items()):
         label = f"{size} {one_kind}" if several else size
         curve = _curve(mine, label, size, one_kind, n, AXES[axis], min_step, max_step, left_out)

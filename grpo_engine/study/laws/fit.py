@@ -178,7 +178,8 @@ def fit_joint(
     y = p.data.y
     own = np.array([s.k.value for s in sizes])
     space, theta = p.fit(cls, own)
-    slope: Slope = space.law(theta)
+    slope = space.law(theta)
+    assert isinstance(slope, Slope)  # the space is of one
     k = slope.k(p.n)
     residual, at_center = p.best_intercepts(k, y)
     e = at_center + k * p.center
@@ -329,8 +330,8 @@ def _joint_verdict(
             if ratio is not None and ratio >= 10 and not e.at_bound:
                 why.append(f"the interval of {name} spans a factor of {ratio:.3g} ({e.low:.3g} to {e.high:.3g})")
         if profile is not None:
-            for side, end in (("below", profile.low), ("above", profile.high)):
-                if end is None:
+            for side, limit in (("below", profile.low), ("above", profile.high)):
+                if limit is None:
                     why.append(f"the profile of N0 stays flat: the data do not limit it from {side}")
     for name in cls.PARAMETERS:
         values = [w.parameters[name] for w in without]

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,11 +56,11 @@ class Law:
     PER_CURVE: ClassVar[tuple[str, ...]] = ()  # one value for each curve
 
     @classmethod
-    def bounds(cls, *coordinates: np.ndarray) -> dict[str, Bound]:
+    def bounds(cls, *coordinates: Any, **named: Any) -> dict[str, Bound]:
         """Where each parameter may lie.
 
         Args:
-            coordinates: of the data, each [n] float64: what the law's method takes.
+            coordinates, named: of the data, each [n] float64: what the law's method takes, by place or by name.
 
         Returns:
             Bounds by parameter name.
@@ -68,11 +68,11 @@ class Law:
         raise NotImplementedError
 
     @classmethod
-    def fixed(cls, *coordinates: np.ndarray) -> dict[str, float]:
+    def fixed(cls, *coordinates: Any, **named: Any) -> dict[str, float]:
         """Constants of the law that are not fitted, such as the size in whose unit another parameter is told.
 
         Args:
-            coordinates: see `bounds`.
+            coordinates, named: see `bounds`.
 
         Returns:
             Values by name; none by default.
@@ -415,6 +415,12 @@ class _Gain(Law):
     """What curves from R0 up to a ceiling A share: L = 1 - R0 - (A - R0) * gained."""
 
     __slots__ = ()
+    R0: float
+    A: float
+
+    def gained(self, x: Array) -> np.ndarray:
+        """Share of the gain A - R0 that is reached; see `ScaleRLSigmoid.gained`."""
+        raise NotImplementedError
 
     def loss(self, x: Array) -> np.ndarray:
         """Predicted loss; see `LogLinear.loss`."""

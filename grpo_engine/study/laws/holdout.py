@@ -12,7 +12,7 @@ A law is chosen by its error here, never by R2 inside the sample; and "these dat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -229,7 +229,7 @@ def late_steps(curve: Curve, *, first: float = FIRST, last: float = LAST, object
     return out
 
 
-def other_set(curves_by_set: dict[str, Sequence[Curve]], target: str) -> list[HeldOut]:
+def other_set(curves_by_set: Mapping[str, Sequence[Curve]], target: str) -> list[HeldOut]:
     """Predicts how far the loss of one test set falls from how far those of the other sets fall.
 
     What is predicted is log(loss / loss before RL) of each curve. Its loss before RL is the target's only number in it,
@@ -251,12 +251,12 @@ def other_set(curves_by_set: dict[str, Sequence[Curve]], target: str) -> list[He
     out = []
     for c in curves_by_set[target]:
         others = [
-            o for name, group in curves_by_set.items() if name != target
-            for o in group if o.label == c.label and o.loss_before and np.all(o.loss > 0)
+            (o, before) for name, group in curves_by_set.items() if name != target
+            for o in group if o.label == c.label and (before := o.loss_before) and np.all(o.loss > 0)
         ]  # fmt: skip
         if len(others) < 2 or not c.loss_before:
             continue
-        fall = np.array([np.interp(np.log(c.x), np.log(o.x), np.log(o.loss) - math.log(o.loss_before)) for o in others])
+        fall = np.array([np.interp(np.log(c.x), np.log(o.x), np.log(o.loss) - math.log(before)) for o, before in others])
         middle, m = fall.mean(axis=0), len(others)
         wide = fall.std(axis=0, ddof=1) * math.sqrt(1 + 1 / m) * float(stdtrit(m - 1, (1 + CONFIDENCE) / 2))
         fitted = c.loss_before * np.exp(middle)
@@ -301,7 +301,7 @@ def choose(rows: Sequence[HeldOut]) -> LawChoice:
         mine = [r for r in rows if r.law == law and r.test == test]
         skill[law] = {}
         for rule in mine[0].skill:
-            pairs = [(r.log_error**2, r.skill[rule]) for r in mine if r.skill.get(rule) is not None]
+            pairs = [(r.log_error**2, s) for r in mine if (s := r.skill.get(rule)) is not None]
             rule_error = sum(e / (1 - s) for e, s in pairs if s < 1)
             skill[law][rule] = 1 - sum(e for e, _ in pairs) / rule_error if rule_error > 0 else None
     best, why = order[0], ""

@@ -106,8 +106,8 @@ def fit_reuse(curves: Sequence[Curve], *, objective: str = "linear", confidence:
     """
     if len({(c.params, c.kind) for c in curves}) != 1:
         raise ValueError(f"curves: must be of one size and kind, got {[c.label for c in curves]}")
-    unique = [c.unique for c in curves]
-    if any(u is None for u in unique):
+    unique = [c.unique for c in curves if c.unique is not None]
+    if len(unique) < len(curves):
         raise ValueError(f"curves: {curves[0].label} does not tell how many different prompts were seen")
     coordinates = (np.concatenate([c.x for c in curves]), np.concatenate(unique))
     if not np.any(coordinates[0] > 1.5 * coordinates[1]):
@@ -169,10 +169,10 @@ def fit_intercepts(joint: JointFit, *, x: float | None = None, confidence: float
 
 def _data(curves: Sequence[Curve], objective: str) -> Data:
     weight = np.concatenate([np.full(len(c.x), 1.0 / (len(c.x) * len(curves))) for c in curves])
-    answers = [c.answers for c in curves]
+    answers = [c.answers for c in curves if c.answers is not None]
     return Data.of(
         np.concatenate([c.loss for c in curves]), weight, objective, label=f"size {curves[0].label!r}",
-        answers=None if any(a is None for a in answers) else np.concatenate(answers),
+        answers=np.concatenate(answers) if len(answers) == len(curves) else None,
     )  # fmt: skip
 
 
@@ -186,7 +186,8 @@ def _law_fit(problem: FitProblem, curves: Sequence[Curve], label: str, confidenc
     residual, design = problem.weighted(theta)
     limits = profile_limits(residual, design, curves, log=problem.data.log, confidence=confidence)
     profile = profile_interval(problem, theta, limits, names)
-    values, parameters = space.values(theta), {}
+    values = space.values(theta)
+    parameters: dict[str, Estimate] = {}
     for q in space.names:
         if q in form.PER_CURVE:
             ends_of = [space.end_of(j, theta) for j in range(*space.part(q).indices(len(theta)))]

@@ -338,12 +338,12 @@ def starts(space: Space, coordinates: Sequence[np.ndarray], data: Data, count: i
     error = np.broadcast_to(y, offset.shape) - offset
     where = [j for q in linear for j in range(*space.part(q).indices(len(space.low)))]
     if where:
-        basis = []
+        moved = []
         for j in where:
             one = theta.copy()
             one[:, j] = 1.0
-            basis.append(given(one) - offset)
-        basis = np.stack(basis, axis=1)  # [G, m, n]
+            moved.append(given(one) - offset)
+        basis = np.stack(moved, axis=1)  # [G, m, n]
         right = np.einsum("gmn,gn->gm", basis * weight, error)
         left = np.einsum("gmn,gkn->gmk", basis * weight, basis)
         diagonal = np.maximum(np.einsum("gmm->gm", left), 1e-300)

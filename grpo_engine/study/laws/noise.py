@@ -105,7 +105,7 @@ def noise_of(residuals: Sequence[np.ndarray], designs: Sequence[np.ndarray], dev
     return Noise(weights=weights / weights.sum(), sigma=sigma, freedom=freedom)
 
 
-def inflation(residual: np.ndarray, design: np.ndarray, noise: Noise, ends: Sequence[int]) -> tuple[np.ndarray, float]:
+def inflation(residual: np.ndarray, design: np.ndarray, noise: Noise, ends: np.ndarray) -> tuple[np.ndarray, float]:
     """What the noise does to the standard errors of least squares.
 
     Args:

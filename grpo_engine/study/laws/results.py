@@ -380,7 +380,7 @@ class Comparison:
 
     label: str
     effect: Estimate  # positive: as the claim has it; for an equivalence, the first less the second
-    level: float  # of the interval
+    confidence: float  # of the interval
     verdict: Answer
     runs: tuple[int, ...]  # of each side
     runs_needed: int | None  # a side, for an undecided one; None: decided, or runs alone will not decide it
@@ -490,7 +490,7 @@ def draws_of(fit: JointFit, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     form, names = SLOPES[fit.form], list(fit.parameters)
     draws = np.asarray(fit.draws)
-    columns = {q: draws[:, i : i + 1] for i, q in enumerate(names)}
+    columns: dict[str, Any] = {q: draws[:, i : i + 1] for i, q in enumerate(names)}
     return form(**columns, **fit.fixed).k(n), draws[:, len(names) :]
 
 

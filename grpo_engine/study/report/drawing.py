@@ -248,7 +248,8 @@ def _axis(
 
 
 def _axes(panel: Panel) -> tuple[_Axis, _Axis]:
-    xs, ys = [], []
+    xs: list[float] = []
+    ys: list[float] = []
     for s in panel.series:
         for values, errors, out in ((s.x, s.x_error, xs), (s.y, s.y_error, ys)):
             out += list(values)
@@ -297,25 +298,25 @@ def _names(axis: _Axis, ticks: Sequence[float]) -> list[str]:
 def _labels(panel: Panel, x: _Axis, y: _Axis) -> list[tuple[float, float, Series]]:
     """End labels as (x, y, series); those beside each other are moved up or down as little as keeps them apart."""
     found = [
-        [x.fraction(s.x[-1]), y.fraction(s.y[-1]), s] for s in panel.series
+        ([x.fraction(s.x[-1]), y.fraction(s.y[-1])], s) for s in panel.series
         if s.end_label and len(s.x) and x.shows(s.x[-1]) and y.shows(s.y[-1])
     ]  # fmt: skip
-    found.sort(key=lambda f: f[1])
+    found.sort(key=lambda f: f[0][1])
     apart, beside = 0.062, 0.15  # shares of the axes
     for _ in range(100):
         moved = False
-        for i, below in enumerate(found):
-            for above in found[i + 1 :]:
+        for i, (below, _) in enumerate(found):
+            for above, _ in found[i + 1 :]:
                 gap = above[1] - below[1]
                 if gap < apart - 1e-6 and abs(above[0] - below[0]) < beside:
                     below[1] -= (apart - gap) / 2
                     above[1] += (apart - gap) / 2
                     moved = True
-        for label in found:  # a stack of them stays beside the axes
+        for label, _ in found:  # a stack of them stays beside the axes
             label[1] = min(max(label[1], apart / 2), 1 - apart / 2)
         if not moved:
             break
-    return [(x.value(px), y.value(py), s) for px, py, s in found]
+    return [(x.value(px), y.value(py), s) for (px, py), s in found]
 
 
 # ------------------------------------------------------------------------------------------- plotly
@@ -545,7 +546,7 @@ def _mpl_xy(ax: Any, panel: Panel) -> None:
             "markerfacecolor": "white" if s.hollow else s.color,
             "linestyle": ((0, (4, 3)) if s.dashed else "-") if s.line else "none", "marker": "o" if s.markers else "",
         }  # fmt: skip
-        errors = [[v or 0.0 for v in e] if e else None for e in (s.y_error, s.x_error)]
+        errors: list[Any] = [[v or 0.0 for v in e] if e else None for e in (s.y_error, s.x_error)]
         for i, (values, spans) in enumerate(((s.y, s.y_span), (s.x, s.x_span))):
             if spans:
                 errors[i] = list(reversed(_arms(values, spans)))

@@ -98,11 +98,12 @@ def loss_figure(data: StudyData, fits: Fits, axis: str) -> Figure | None:
         panels.append((kind, series))
     if not points:
         return None
-    lines = {
+    known: dict[tuple[bool, ...], str] = {
         (True,): "Lines: the law fitted to all sizes together, with its 95 % band; dashed, continued beyond the last "
         "point, where nothing was measured. ",
         (False,): "The data do not identify one law for all sizes; the thin lines are fitted to each size by itself. ",
-    }.get(
+    }
+    lines = known.get(
         tuple(sorted(set(identified))),
         "Lines with a band: the law fitted to all sizes of a kind together, with its 95 % band; dashed, continued "
         "beyond the last point. Thin lines, where the data do not identify that law: each size by itself. ",
@@ -341,7 +342,7 @@ def _step_series(data: StudyData, kinds: Sequence[str], name: str) -> list[Serie
 
 def _if_any(figure: Figure) -> Figure | None:
     """The figure, or None when a panel of it is empty."""
-    return figure if all(panel.series for panel in figure.panels) else None
+    return figure if all(panel.series for panel in figure.panels if isinstance(panel, Panel)) else None
 
 
 def kinds_figure(data: StudyData) -> Figure | None:

@@ -39,8 +39,8 @@ def budget_picks(data: StudyData, fits: Fits) -> list[tuple[str, str, Recommenda
             if fit.joint is None:
                 continue
             for amount in sorted({round_to(s.x_max, 2) for s in fit.sizes}):
-                budget = {"compute" if axis == "compute" else "prompts": amount}
-                out.append((kind, f"{tick_text(amount)} {unit}", recommend(fit, **budget)))
+                pick = recommend(fit, compute=amount) if axis == "compute" else recommend(fit, prompts=amount)
+                out.append((kind, f"{tick_text(amount)} {unit}", pick))
     return out
 
 

@@ -133,7 +133,7 @@ def _law(data: StudyData, laws: Laws) -> Section:
         return Section(id="law", title=title, text=[f"{NO_AXIS[0].upper()}{NO_AXIS[1:]}."])
     return Section(
         id="law", title=title,
-        figures=_some(slope_figure(data, fits), intercept_figure(data, fits), residual_figure(data, laws)),
+        figures=_some(slope_figure(data, fits), intercept_figure(data, fits), residual_figure(data, fits)),
         tables=[joint_table(fits), size_table(fits)], points=[*verdicts(fits), *cautions(fits)],
     )  # fmt: skip
 
@@ -219,8 +219,9 @@ def _cost(data: StudyData) -> list[Section]:
 
 
 def _plan_text(data: StudyData) -> list[str]:
-    blocks = dict.fromkeys(block for c in data.plan.cells for block in c.axes) if data.plan else ()
-    counts = [(b, sum(b in c.axes for c in data.plan.cells)) for b in blocks]
+    cells = data.plan.cells if data.plan else ()
+    blocks = dict.fromkeys(block for c in cells for block in c.axes)
+    counts = [(b, sum(b in c.axes for c in cells)) for b in blocks]
     return [f"{len(data.cells)} cells: {listed([f'{b} {n}' for b, n in counts])}. {len(data.runs)} are finished."]
 
 

@@ -48,15 +48,15 @@ def findings(data: StudyData, laws: Laws) -> list[str]:
             greedy.append(f"for {kind} models it {words} ({numbers})")
     if greedy:
         out.append(f"The loss of greedy answers is another matter: {'; '.join(greedy)}.")
-    against, numbers = {}, []
+    against, losses = {}, []
     for size in data.sizes:
         rl, control = data.curve(data.main(size, "base")), data.curve(data.control(size, "base"))
         if len(rl) > 1 and len(control) > 1:
             against[size] = difference(control[-1], rl[-1])
-            numbers.append(f"{size} {loss_text(rl[-1])}, control {loss_text(control[-1])}")
+            losses.append(f"{size} {loss_text(rl[-1])}, control {loss_text(control[-1])}")
     if against:
         words = in_words(against, "RL ends lower", "the control ends lower", "there is no difference beyond the noise")
-        out.append(f"Base models against plain pretraining of the same length: {words} ({'; '.join(numbers)}).")
+        out.append(f"Base models against plain pretraining of the same length: {words} ({'; '.join(losses)}).")
     for axis in axes_of(fits):
         found = [f for f in fits.fits if f.axis == axis and f.kind in data.kinds]
         parts = []
