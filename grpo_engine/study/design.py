@@ -236,8 +236,8 @@ def plan(study: StudyConfig) -> Plan:
     for cell in _cells(study):
         if (rounds := cell["config"].batch.sampling_rounds) > 1:
             raise ValueError(
-                f"{cell['name']}: batch.sampling_rounds must be 1 in a study, got {rounds}: runs are averaged at equal prompts, "
-                "and replaced groups make them differ from run to run"
+                f"{cell['name']}: batch.sampling_rounds must be 1 in a study, got {rounds}: runs are averaged at equal "
+                "prompts, and replaced groups make them differ from run to run"
             )
         need = None
         if cell["config"].model.path is None:
