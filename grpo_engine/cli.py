@@ -121,6 +121,26 @@ def evaluate(
 
 
 @app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A GGUF file of a Qwen2, Llama or Qwen3 model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make, with config.json, safetensors and tokenizer.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Write a model of llama.cpp's as a Hugging Face folder.
+
+    Example: grpo-engine convert smollm2-135m-instruct.gguf --out models/smollm2
+
+    A .gguf file can also be given as model.path. It is then converted once, into the cache.
+    """
+    from grpo_engine.model import gguf
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    folder = gguf.convert(file, out, dtype="float32" if dtype == "float32" else "bfloat16")
+    print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
+
+
+@app.command()
 def score(
     file: Annotated[Path, typer.Argument(help="Responses with their truths: .jsonl or .parquet.")],
     scorer: Annotated[str, typer.Option(help="math, choice, exact, ..., or module:function.")] = "math",

@@ -50,7 +50,7 @@ class Config(pydantic.BaseModel):
 class ModelSource(Config):
     """Which weights a run starts from: a Hugging Face model, or one of the embedded ladder."""
 
-    path: str | None = None  # folder with config.json and safetensors, or a name on the hub: OWNER/NAME, OWNER/NAME@REVISION
+    path: str | None = None  # Hugging Face folder, .gguf file, or a name on the hub: OWNER/NAME, OWNER/NAME@REVISION
     size: str | None = None  # size of the embedded ladder, for instance "s"; exclusive with path
     kind: Literal["base", "instruct"] = "base"  # instruct models get their prompts through the chat template
     seed: Annotated[int, Field(ge=0)] = 0  # embedded ladder: of first weights and corpus; several bases of one size

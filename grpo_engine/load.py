@@ -13,7 +13,7 @@ from grpo_engine.config import ModelSource, RewardConfig, RunConfig, TaskConfig
 from grpo_engine.micro import pretrain
 from grpo_engine.micro.task import micro_task
 from grpo_engine.micro.tokenizer import MicroTokenizer
-from grpo_engine.model import hf_config, hub, weights
+from grpo_engine.model import gguf, hf_config, hub, weights
 from grpo_engine.model.decoder import Model
 from grpo_engine.model.tokenizer import HFTokenizer, PromptTokens, Tokenizer
 from grpo_engine.rewards import scorer_target
@@ -57,7 +57,7 @@ class Policy:
 
 
 def model_files(model: ModelSource, *, revision: str | None = None) -> hub.Snapshot | None:
-    """Where the weights of a configuration lie, fetched if they have to be; None: a model of the embedded ladder.
+    """Where the weights of a configuration lie, fetched or converted if need be; None: a model of the embedded ladder.
 
     Args:
         model: its path is read.
@@ -65,8 +65,11 @@ def model_files(model: ModelSource, *, revision: str | None = None) -> hub.Snaps
 
     Raises:
         FileNotFoundError: see `hub.find_model`.
+        ValueError: a GGUF file that is not understood (see `gguf.convert`).
     """
-    return hub.find_model(model.path, revision=revision) if model.path is not None else None
+    if model.path is None:
+        return None
+    return gguf.converted(model.path) if gguf.is_gguf(model.path) else hub.find_model(model.path, revision=revision)
 
 
 def load_policy(config: RunConfig, source: hub.Snapshot | None, train_on: Task | None = None) -> Policy:

@@ -29,6 +29,7 @@ from grpo_engine.micro.ladder import Kind, MicroRecipe, architecture_of, recipe,
 from grpo_engine.micro.tokenizer import save_tokenizer
 from grpo_engine.model import weights
 from grpo_engine.model.decoder import Model
+from grpo_engine.system.files import cache_root
 from grpo_engine.system.locks import FOREVER, locked
 from grpo_engine.train.language import DocumentBatch, Progress, train_language
 
@@ -38,12 +39,6 @@ VERSION = 3  # raise it when code that decides the weights changes in a way that
 def document_batch(corpus: Corpus, documents: int, *, max_tokens: int | None = None) -> DocumentBatch:
     """The next documents of a corpus, packed; see `Corpus.batch`."""
     return DocumentBatch(*map(torch.from_numpy, corpus.batch(documents, max_tokens=max_tokens)))
-
-
-def cache_root() -> Path:
-    """Where trained models are kept: $XDG_CACHE_HOME/grpo_engine, or ~/.cache/grpo_engine."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "grpo_engine"
 
 
 def model_key(size: str, kind: Kind, *, seed: int = 0) -> str:

@@ -29,8 +29,10 @@ from torch import Tensor
 from grpo_engine.model.config import FAMILIES, ModelConfig, RopeScaling
 from grpo_engine.model.decoder import rope_frequencies
 from grpo_engine.model.hf_config import CONFIG_FILE, GENERATION_FILE, config_object
+from grpo_engine.model.hub import Snapshot
 from grpo_engine.model.weights import pieces, write_tensors
-from grpo_engine.system.files import new_folder
+from grpo_engine.system.files import cache_root, fingerprint, new_folder
+from grpo_engine.system.locks import FOREVER, locked
 from grpo_engine.system.machine import num_cores
 
 if TYPE_CHECKING:
@@ -115,6 +117,26 @@ def convert(
         if template := fields.get("tokenizer.chat_template", str, None):
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return Path(out)
+
+
+def converted(path: str | os.PathLike[str]) -> Snapshot:
+    """The folder of a GGUF file in the cache, converted if it is not there; the file's content is its revision.
+
+    Args:
+        path: see `convert`, whose errors this raises too.
+
+    Returns:
+        A folder with float32 weights.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"model.path={path}: no such file")
+    content = fingerprint(path)
+    folder = cache_root() / "gguf" / f"{Path(path).stem}-{content}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f"{folder.name}.lock"), f"{folder}: another process makes this model", wait_s=FOREVER):
+        if not folder.is_dir():
+            convert(path, folder)
+    return Snapshot(folder, content)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:

@@ -152,7 +152,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
             continue
         with contextlib.suppress(FileNotFoundError, ValueError):  # a task of the user's own may name what it likes
             found[name] = files.fingerprint(*find_files(source))
-    if config.model.path is not None and Path(config.model.path).is_dir():
+    if config.model.path is not None and Path(config.model.path).exists():
         found["model.path"] = files.fingerprint(config.model.path, patterns=FILES, sampled=True)
     return found
 

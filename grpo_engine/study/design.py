@@ -38,7 +38,7 @@ class SizeConfig(Config):
     instruct: str | None = None
     params_nominal: Annotated[float, Field(gt=0)] | None = None  # what the name says (0.5e9), recorded only
     run: dict[str, Any] = {}  # overrides of the run at this size, dotted ("optimizer.lr": 1e-4)
-    answer_tokens: dict[Kind, Annotated[float, Field(gt=0)]] = {}  # for the estimate, instead of its own
+    response_tokens: dict[Kind, Annotated[float, Field(gt=0)]] = {}  # for the estimate, instead of its own
 
 
 class AxesConfig(Config):
@@ -234,6 +234,11 @@ def plan(study: StudyConfig) -> Plan:
     cells = []
     needs: dict[ModelNeed, None] = {}
     for cell in _cells(study):
+        if (rounds := cell["config"].batch.sampling_rounds) > 1:
+            raise ValueError(
+                f"{cell['name']}: batch.sampling_rounds must be 1 in a study, got {rounds}: runs are averaged at equal "
+                "prompts, and replaced groups make them differ from run to run"
+            )
         need = None
         if cell["config"].model.path is None:
             need = ModelNeed(size=cell["size"], kind=cell["kind"], seed=cell["config"].model.seed)
@@ -247,8 +252,8 @@ def plan(study: StudyConfig) -> Plan:
 
 def estimate_of(study: StudyConfig, size: str, kind: Kind) -> EstimateConfig:
     """The study's estimate, with the response length of a size and kind where that has its own."""
-    own = study.sizes[size].answer_tokens.get(kind)
-    return study.estimate.model_copy(update={"answer_tokens": own} if own else {})
+    own = study.sizes[size].response_tokens.get(kind)
+    return study.estimate.model_copy(update={"response_tokens": own} if own else {})
 
 
 def _cells(study: StudyConfig) -> list[dict[str, Any]]:

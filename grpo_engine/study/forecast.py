@@ -47,7 +47,7 @@ class EstimateConfig(Config):
     """What a plan assumes of cells that have not run (`grpo_engine.study.run.measured_plan` knows the others)."""
 
     prompt_tokens: Annotated[float, Field(gt=0)] = 6.0  # a prompt
-    answer_tokens: Annotated[float, Field(gt=0)] = 5.0  # an answer, mean over the run; a size may have its own
+    response_tokens: Annotated[float, Field(gt=0)] = 5.0  # of a response, mean over the run; a size may have its own
     eval_sets: Annotated[int, Field(ge=1)] = 4
     start_s: Annotated[float, Field(ge=0)] = 1.5  # until a process does its first step
     flops_per_s: Annotated[float, Field(gt=0)] = 80e9  # CPU: a process, on large matrices
@@ -173,7 +173,7 @@ def forecast(config: RunConfig, estimate: EstimateConfig, *, params: int | None 
         work = _Work(architecture(config.model), num_params(config.model), element)
     else:
         work = _Work(None, params, element)
-    p, a = estimate.prompt_tokens, estimate.answer_tokens
+    p, a = estimate.prompt_tokens, estimate.response_tokens
     groups = config.steps * config.batch.prompts
     answers = groups * config.batch.group_size
     trained = answers * (p + a - 1)  # the last token of a sequence is not an input
@@ -219,7 +219,7 @@ def _gpu_seconds(
     """Time of all phases on one GPU; `written` are the tokens that are sampled, by phase."""
     dtype, shares = config.model.dtype, {"flops_fraction": estimate.flops_fraction}
     running = min(config.rollout.max_running, config.batch.prompts * config.batch.group_size)
-    context = estimate.prompt_tokens + estimate.answer_tokens / 2
+    context = estimate.prompt_tokens + estimate.response_tokens / 2
     read_per_token = work.weight_bytes / running + context * work.kv_bytes
     learning = sum(flops for name, flops in phases.items() if name not in written)
     return gpu.learning_seconds(learning, dtype=dtype, **shares) + sum(

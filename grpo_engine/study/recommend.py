@@ -320,7 +320,9 @@ def assumed_run(fit: AxisFit, label: str, n: float) -> PlannedRun:
     settings += [] if group is None else [f"batch.group_size={group}"]
     config = load_run_config(None, settings)
     length = 1000.0 if per_prompt is None else per_prompt / (6.0 * n * config.batch.group_size)
-    return PlannedRun(config=config, estimate=EstimateConfig(prompt_tokens=1.0, answer_tokens=max(length, 1.0), start_s=0.0))
+    return PlannedRun(
+        config=config, estimate=EstimateConfig(prompt_tokens=1.0, response_tokens=max(length, 1.0), start_s=0.0)
+    )
 
 
 def _pace(fit: AxisFit, label: str, n: float, device: gpus.Gpu, runs: Mapping[str, PlannedRun]) -> Pace:

@@ -12,6 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
+def cache_root() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/grpo_engine, or ~/.cache/grpo_engine."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "grpo_engine"
+
+
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes bytes under a temporary name, fsyncs and renames: a reader finds the whole content, or what was there before.
 

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 
 import pytest
 import torch
@@ -238,14 +237,6 @@ def test_a_failed_training_leaves_no_model(tiny, tmp_path, monkeypatch):
     assert pretrain.cached_model("tiny", "base", cache_dir=tmp_path) is None
     assert [p.suffix for p in (tmp_path / "models").iterdir()] == [".lock"]
     assert pretrain.ensure_model("tiny", "base", cache_dir=tmp_path).is_dir()
-
-
-def test_cache_root_follows_xdg(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert pretrain.cache_root() == tmp_path / "grpo_engine"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert os.fspath(pretrain.cache_root()) == f"{tmp_path}/home/.cache/grpo_engine"
 
 
 # -------------------------------------------------------------------------------------------- control

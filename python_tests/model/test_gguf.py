@@ -8,7 +8,11 @@ import models
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from grpo_engine import load
+from grpo_engine.cli import app
+from grpo_engine.config import ModelSource
 from grpo_engine.model import weights
 from grpo_engine.model.config import ModelConfig, RopeScaling
 from grpo_engine.model.decoder import rope_frequencies
@@ -216,6 +220,32 @@ def test_wrong_tensors_architectures_and_files_are_named(tokenizer, tmp_path):
     write(tmp_path / "e.gguf", "qwen2", tensors, tokenizer, config)
     with pytest.raises(FileExistsError, match="full: must be absent or an empty folder"):
         convert(tmp_path / "e.gguf", tmp_path / "full")
+
+
+def test_a_file_may_be_a_models_path_and_is_converted_once(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = config_of("qwen2", tokenizer.vocab_size)
+    tensors = tensors_of(models.random_model(config), "qwen2")
+    write(tmp_path / "m.gguf", "qwen2", tensors, tokenizer, config)
+    source = load.model_files(ModelSource(path=str(tmp_path / "m.gguf")))
+    times = (source.folder / "model.safetensors").stat().st_mtime_ns
+    assert load.model_files(ModelSource(path=str(tmp_path / "m.gguf"))) == source
+    assert (source.folder / "model.safetensors").stat().st_mtime_ns == times and source.revision in source.folder.name
+    write(tmp_path / "m.gguf", "qwen2", tensors | {"output_norm.weight": np.ones(64, np.float32)}, tokenizer, config)
+    other = load.model_files(ModelSource(path=str(tmp_path / "m.gguf")))
+    assert other.folder != source.folder and weights.load_model(other.folder).final_norm.eq(1).all()
+    with pytest.raises(FileNotFoundError, match="model.path=absent.gguf: no such file"):
+        load.model_files(ModelSource(path="absent.gguf"))
+
+
+def test_the_command_converts(tokenizer, tmp_path):
+    config = config_of("qwen2", tokenizer.vocab_size)
+    write(tmp_path / "m.gguf", "qwen2", tensors_of(models.random_model(config), "qwen2"), tokenizer, config)
+    result = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "m"), "--dtype", "bfloat16"]
+    )
+    assert result.exit_code == 0 and "MB" in result.output
+    assert json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 @pytest.fixture(scope="module", params=["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])

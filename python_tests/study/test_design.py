@@ -107,6 +107,11 @@ def test_two_cells_of_one_name_are_refused():
         plan(study(axes=axes))
 
 
+def test_replaced_groups_are_refused_since_runs_would_not_meet_at_equal_prompts():
+    with pytest.raises(ValueError, match="xs-base-seed0: batch.sampling_rounds must be 1 in a study, got 3"):
+        plan(study(axes=(AxesConfig(name="a", run={"batch.sampling_rounds": 3}),)))
+
+
 def test_models_come_base_first_and_only_where_the_ladder_makes_them(tmp_path):
     models = [n.name for n, _ in plan(study()).models]
     assert models == [f"{size}-{kind}-{seed}" for size in ("xs", "s") for seed in (0, 1) for kind in ("base", "instruct")]

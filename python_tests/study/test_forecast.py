@@ -67,10 +67,10 @@ def test_phases_are_those_of_the_ledger(tmp_path, method, monkeypatch):
     run = records.read_run(train(config, tmp_path / "run", quiet=True))
     cost = total_cost(run.timings)
     if method == "pretrain":
-        estimate = EstimateConfig(prompt_tokens=6, answer_tokens=run.steps[-1].trained_tokens / 64 - 5)
+        estimate = EstimateConfig(prompt_tokens=6, response_tokens=run.steps[-1].trained_tokens / 64 - 5)
     else:
         answers = sum(s.response_tokens for s in run.steps) / 64
-        estimate = EstimateConfig(prompt_tokens=sum(s.prompt_tokens for s in run.steps) / 64, answer_tokens=answers)
+        estimate = EstimateConfig(prompt_tokens=sum(s.prompt_tokens for s in run.steps) / 64, response_tokens=answers)
     expected = forecast(config, estimate)
     assert expected.trained_tokens == pytest.approx(run.steps[-1].trained_tokens)
     for phase, flops in expected.phases.items():
@@ -92,7 +92,7 @@ def _untrained(config, _source, _task):
 def test_a_gpu_is_bounded_by_matmuls_or_by_bandwidth():
     config = load_run_config(None, ["model={path: models/Qwen2.5-7B, dtype: bfloat16}", "steps=1", "evaluation.count=0",
                                     "batch={prompts: 64, group_size: 8}", "loss.kl_coef=0"])  # fmt: skip
-    estimate = EstimateConfig(prompt_tokens=100, answer_tokens=1000, gpu="h200", start_s=0, usd_per_hour=4,
+    estimate = EstimateConfig(prompt_tokens=100, response_tokens=1000, gpu="h200", start_s=0, usd_per_hour=4,
                               flops_fraction=0.4, bandwidth_fraction=0.6)  # fmt: skip
     many = forecast(config, estimate)
     few = forecast(config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_running": 8})}), estimate)
@@ -115,7 +115,7 @@ def test_a_gpu_is_as_fast_as_one_h200_was(size, rollout_s, training_s):
     """benchmarks/results/h200/results.md: 16 x 16 responses of 64 tokens to prompts of 256; training on 4,096 tokens."""
     config = load_run_config(None, [f"model={{path: models/Qwen2.5-{size}, dtype: bfloat16}}", "evaluation.count=0",
                                     "batch={prompts: 16, group_size: 16}", "loss.kl_coef=0", "steps=1"])  # fmt: skip
-    estimate = EstimateConfig(prompt_tokens=256, answer_tokens=64, gpu="h200", start_s=0)
+    estimate = EstimateConfig(prompt_tokens=256, response_tokens=64, gpu="h200", start_s=0)
     run = forecast(config, estimate)
     phases = run.phases
     gpu = GPUS["h200"]
@@ -133,7 +133,7 @@ def test_a_gpu_is_as_fast_as_one_h200_was(size, rollout_s, training_s):
 def test_a_run_of_any_length_has_the_pace_of_its_forecast(settings):
     """Evaluations are bound by one limit and training's decoding by the other, so that the time is linear in the steps."""
     config = load_run_config(None, [*settings, "steps=30"])
-    estimate = EstimateConfig(prompt_tokens=100, answer_tokens=300, gpu="h200")
+    estimate = EstimateConfig(prompt_tokens=100, response_tokens=300, gpu="h200")
     its_pace = pace(config, estimate)
     for steps in (1, 30, 977):
         cost = forecast(config.model_copy(update={"steps": steps}), estimate)
@@ -154,7 +154,7 @@ def test_memory_at_the_7b_shape_is_what_the_documents_count(checkpointing, activ
     config = load_run_config(None, ["model={path: models/Qwen2.5-7B, dtype: bfloat16}", "rollout.num_pages=36000",
                                     "batch={prompts: 512, group_size: 8, tokens_per_micro_batch: 8192}",
                                     f"batch.activation_checkpointing={checkpointing}"])  # fmt: skip
-    cost = forecast(config, EstimateConfig(prompt_tokens=120, answer_tokens=1050))
+    cost = forecast(config, EstimateConfig(prompt_tokens=120, response_tokens=1050))
     m = cost.memory
     assert m["weights"] + m["optimizer"] + m["gradients"] == pytest.approx(121.8e9, rel=1e-3)
     assert m["reference"] == pytest.approx(15.2e9, rel=5e-3) and m["KV"] == pytest.approx(33e9, rel=5e-3)

@@ -232,7 +232,7 @@ def test_hours_without_a_plan_are_those_of_a_run_that_is_assumed(data_fit):
     r = recommend(data_fit, gpu="h200", hours=1e-6, num_gpus=2)
     run = assumed_run(data_fit, "m", 2e6)
     assert (run.config.batch.prompts, run.config.batch.group_size) == (BATCH, 8)
-    assert run.estimate.prompt_tokens + run.estimate.answer_tokens - 1 == pytest.approx(TOKENS / 8)
+    assert run.estimate.prompt_tokens + run.estimate.response_tokens - 1 == pytest.approx(TOKENS / 8)
     timing = pace(run.config, run.estimate.model_copy(update={"gpu": "h200"}), params=2_000_000)
     (m,) = [c for c in r.candidates if c.label == "m"]
     assert m.compute == pytest.approx(timing.compute(2 * 3600e-6)) and m.hours == pytest.approx(1e-6)
