@@ -34,7 +34,7 @@ VERDICTS = ("score", "acc", "correct", "is_correct", "exact_match", "reward", "v
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class ScoredResponse:
     """One response, and what each scorer gave it."""
 
     row: str  # "line 3" or "row 2"
@@ -67,7 +67,7 @@ def audit(
     limit: int | None = None,
     workers: int = 2,
     timeout_s: float = 10.0,
-) -> list[Verdict]:
+) -> list[ScoredResponse]:
     """Scores a file of responses.
 
     Args:
@@ -100,7 +100,7 @@ def audit(
                 [Problem(uid=place, prompt="", answer=answer, domain="audit", reward=target) for place, answer in problems],
             )
     return [
-        Verdict(
+        ScoredResponse(
             row=place, truth=answer, response=text, file=said,
             scores={name: found[i].value for name, found in scores.items()},
             statuses={name: found[i].status for name, found in scores.items()},
@@ -109,7 +109,7 @@ def audit(
     ]  # fmt: skip
 
 
-def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
+def write_verdicts(path: Path, verdicts: Sequence[ScoredResponse]) -> None:
     """Writes one JSON object a line.
 
     Args:
@@ -123,7 +123,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
 Table = list[list[str]]  # the first row is the head
 
 
-def summary(verdicts: Sequence[Verdict]) -> Table:
+def summary(verdicts: Sequence[ScoredResponse]) -> Table:
     """How many responses each scorer finds right, and how often it says what ours does.
 
     Args:
@@ -150,7 +150,7 @@ def summary(verdicts: Sequence[Verdict]) -> Table:
     return rows
 
 
-def table(verdicts: Sequence[Verdict], width: int = 40) -> Table:
+def table(verdicts: Sequence[ScoredResponse], width: int = 40) -> Table:
     """The verdicts as a table.
 
     Args:
