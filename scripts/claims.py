@@ -54,6 +54,7 @@ ROWS = {
     "real problems": "answers to the real problems are scored",
     "sandbox": "a model's programs cannot reach the machine",
     "families": "parameter counts of twelve published sizes",
+    "GGUF": "GGUF files of Qwen2, Llama and Qwen3 become",
     "memory": "memory predicted before anything is allocated",
     "own advantage or loss": "an advantage estimator or a loss of your own",
     "one curve": "laws, figures and claims take the same points",
@@ -814,6 +815,19 @@ FAULTS = (
             ),
         ),
         tests=("python_tests/model/test_families.py::test_parameters_of_published_models_are_those_of_transformers",),
+    ),
+    Fault(
+        name="rotary-pairs",
+        claim="GGUF",
+        says="the rows of Llama's q and k keep llama.cpp's order, in which rotary pairs are neighbours",
+        edits=(
+            Edit(
+                file="grpo_engine/model/gguf.py",
+                old='if config.model_type == "llama" and module in heads:',
+                new='if config.model_type == "lama" and module in heads:',
+            ),
+        ),
+        tests=("python_tests/model/test_gguf.py::test_a_model_comes_back_bit_for_bit[llama]",),
     ),
     Fault(
         name="no-optimizer-in-memory",
