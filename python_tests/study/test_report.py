@@ -300,7 +300,7 @@ def test_a_report_fits_nothing(study, page, monkeypatch):
         raise AssertionError("the report fits")
 
     for name in (
-        "least_squares.Problem.best", "least_squares.Problem.solve", "least_squares.Joint.fit", "bootstrap.resample",
+        "least_squares.FitProblem.best", "least_squares.FitProblem.solve", "least_squares.Joint.fit", "bootstrap.resample",
         "bootstrap.profile_interval", "fit.fit_table", "fit.fit_sizes", "law_fit.fit_surface", "law_fit.fit_reuse",
         "curves.select_curves",
     ):  # fmt: skip
