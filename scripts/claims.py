@@ -339,8 +339,8 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/train/step.py",
-                old="if on_policy and not _same_bits(scored):",
-                new="if on_policy is None and not _same_bits(scored):",
+                old="if on_policy and not _same_bits(recomputed):",
+                new="if on_policy is None and not _same_bits(recomputed):",
             ),
         ),
         tests=("python_tests/run/test_train.py::test_a_sampler_and_a_trainer_that_disagree_end_the_run_and_name_the_token",),
@@ -379,8 +379,8 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/train/step.py",
-                old="sample(missing, step, again)",
-                new="sample(missing, step)",
+                old="sample(missing, round_)",
+                new="sample(missing)",
             ),
         ),
         tests=("python_tests/train/test_grpo_step.py::test_further_rounds_replace_groups_of_equal_reward",),
@@ -392,8 +392,8 @@ FAULTS = (
         edits=(
             Edit(
                 file="grpo_engine/train/step.py",
-                old="ref_logprob=score(reference, micro)",
-                new="ref_logprob=score(policy, micro)",
+                old="ref_logprob=logprobs_of(reference, micro)",
+                new="ref_logprob=logprobs_of(policy, micro)",
             ),
         ),
         tests=("python_tests/train/test_grpo_step.py::test_a_step_repeats_itself_with_less_memory_too",),

@@ -18,7 +18,7 @@ from grpo_engine.rewards.extract import after_thinking, last_boxed
 from grpo_engine.rewards.peers import PEERS, installed
 from grpo_engine.rewards.pool import RewardPool
 from grpo_engine.rewards.quantity import number_text
-from grpo_engine.tasks.rows import read_rows
+from grpo_engine.tasks.rows import WrittenNumber, read_rows
 from grpo_engine.types import Problem
 
 # As verl's rollout dumps, lm-evaluation-harness's samples, TRL's completions and data sets of generations name them.
@@ -34,7 +34,7 @@ VERDICTS = ("score", "acc", "correct", "is_correct", "exact_match", "reward", "v
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class ScoredResponse:
     """One response, and what each scorer gave it."""
 
     row: str  # "line 3" or "row 2"
@@ -67,7 +67,7 @@ def audit(
     limit: int | None = None,
     workers: int = 2,
     timeout_s: float = 10.0,
-) -> list[Verdict]:
+) -> list[ScoredResponse]:
     """Scores a file of responses.
 
     Args:
@@ -97,19 +97,19 @@ def audit(
             target = PEERS[name][1] if name in PEERS else name
             scores[name] = pool.score(
                 [f"\\boxed{{{text}}}" if bare else text for _, text, _ in rows],
-                [Problem(uid=place, prompt="", answer=answer, domain="audit", reward=target) for place, answer in problems],
+                [Problem(uid=name, prompt="", answer=answer, domain="audit", reward=target) for name, answer in problems],
             )
     return [
-        Verdict(
-            row=place, truth=answer, response=text, file=said,
+        ScoredResponse(
+            row=name, truth=answer, response=text, file=said,
             scores={name: found[i].value for name, found in scores.items()},
             statuses={name: found[i].status for name, found in scores.items()},
         )
-        for i, ((place, answer), (_, text, said)) in enumerate(zip(problems, rows, strict=True))
+        for i, ((name, answer), (_, text, said)) in enumerate(zip(problems, rows, strict=True))
     ]  # fmt: skip
 
 
-def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
+def write_verdicts(path: Path, verdicts: Sequence[ScoredResponse]) -> None:
     """Writes one JSON object a line.
 
     Args:
@@ -123,7 +123,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
 Table = list[list[str]]  # the first row is the head
 
 
-def summary(verdicts: Sequence[Verdict]) -> Table:
+def summary(verdicts: Sequence[ScoredResponse]) -> Table:
     """How many responses each scorer finds right, and how often it says what ours does.
 
     Args:
@@ -150,7 +150,7 @@ def summary(verdicts: Sequence[Verdict]) -> Table:
     return rows
 
 
-def table(verdicts: Sequence[Verdict], width: int = 40) -> Table:
+def table(verdicts: Sequence[ScoredResponse], width: int = 40) -> Table:
     """The verdicts as a table.
 
     Args:
@@ -194,7 +194,7 @@ def _read(
         raise ValueError(f"score: limit must be at least 1 or None, got {limit}")
     names = (*RESPONSES, *TRUTHS, *VERDICTS, *(name for name in (response, truth) if name is not None))
     problems, rows = [], []
-    for count, (place, row) in enumerate(read_rows(path, {name.partition(".")[0] for name in names})):
+    for count, (where, row) in enumerate(read_rows(path, {name.partition(".")[0] for name in names})):
         if count == 0:
             response, truth = _fields(path, row, response, truth)
         assert response is not None and truth is not None  # the first row named them
@@ -202,14 +202,15 @@ def _read(
             break
         found, answer = _at(row, response), _text(_at(row, truth))
         if answer is None or not answer.strip():
-            raise ValueError(f"{path}: {place}: {truth} holds no truth, got {_at(row, truth)!r}")
+            raise ValueError(f"{where}: {truth} holds no truth, got {_at(row, truth)!r}")
         texts = _texts(found)
         if texts is None:
-            raise ValueError(f"{path}: {place}: {response} must be text or a list of texts, got {type(found).__name__}")
+            raise ValueError(f"{where}: {response} must be text or a list of texts, got {type(found).__name__}")
         for i, text in enumerate(texts):
-            where = place if len(texts) == 1 else f"{place}, {i + 1}"
-            problems.append((where, answer))
-            rows.append((where, text, _said(row, i, len(texts))))
+            line = where.removeprefix(f"{path}: ")
+            name = line if len(texts) == 1 else f"{line}, {i + 1}"
+            problems.append((name, answer))
+            rows.append((name, text, _said(row, i, len(texts))))
     if not rows:
         raise ValueError(f"{path}: the file holds no responses")
     return problems, rows
@@ -239,6 +240,8 @@ def _at(row: Mapping[str, object], name: str) -> object:
 def _text(value: object) -> str | None:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
+    if isinstance(value, WrittenNumber):
+        return value.text
     if isinstance(value, (int, float, decimal.Decimal)) and not isinstance(value, bool) and math.isfinite(value):
         return number_text(value)
     return value if isinstance(value, str) else None

@@ -33,7 +33,7 @@ from grpo_engine.config import Scoring
 from grpo_engine.rewards import SCORERS
 from grpo_engine.rewards.choice import LETTERS
 from grpo_engine.rewards.code import functional_tests
-from grpo_engine.tasks.rows import Number, Source, positional, read_rows, shown
+from grpo_engine.tasks.rows import Source, WrittenNumber, positional, read_rows, shown
 from grpo_engine.types import EvalSet, Message, Problem, Task
 
 PROMPTS = ("prompt", "question", "problem")  # of the plain form, the first that there is
@@ -407,7 +407,7 @@ def _answer(truth: object, field: str, reward: str) -> str:
 
 def _number(value: object) -> str | None:
     """The text of a number, as its file has it; None of what is none."""
-    if isinstance(value, Number):
+    if isinstance(value, WrittenNumber):
         return value.text
     if isinstance(value, (float, decimal.Decimal)) and math.isfinite(value):
         return positional(str(value))
@@ -434,7 +434,7 @@ def _info(row: Mapping[str, object]) -> dict[str, object]:
             value = _pass_rate(f"extra_info.{key}", value)
             info.setdefault("pass_rate", value)
         if value is None or isinstance(value, (str, int, float, bool)):
-            info.setdefault(key, float(value) if isinstance(value, Number) else value)
+            info.setdefault(key, float(value) if isinstance(value, WrittenNumber) else value)
     return info
 
 
@@ -442,7 +442,7 @@ def _named_values(value: object) -> object:
     """What a field holds whose file writes named values as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            return json.loads(value, parse_float=Number)
+            return json.loads(value, parse_float=WrittenNumber)
         except (ValueError, RecursionError):
             return value
     return value

@@ -46,13 +46,13 @@ _PATTERN = re.compile(r"[*?\[]")
 _SHARD = re.compile(r"(^|[-_.])\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?$")  # at the end of a name: -00000-of-00002
 
 
-class Number(float):
+class WrittenNumber(float):
     """A number of a file, and the text that it was written as: 0.00001 stays 0.00001."""
 
     __slots__ = ("text",)
     text: str
 
-    def __new__(cls, text: str, value: float | None = None) -> Number:
+    def __new__(cls, text: str, value: float | None = None) -> WrittenNumber:
         number = super().__new__(cls, text if value is None else value)
         number.text = text
         return number
@@ -73,7 +73,7 @@ def read_rows(source: Source, fields: Collection[str]) -> Iterator[tuple[str, Ro
     Yields:
         Where the row stands, for messages ("a.parquet: row 3", counted from 0, or "a.jsonl: line 4", counted from 1), and
         those of its fields that there are. A JSON number with a point or an exponent, and a number of less than double
-        precision, is a `Number`.
+        precision, is a `WrittenNumber`.
 
     Raises:
         FileNotFoundError: no such file or folder, or none that a pattern matches.
@@ -257,7 +257,7 @@ def _shorten(row: Row | None, name: str) -> None:
         return
     value = row.get(name)
     if isinstance(value, float) and numpy.isfinite(value):
-        row[name] = Number(positional(str(numpy.float32(value))), value)
+        row[name] = WrittenNumber(positional(str(numpy.float32(value))), value)
 
 
 def _json_lines(path: Path, fields: Collection[str]) -> Iterator[tuple[str, Row]]:
@@ -298,7 +298,7 @@ def _encoding(path: Path) -> str:
 
 def _parsed(path: Path, place: str, text: str) -> Any:
     try:
-        return json.loads(text, parse_float=Number)
+        return json.loads(text, parse_float=WrittenNumber)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: {place}: not JSON: {e}") from None
 

@@ -31,7 +31,7 @@ def config(tmp_path):
 def begun(config, out):
     folder = RunFolder.of(config, out)
     with folder.held():
-        folder.begin({"model": {"revision": None}}, [])
+        folder.begin({"model": {"revision": None}})
     return folder
 
 

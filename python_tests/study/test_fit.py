@@ -455,7 +455,11 @@ def test_fits_json_that_is_not_ours(tmp_path):
         (lambda o: o | {"schema": 4}, ValueError, "fits.json: schema must be one of .*, got 4"),
         (lambda o: o | {"extra": 1}, ValueError, "fits.json: Fits has no field extra"),
         (lambda o: o | {"fits": [o["fits"][0] | {"a": 1, "b": 2}]}, ValueError, r"Fits.fits\[0\] has no field a, b"),
-        (lambda o: o | {"fits": [{"axis": "data"}]}, ValueError, r"Fits.fits\[0\] lacks choices, held_out, joint, kind"),
+        (
+            lambda o: o | {"fits": [{"axis": "data"}]},
+            ValueError,
+            r"Fits.fits\[0\] lacks choices, held_out, intercepts, joint",
+        ),
         (lambda o: o | {"objective": 3}, TypeError, "fits.json: Fits.objective must be str, got 3"),
         (lambda o: o | {"fits": [o["fits"][0] | {"kind": None}]}, TypeError, r"Fits.fits\[0\].kind must be str, got None"),
         (lambda o: o | {"fits": [3]}, TypeError, r"Fits.fits\[0\] must be an object, got 3"),

@@ -64,7 +64,7 @@ def test_a_batch_moves_whole(place):
     rollout = SimpleNamespace(
         tokens=torch.tensor([5, 9, 2, 5, 9, 7, 2]), cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32),
         prompt_len=torch.tensor([2, 2], dtype=torch.int32), logprob=torch.arange(7.0), group_size=2,
-        temperature=1.0,
+        temperature=1.0, response_len=torch.tensor([1, 2]),
     )  # fmt: skip
     batch = pack(rollout, torch.tensor([0.5, -0.5]), sequences=[0, 1])
     moved = device.move(batch, torch.device(place))
