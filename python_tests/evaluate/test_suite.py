@@ -121,6 +121,17 @@ def test_the_table_is_what_the_problems_say(config, tmp_path):
     assert "| words | letters |" in (tmp_path / "table.md").read_text()
 
 
+def test_a_set_may_be_several_files_or_a_pattern_and_their_bytes_count(config, tmp_path):
+    words, letters = config.task.evals.values()
+    sets = {"both": [words, letters], "pattern": str(tmp_path / "a*.parquet")}
+    config = config.model_copy(update={"task": config.task.model_copy(update={"evals": sets})})
+    results = suite.evaluate_suite(config, tmp_path / "out")
+    assert [(r.eval_set, r.problems) for r in results] == [("both", 10), ("pattern", 10)]
+    pq.write_table(pq.read_table(letters), letters, compression="none")
+    with pytest.raises(ValueError, match=r"\(data differ\)"):
+        suite.evaluate_suite(config, tmp_path / "out")
+
+
 def test_another_suite_in_the_folder_is_refused(config, tmp_path):
     suite.evaluate_suite(config, tmp_path)
     with pytest.raises(ValueError, match="another suite"):
