@@ -57,7 +57,9 @@ void launch(const Launch& l, void (*kernel)(Params...), const Args&... args) {
   if (l.shared_bytes > kUnasked) {
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), l.name);
   }
-  kernel<<<grid, l.threads, shared, l.stream> > >(args...);
+  // clang-format off: it takes the end of the launch for three templates'
+  kernel<<<grid, l.threads, shared, l.stream>>>(args...);
+  // clang-format on
   cuda_check(cudaGetLastError(), l.name);
 #endif
 }
