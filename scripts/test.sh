@@ -46,32 +46,34 @@ fi
 "$PYTHON" -m mypy
 find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort | xargs clang-format --dry-run -Werror
 
-# the CUDA emulator is slow and has one thread: beside the rest, and of the op tests one in three, or all if
-# GRPO_ENGINE_ONE_OP_TEST_IN=1
+# the CUDA emulator is slow and has one thread: of the op tests one in three, or all if GRPO_ENGINE_ONE_OP_TEST_IN=1
 cmake --build build/native --target emulated >build/emulated.log 2>&1 || { cat build/emulated.log; exit 1; }
 for half in csrc/ops/*_cuda.*; do
   name=$(basename "$half")
   tests+=("python_tests/ops/test_${name%_cuda.*}.py")
 done
 tests+=(python_tests/model/test_model.py python_tests/rollout/test_rollout.py python_tests/train/test_grpo_step.py python_tests/train/test_optimizer.py)
-GRPO_ENGINE_ONE_OP_TEST_IN=${GRPO_ENGINE_ONE_OP_TEST_IN:-3} GRPO_ENGINE_EXTENSION=build/native/emulated \
-  "$PYTHON" -m pytest "${tests[@]}" >build/emulated.log 2>&1 &
-emulated=$!
-trap 'kill "$emulated" 2>/dev/null || true' EXIT
+beside() {  # what runs beside the Python tests, on a core of its own; ends at the first failure
+  echo "op, model and rollout tests on the CUDA emulator"
+  GRPO_ENGINE_ONE_OP_TEST_IN=${GRPO_ENGINE_ONE_OP_TEST_IN:-3} GRPO_ENGINE_EXTENSION=build/native/emulated \
+    "$PYTHON" -m pytest "${tests[@]}" || return 1
+  local best isa op_tests
+  best=$("$PYTHON" -c 'from grpo_engine import ops, _C; print(_C.cpu_isa())')
+  for isa in $("$PYTHON" -c 'from grpo_engine import ops, _C; print(*_C.cpu_isas())'); do
+    [ "$isa" = "$best" ] && continue
+    op_tests=(python_tests/ops)
+    if [ "$best/$isa" = avx512_bf16/avx512 ]; then  # all but the matmuls are the same kernels
+      op_tests=(python_tests/ops/test_{linear,token_logprob,decoder_layer}.py)
+    fi
+    echo "op tests on $isa"
+    GRPO_ENGINE_ISA=$isa "$PYTHON" -m pytest "${op_tests[@]}" || return 1
+  done
+}
+beside >build/beside.log 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null || true' EXIT
 
 "$PYTHON" -m pytest
 
-best=$("$PYTHON" -c 'from grpo_engine import ops, _C; print(_C.cpu_isa())')
-for isa in $("$PYTHON" -c 'from grpo_engine import ops, _C; print(*_C.cpu_isas())'); do
-  [ "$isa" = "$best" ] && continue
-  op_tests=(python_tests/ops)
-  if [ "$best/$isa" = avx512_bf16/avx512 ]; then  # all but the matmuls are the same kernels
-    op_tests=(python_tests/ops/test_{linear,token_logprob,decoder_layer}.py)
-  fi
-  echo "op tests on $isa"
-  GRPO_ENGINE_ISA=$isa "$PYTHON" -m pytest "${op_tests[@]}"
-done
-
-echo "op, model and rollout tests on the CUDA emulator"
-wait "$emulated" || { cat build/emulated.log; exit 1; }
-tail -n 1 build/emulated.log
+wait "$beside" || { cat build/beside.log; exit 1; }
+grep -E '^op|passed' build/beside.log
