@@ -195,9 +195,7 @@ class BatchConfig(Config):
 
     prompts: Positive = 64  # P
     group_size: Annotated[int, Field(ge=2)] = 8  # G
-    sampling_rounds: Positive = (
-        1  # 2 or more: at most so many rounds replace groups of equal reward (DAPO's dynamic sampling)
-    )
+    sampling_rounds: Positive = 1  # 2 or more: so many rounds, at most, replace groups of equal reward (DAPO)
     minibatches: Positive = 1  # optimizer steps a GRPO step; prompts must divide by it
     tokens_per_micro_batch: Positive = 4096  # forward and backward at once; changes memory and rounding, not results
     activation_checkpointing: bool = False  # keep a layer's input, compute the rest again in backward; changes no bit
@@ -237,6 +235,11 @@ class RunConfig(Config):
     batch: BatchConfig = BatchConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint_every: Positive = 20  # steps; how much a kill can cost, and nothing else
+
+    @property
+    def most_prompts(self) -> int:
+        """The training prompts that a run samples for, at the most."""
+        return self.steps * self.batch.prompts * self.batch.sampling_rounds
 
     @pydantic.model_validator(mode="after")
     def _replaced_groups(self) -> RunConfig:

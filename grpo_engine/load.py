@@ -142,9 +142,9 @@ def first_prompt(config: RunConfig) -> str:
         FileNotFoundError, ValueError: no such model, a bad file, or no prompt that fits.
     """
     m = config.model
-    folder = hub.find_model(m.path).folder if m.path else None
-    task = load_task(config.task, seed=config.seed, needed=config.steps * config.batch.prompts, reward=config.reward)
-    encode = prompt_tokens(m, load_tokenizer("micro" if config.task.name == "micro" or folder is None else folder))
+    source = model_files(m)
+    task = load_task(config.task, seed=config.seed, needed=config.most_prompts, reward=config.reward)
+    encode = prompt_tokens(m, load_tokenizer("micro" if config.task.name == "micro" or source is None else source.folder))
     limit = config.rollout.max_prompt_tokens
     fitting = [p for p in task.train if limit is None or len(encode(p)) <= limit]
     if not fitting:

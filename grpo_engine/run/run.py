@@ -79,7 +79,7 @@ def _complete(folder: RunFolder, progress: RunProgress) -> None:
     advantages.estimator(c.advantage), loss.objective(c.loss)  # of the user's own: found now, or named
     source = model_files(c.model, revision=folder.revision)
     # problems first: a wrong file is found before a model of the ladder is pretrained
-    whole = load_task(c.task, seed=c.seed, needed=c.steps * c.batch.prompts * c.batch.sampling_rounds, reward=c.reward)
+    whole = load_task(c.task, seed=c.seed, needed=c.most_prompts, reward=c.reward)
     policy = load_policy(c, source, whole)
     engine = Engine(policy.model, keep=policy.pages_stay)
     needs_reference = c.method == "grpo" and c.loss.kl_coef > 0
